@@ -1,0 +1,47 @@
+"""Paths of the golden vectors and of the trial data, and the devices that tests run on."""
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"            # CIFAR images live here, never in the project
+DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+
+torch.set_num_threads(min(2, os.cpu_count() or 1))
+torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def golden_cases(paper: str, prefix: str) -> list:
+    """Golden files of one case as pytest parameters: the project's own, and ../shared's if there."""
+    folders = [ROOT / "tests" / "golden" / paper, SHARED / "golden" / paper]
+    files = {path.name: path for folder in reversed(folders) for path in folder.glob(f"{prefix}*")}
+    assert files, f"no golden file {paper}/{prefix}*"
+    return [pytest.param(path, id=name.rsplit(".", 1)[0]) for name, path in sorted(files.items())]
+
+
+class Golden(dict):
+    """Arrays of one golden file; `case.tensor(name, device)` gives a torch tensor."""
+
+    def __init__(self, path: Path):
+        with np.load(path) as arrays:
+            super().__init__({name: arrays[name] for name in arrays.files})
+
+    def tensor(self, name: str, device="cpu") -> torch.Tensor:
+        return torch.from_numpy(np.asarray(self[name])).to(device)
+
+
+@pytest.fixture(params=DEVICES)
+def device(request):
+    return torch.device(request.param)
+
+
+@pytest.fixture(scope="session")
+def s20():
+    """Path of the trial set S20; skips where it is absent."""
+    path = SHARED / "data" / "s20.npz"
+    if not path.exists():
+        pytest.skip("the trial set S20 holds CIFAR images and lies outside the project")
+    return path
