@@ -1,0 +1,100 @@
+"""Checkpoints: written atomically, the previous one kept, loaded without running code."""
+import errno
+import os
+import pickle
+import zipfile
+from pathlib import Path
+
+import torch
+
+from common.runtime import RunError, warn
+
+NEWEST, PREVIOUS, BEST = "checkpoint.pt", "checkpoint.prev.pt", "best.pt"
+
+
+def save(folder: Path, state: dict, name: str = NEWEST):
+    """Writes `state` (tensors, numbers, strings, lists and dicts of them) to folder/name.
+
+    The file is complete at every moment: written beside, synced to disk, then renamed over the
+    old one. The newest checkpoint before it stays as checkpoint.prev.pt. Raises RunError when
+    the disk is full or not writable; the old file is then still whole.
+    """
+    path, new = folder / name, folder / f".{name}.new"
+    try:
+        with open(new, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if name == NEWEST and path.exists():
+            os.replace(path, folder / PREVIOUS)
+        os.replace(new, path)
+    except (OSError, RuntimeError) as fault:                # torch reports a full disk as either
+        new.unlink(missing_ok=True)
+        full = getattr(fault, "errno", None) == errno.ENOSPC or "write" in str(fault)
+        reason = "the disk is full" if full else str(fault).splitlines()[0]
+        raise RunError(f"{path} could not be written ({reason}); "
+                       "the checkpoint before it is untouched") from None
+
+
+def load(path) -> dict:
+    """Reads one checkpoint to the CPU; no code in it can run (weights_only).
+
+    Raises RunError when it is missing, damaged, or not a checkpoint of this project.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise RunError(f"{path}: no such checkpoint")
+    try:
+        with zipfile.ZipFile(path) as archive:              # torch itself checks no CRC
+            damaged = archive.testzip()
+        if damaged:
+            raise RunError(f"{path} is damaged (in {damaged})")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, zipfile.BadZipFile,
+            pickle.UnpicklingError) as fault:
+        raise RunError(f"{path} is damaged or no checkpoint "
+                       f"({str(fault).splitlines()[0][:80]})") from None
+    if not isinstance(state, dict) or "model" not in state or "identity" not in state:
+        raise RunError(f"{path} is not a checkpoint of this project")
+    return state
+
+
+def resume(wish: str, folder: Path) -> dict | None:
+    """The state to go on from under --resume; None for a fresh start.
+
+    `wish` is '' (fresh: RunError if the folder holds a checkpoint, nothing is overwritten),
+    'auto' (the folder's newest good checkpoint, if any) or a path. A damaged file is named
+    together with the good one before it; 'auto' takes that one by itself.
+    """
+    newest, previous = folder / NEWEST, folder / PREVIOUS
+    if not wish:
+        if newest.exists() or previous.exists():
+            raise RunError(f"{folder} already holds a run: go on with --resume auto, "
+                           "or choose another --root_dir")
+        return None
+    if wish == "auto":
+        if not newest.exists() and not previous.exists():
+            return None
+        try:
+            return load(newest)
+        except RunError as fault:
+            if not previous.exists():
+                raise
+            warn(f"{fault}; going on from {previous}")
+            return load(previous)
+    try:
+        return load(wish)
+    except RunError as fault:
+        before = Path(wish).with_name(PREVIOUS)
+        if before.is_file() and before != Path(wish):
+            raise RunError(f"{fault}; the good one before it: --resume {before}") from None
+        raise
+
+
+def check_identity(state: dict, identity: dict):
+    """Raises RunError naming what differs between a checkpoint's network or data and this run's."""
+    theirs = state["identity"]
+    wrong = [f"{key} {theirs.get(key)} (here {value})" for key, value in identity.items()
+             if theirs.get(key) != value]
+    if wrong:
+        raise RunError("the checkpoint is of another run: " + ", ".join(wrong))
