@@ -74,7 +74,7 @@ class RunLog:
             "threads": torch.get_num_threads()}
 
     def start(self, **facts):
-        """Writes args.json: flags, versions, commit, device, and what else is known at the start."""
+        """Writes args.json: flags, versions, commit, device, and what else is known by now."""
         if not self.folder:
             return
         write_atomic(self.folder / "args.json",

@@ -1,0 +1,78 @@
+"""`load` gives a main.py its training and test batches; sets.py reads, batches.py augments."""
+from dataclasses import dataclass, field
+
+import torch
+
+from common import runtime
+from common.data import sets
+from common.data.batches import Batches
+
+NAMES = sets.NAMES
+
+
+@dataclass
+class Info:
+    """What a program needs to know of a data set; mean and std are of pixels in [0, 1]."""
+    name: str
+    num_classes: int
+    image_size: int
+    mean: tuple
+    std: tuple
+    classes: list
+    num_train: int
+    num_test: int
+    fingerprint: str
+    valid: Batches | None = field(default=None, repr=False)
+
+    def __str__(self):
+        return (f"data: {self.name}, {self.num_classes} classes, {self.image_size}×"
+                f"{self.image_size} pixels, {self.num_train} training and {self.num_test} test "
+                "images" + (f", {self.valid.count} for validation" if self.valid else ""))
+
+
+def load(dataset: str, data_dir: str, *, batch_size: int, device, seed: int = 0,
+         loader: str = "auto", image_size: int | None = None, padding: int | None = None,
+         flip: bool | None = None, labels_per_class: int | None = None,
+         valid_labels_per_class: int = 0, mean=None, std=None, transform=None,
+         transform_first: bool = False, drop_last: bool = False):
+    """Training batches, test batches and Info of a data set.
+
+    Batches yield images (B, 3, H, W) float32, normalised, and labels (B,) int64, on `device`.
+    batch_size counts the images of one step over all processes. padding: zero pixels around
+    the image before a random crop (default 2 up to 32 pixels a side, else 4); flip: random
+    horizontal flips (default: all sets but digits). transform(images uint8, generator): a
+    further augmentation of training batches, before normalisation and after the crop
+    (transform_first: before flip and crop). Raises DataError for data that are not there.
+    """
+    train, test, classes = sets.read(dataset, data_dir, image_size)
+    generator = torch.Generator().manual_seed(runtime.seed_of(seed, "subset"))
+    valid = None
+    if valid_labels_per_class:
+        valid, train = sets.balanced(train, valid_labels_per_class, classes, generator,
+                                     "--valid_labels_per_class")
+    if labels_per_class:
+        train, _ = sets.balanced(train, labels_per_class, classes, generator, "--labels_per_class")
+    if mean is None:
+        mean, std = sets.STATISTICS.get(dataset) or statistics(train.images)
+    size = train.images.shape[1]
+    padding = (2 if size <= 32 else 4) if padding is None else padding
+    flip = dataset != "digits" if flip is None else flip
+    common = {"batch_size": batch_size, "device": device, "mean": mean, "std": std}
+    batches = Batches(train.images, train.labels, seed=seed, padding=padding, flip=flip,
+                      transform=transform, transform_first=transform_first, drop_last=drop_last,
+                      loader=loader, **common)
+    info = Info(dataset, len(classes), size, tuple(mean), tuple(std), classes, len(train.labels),
+                len(test.labels), sets.fingerprint(train, test),
+                Batches(valid.images, valid.labels, **common) if valid else None)
+    return batches, Batches(test.images, test.labels, **common), info
+
+
+def statistics(images):
+    """Per-channel mean and standard deviation of (N, H, W, 3) uint8 images, in [0, 1]."""
+    sums = torch.zeros(2, 3, dtype=torch.float64)
+    for piece in torch.from_numpy(images).split(2000):
+        piece = piece.reshape(-1, 3).double() / 255
+        sums += torch.stack([piece.sum(0), (piece * piece).sum(0)])
+    mean, square = sums / images[..., 0].size
+    std = (square - mean * mean).clamp(min=0).sqrt().clamp(min=1 / 255)
+    return tuple(mean.tolist()), tuple(std.tolist())

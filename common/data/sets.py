@@ -1,0 +1,274 @@
+"""Which data sets exist and how each is read from disk into memory as uint8 arrays."""
+import hashlib
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from zipfile import BadZipFile
+
+import numpy as np
+import torch
+import torchvision
+from PIL import Image
+from torchvision.transforms import functional as TF
+from tqdm import tqdm
+
+from common import runtime
+from common.runtime import DataError
+
+IN_MEMORY = ("digits", "cifar10", "cifar100", "tiny-imagenet-200", "folder", "npz")
+NAMES = IN_MEMORY
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".gif", ".tif", ".tiff"}
+ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
+
+# Channel means and standard deviations in [0, 1] as the papers' programs have them; those of
+# other sets are computed from the training images.
+STATISTICS = {
+    "cifar10": ((125.3 / 255, 123.0 / 255, 113.9 / 255), (63.0 / 255, 62.1 / 255, 66.7 / 255)),
+    "cifar100": ((129.3 / 255, 124.1 / 255, 112.4 / 255), (68.2 / 255, 65.4 / 255, 70.4 / 255)),
+    "tiny-imagenet-200": ((0.4802458, 0.44807219, 0.39754776),
+                          (0.27698641, 0.26906449, 0.28208191)),
+}
+
+
+@dataclass
+class Split:
+    """Images (N, H, W, 3) uint8 and labels (N,) int64 of one part of a data set."""
+    images: np.ndarray
+    labels: np.ndarray
+
+    def take(self, index) -> "Split":
+        return Split(self.images[index], self.labels[index])
+
+
+def read(name: str, data_dir: str, image_size: int | None):
+    """Reads a data set: (train Split, test Split, class names).
+
+    image_size resizes (shorter side, centre crop) where the stored images are of another size.
+    Raises DataError naming the file or folder that is missing, empty or damaged.
+    """
+    if name == "digits":
+        return read_digits(image_size or 32)
+    place = Path(data_dir).expanduser()
+    if name in ("cifar10", "cifar100"):
+        train, test, classes = read_cifar(name, place)
+    elif name == "tiny-imagenet-200":
+        return read_tiny_imagenet(place, image_size or 64)
+    elif name == "npz":
+        train, test, classes = read_npz(place)
+    else:
+        return read_folder(place, image_size)
+    if image_size and image_size != train.images.shape[1]:
+        train, test = (Split(resize(part.images, image_size), part.labels)
+                       for part in (train, test))
+    return train, test, classes
+
+
+def resize(images: np.ndarray, size: int) -> np.ndarray:
+    """(N, H, W, 3) uint8 to (N, size, size, 3), antialiased bilinear, in pieces."""
+    def one(piece):
+        piece = torch.from_numpy(piece).permute(0, 3, 1, 2)
+        return TF.resize(piece, [size, size], antialias=True).permute(0, 2, 3, 1).numpy()
+    return np.concatenate([one(images[i:i + 1000]) for i in range(0, len(images), 1000)])
+
+
+def read_digits(size: int):
+    """scikit-learn's 1,797 handwritten digits, 8×8, enlarged; every fifth of a class is test."""
+    from sklearn.datasets import load_digits
+    digits = load_digits()
+    images = resize(np.repeat((digits.images * (255 / 16)).astype(np.uint8)[..., None], 3, 3), size)
+    place = np.empty(len(images), np.int64)                 # position within the own class
+    for c in range(10):
+        place[digits.target == c] = np.arange((digits.target == c).sum())
+    data, test = Split(images, digits.target.astype(np.int64)), place % 5 == 4
+    return data.take(~test), data.take(test), [str(c) for c in range(10)]
+
+
+def read_cifar(name: str, place: Path):
+    """CIFAR from <name>.npz, from train/ and test/ folders, or from torchvision's archive.
+
+    Where none of them is in `place` the archive is downloaded (its checksum verified before
+    anything in it is unpickled).
+    """
+    archive = place / name if (place / name).is_dir() else place
+    file = place if place.suffix == ".npz" else place / f"{name}.npz"
+    if file.suffix == ".npz" and file.exists():
+        train, test, classes = read_npz(file)
+        if train.images.shape[1:] != (32, 32, 3):
+            raise DataError(f"{file}: images of {train.images.shape[1:]}, {name} has (32, 32, 3)")
+    elif (archive / "train").is_dir():
+        train, test, classes = read_folder(archive, 32)
+    else:
+        train, test, classes = read_cifar_archive(name, place)
+    if len(classes) != (10 if name == "cifar10" else 100):
+        raise DataError(f"{place}: {len(classes)} classes, {name} has {name.removeprefix('cifar')}"
+                        "; a set of your own is --dataset folder or npz")
+    return train, test, classes
+
+
+def read_cifar_archive(name: str, place: Path):
+    source = {"cifar10": torchvision.datasets.CIFAR10,
+              "cifar100": torchvision.datasets.CIFAR100}[name]
+    folder = place / source.base_folder
+    if runtime.rank() == 0 and not folder.is_dir():
+        runtime.say(f"{place} holds no {name}: downloading it there")
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+            source(str(place), download=True)
+        except (OSError, RuntimeError) as fault:
+            raise DataError(f"{place} holds neither {name}.npz, nor train/ and test/ folders, nor "
+                            f"{source.base_folder}/, and the download failed ({fault})") from None
+    if runtime.world() > 1:
+        torch.distributed.barrier()
+    try:
+        parts = [source(str(place), train=train) for train in (True, False)]
+    except (OSError, RuntimeError) as fault:
+        names = [f for f, md5 in source.train_list + source.test_list
+                 if not torchvision.datasets.utils.check_integrity(str(folder / f), md5)]
+        raise DataError(f"{folder}: missing or damaged: {', '.join(names) or fault}") from None
+    return *(Split(p.data, np.asarray(p.targets, np.int64)) for p in parts), parts[0].classes
+
+
+def read_npz(file: Path):
+    """An .npz of train_images, train_labels, test_images, test_labels (and perhaps classes)."""
+    if not file.is_file():
+        raise DataError(f"{file}: no such .npz file (--data_dir names it)")
+    try:
+        with np.load(file, allow_pickle=False) as stored:
+            missing = [name for name in ARRAYS if name not in stored]
+            if missing:
+                raise DataError(f"{file}: holds no {', '.join(missing)}")
+            arrays = {name: stored[name] for name in ARRAYS}
+            classes = [str(c) for c in stored["classes"]] if "classes" in stored else None
+    except (OSError, ValueError, EOFError, BadZipFile) as fault:
+        raise DataError(f"{file}: damaged, or no .npz of arrays ({str(fault)[:80]})") from None
+    splits = []
+    for part in ("train", "test"):
+        images, labels = arrays[f"{part}_images"], arrays[f"{part}_labels"]
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
+            raise DataError(f"{file}: {part}_images is {images.dtype} {images.shape}, "
+                            "not uint8 (N, height, width, 3)")
+        if not len(images) or labels.shape != (len(images),) or labels.dtype.kind not in "iu":
+            raise DataError(f"{file}: {part}_labels {labels.dtype} {labels.shape} do not fit "
+                            f"{len(images)} images")
+        splits.append(Split(images, labels.astype(np.int64)))
+    count = len(classes) if classes else int(splits[0].labels.max()) + 1
+    for part, split in zip(("train", "test"), splits, strict=True):
+        if split.labels.min() < 0 or split.labels.max() >= count:
+            raise DataError(f"{file}: {part}_labels run from {split.labels.min()} to "
+                            f"{split.labels.max()}, beyond the {count} classes")
+    return *splits, classes or [str(c) for c in range(count)]
+
+
+def list_classes(folder: Path) -> dict[str, list[Path]]:
+    """Image files of each class folder, sorted. Raises DataError for what is absent or empty."""
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder")
+    classes = {sub.name: sorted(f for f in sub.rglob("*") if f.suffix.lower() in SUFFIXES)
+               for sub in sorted(folder.iterdir()) if sub.is_dir() and sub.name[0] != "."}
+    if not classes:
+        raise DataError(f"{folder}: holds no class folders")
+    for name, files in classes.items():
+        if not files:
+            raise DataError(f"{folder / name}: a class without images")
+    return classes
+
+
+def read_folder(place: Path, image_size: int | None):
+    """train/<class>/* and test/<class>/* (or val/<class>/*)."""
+    train = list_classes(place / "train")
+    part = "test" if (place / "test").is_dir() else "val"
+    test, names = list_classes(place / part), list(train)
+    unknown = sorted(set(test) - set(names))
+    if unknown:
+        raise DataError(f"{place / part / unknown[0]}: a class that {place / 'train'} lacks")
+    splits = []
+    for classes in (train, test):
+        files = [(f, names.index(name)) for name, members in classes.items() for f in members]
+        splits.append(decode_files(files, image_size))
+        image_size = splits[0].images.shape[1]              # test images follow the training ones
+    return *splits, names
+
+
+def read_tiny_imagenet(place: Path, image_size: int):
+    """tiny-imagenet-200 as unzipped: val/ by its annotation file, or sorted into class folders."""
+    place = place / "tiny-imagenet-200" if (place / "tiny-imagenet-200").is_dir() else place
+    train = list_classes(place / "train")
+    names, notes = list(train), place / "val" / "val_annotations.txt"
+    if notes.is_file():
+        rows = [line.split("\t") for line in notes.read_text().splitlines() if line.strip()]
+        wrong = [row[0] for row in rows if len(row) < 2 or row[1] not in train]
+        if wrong or not rows:
+            reason = f"a class unknown to train/ at {wrong[0]}" if wrong else "empty"
+            raise DataError(f"{notes}: {reason}")
+        test = [(place / "val" / "images" / row[0], names.index(row[1])) for row in rows]
+    else:
+        test = [(f, names.index(name)) for name, members in list_classes(place / "val").items()
+                if name in train for f in members]
+        if not test:
+            raise DataError(f"{notes}: missing, and val/ holds no class folder of train/")
+    files = [(f, names.index(name)) for name, members in train.items() for f in members]
+    words = place / "words.txt"
+    titles = dict(line.split("\t", 1) for line in words.read_text().splitlines()
+                  if "\t" in line) if words.is_file() else {}
+    return (decode_files(files, image_size), decode_files(test, image_size),
+            [titles.get(name, name).split(",")[0] for name in names])
+
+
+def decode_files(files: list[tuple[Path, int]], image_size: int | None) -> Split:
+    """Decodes image files in threads. image_size None: the size all of them share, squares."""
+    def decode(file: Path) -> np.ndarray:
+        try:
+            with Image.open(file) as image:
+                image = image.convert("RGB")
+        except (OSError, ValueError, SyntaxError) as fault:
+            raise DataError(f"{file}: not a readable image ({fault})") from None
+        if image_size and image.size != (image_size, image_size):
+            image = TF.center_crop(TF.resize(image, image_size, antialias=True), [image_size] * 2)
+        return np.asarray(image)
+
+    first = decode(files[0][0])
+    if not image_size and first.shape[0] != first.shape[1]:
+        raise DataError(f"{files[0][0]}: {first.shape[1]}×{first.shape[0]} pixels; give "
+                        "--image_size to make the images squares of one size")
+    images = np.empty((len(files), *first.shape), np.uint8)
+
+    def place(i: int):
+        image = decode(files[i][0])
+        if image.shape != first.shape:
+            raise DataError(f"{files[i][0]}: {image.shape[1]}×{image.shape[0]} pixels, others "
+                            f"{first.shape[1]}×{first.shape[0]}; give --image_size")
+        images[i] = image
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        bar = tqdm(pool.map(place, range(len(files))), total=len(files), desc="decoding",
+                   leave=False, disable=runtime.rank() != 0 or len(files) < 5000, mininterval=1)
+        for _ in bar:
+            pass
+    return Split(images, np.array([label for _, label in files], np.int64))
+
+
+def balanced(split: Split, per_class: int, classes: list[str], generator, flag: str):
+    """Takes `per_class` images of each class at random: (taken Split, the rest).
+
+    Raises DataError when a class has fewer; `flag` is named in its message.
+    """
+    order = torch.randperm(len(split.labels), generator=generator).numpy()
+    taken = []
+    for c, name in enumerate(classes):
+        members = order[split.labels[order] == c]
+        if len(members) < per_class:
+            raise DataError(f"{flag} {per_class}: class {name} has only {len(members)} images left")
+        taken.append(members[:per_class])
+    taken = np.sort(np.concatenate(taken))
+    return split.take(taken), split.take(np.setdiff1d(np.arange(len(split.labels)), taken))
+
+
+def fingerprint(*splits: Split) -> str:
+    """A short digest of labels and of a sample of pixels: tells when data changed between runs."""
+    digest = hashlib.blake2b(digest_size=8)
+    for split in splits:
+        digest.update(repr(split.images.shape).encode())
+        digest.update(split.labels.tobytes())
+        digest.update(np.ascontiguousarray(split.images[:: max(1, len(split.images) // 64)]))
+    return digest.hexdigest()
