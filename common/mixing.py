@@ -1,0 +1,95 @@
+"""Mixup, CutMix, soft targets and their losses; the random draws they share.
+
+Draws come from a CPU `torch.Generator` and are arguments of the mixing functions, which are pure:
+the same draws give the same result on every device. Nothing here waits for the device.
+"""
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def draw_perm(n: int, generator: torch.Generator) -> Tensor:
+    """Partners: a random permutation (n,); image i is mixed with image perm[i]."""
+    return torch.randperm(n, generator=generator)
+
+
+def draw_lambda(alpha: float, generator: torch.Generator, n: int | None = None) -> Tensor:
+    """Share of the first image, Beta(alpha, alpha): a float32 scalar, or (n,) with `n` given.
+
+    `alpha` <= 0 means no mixing: 1.
+    """
+    shape = () if n is None else (n,)
+    if alpha <= 0:
+        return torch.ones(shape)
+    concentration = torch.full((*shape, 2), alpha, dtype=torch.float64)
+    return torch._sample_dirichlet(concentration, generator)[..., 0].float()
+
+
+def draw_centre(height: int, width: int, generator: torch.Generator, n: int | None = None
+                ) -> Tensor:
+    """Centres (y, x) of CutMix boxes in pixels, uniform over the image: (2,), or (n, 2)."""
+    shape = (2,) if n is None else (n, 2)
+    return torch.rand(shape, generator=generator) * torch.tensor([height, width])
+
+
+def per_image(values: float | Tensor, images: Tensor) -> Tensor:
+    """A number, scalar tensor or (B,) tensor as float32 (B,) on the images' device."""
+    values = torch.as_tensor(values)
+    if values.ndim:                # a CPU scalar multiplies device tensors without a copy
+        values = values.to(images.device, non_blocking=True)
+    return torch.ones(len(images), device=images.device) * values.float()
+
+
+def mixup(images: Tensor, perm: Tensor, lam: float | Tensor) -> tuple[Tensor, Tensor]:
+    """Mixup (Zhang et al. 2018): lam·x + (1 - lam)·x[perm].
+
+    `images` (B, ...) in any range, also hidden activations; `perm` (B,); `lam` in [0, 1], a scalar
+    or (B,). Returns the mixed images and ratio (B,), the weight of the first image's label.
+    """
+    perm = perm.to(images.device, non_blocking=True)
+    ratio = per_image(lam, images)
+    weight = ratio.to(images.dtype).view(-1, *[1] * (images.ndim - 1))
+    return images * weight + images[perm] * (1 - weight), ratio
+
+
+def cutmix(images: Tensor, perm: Tensor, centre: Tensor, lam: float | Tensor
+           ) -> tuple[Tensor, Tensor]:
+    """CutMix (Yun et al. 2019): a box of x[perm], sqrt(1 - lam) of each side, is pasted into x.
+
+    `images` (B, C, H, W) in any range; `perm` (B,); `centre` (y, x) of the box in pixels, (2,) or
+    (B, 2); `lam` in [0, 1], a scalar or (B,). The box is clipped to the image and its edges are
+    truncated to whole pixels. Returns the mixed images and ratio (B,), the exact share of pixels
+    that stay.
+    """
+    centre = centre.to(images.device, non_blocking=True)
+    cut = (1 - per_image(lam, images)).sqrt()                # share of each side
+    inside = []
+    for axis, length in enumerate(images.shape[-2:]):
+        half, grid = cut * length / 2, torch.arange(length, device=images.device)
+        low = (centre[..., axis] - half).clamp(0, length).floor()[:, None]
+        high = (centre[..., axis] + half).clamp(0, length).floor()[:, None]
+        inside.append((low <= grid) & (grid < high))
+    box = inside[0][:, :, None] & inside[1][:, None, :]      # (B, H, W)
+    mixed = torch.where(box[:, None], images[perm.to(device, non_blocking=True)], images)
+    return mixed, 1 - box.float().mean((1, 2))
+
+
+def soft_targets(labels: Tensor, perm: Tensor, ratio: Tensor, num_classes: int) -> Tensor:
+    """Targets (B, num_classes): `ratio` (B,) on `labels` (B,), the rest on `labels[perm]`."""
+    first = F.one_hot(labels, num_classes).float()
+    return mixup(first, perm, ratio)[0]
+
+
+def softmax_bce(logits: Tensor, targets: Tensor) -> Tensor:
+    """Binary cross entropy of the softmax probabilities, mean over all B·C entries; a scalar.
+
+    `logits` and `targets` (B, C), targets in [0, 1]. Logarithms are clamped at -100; computed in
+    float32, also under autocast. SAGE, Puzzle Mix and Co-Mixup train with it.
+    """
+    with torch.autocast(logits.device.type, enabled=False):
+        return F.binary_cross_entropy(logits.float().softmax(1), targets.float())
+
+
+def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross entropy of `logits` (B, C) against probabilities `targets` (B, C); mean over B."""
+    return F.cross_entropy(logits.float(), targets.float())

@@ -1,0 +1,117 @@
+"""common.mixing against the recorded originals, and the properties that every use relies on."""
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import Golden, golden_cases
+
+from common import mixing
+
+CASES = pytest.mark.parametrize("path", golden_cases("sage", "cutmix_mixup_manifold"))
+
+
+@CASES
+def test_cutmix_golden(path, device):
+    case = Golden(path)
+    images = case.tensor("x", device)
+    for cut in ("cut0", "cut1", "cut2"):
+        perm = case.tensor(f"{cut}_perm")
+        centre = torch.stack([case.tensor(f"{cut}_rx_f64"), case.tensor(f"{cut}_ry_f64")])
+        mixed, ratio = mixing.cutmix(images, perm, centre, case.tensor(f"{cut}_lam_f64"))
+        h0, h1, w0, w1 = case[f"{cut}_box_h0h1w0w1"]
+        expected = images.clone()
+        expected[:, :, h0:h1, w0:w1] = images[perm.to(device)][:, :, h0:h1, w0:w1]
+        assert torch.equal(mixed, expected)
+        torch.testing.assert_close(ratio, case.tensor(f"{cut}_ratio", device))
+        if f"{cut}_mixed" in case:
+            assert torch.equal(mixed, case.tensor(f"{cut}_mixed", device))
+
+
+@CASES
+@pytest.mark.parametrize("kind, source", [("inp", "x"), ("man", "man_h")])
+def test_mixup_golden(path, kind, source, device):
+    case = Golden(path)
+    perm = case.tensor(f"{kind}_perm")
+    mixed, ratio = mixing.mixup(case.tensor(source, device), perm, case.tensor(f"{kind}_lam_f64"))
+    targets = mixing.soft_targets(case.tensor("y", device), perm, ratio, 100)
+    torch.testing.assert_close(mixed, case.tensor(f"{kind}_mixed", device), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(targets, case.tensor(f"{kind}_target", device))
+
+
+@pytest.mark.parametrize("shape", [(5, 3, 12, 20), (5, 1, 9, 7)])
+def test_draws_per_image(shape, device):
+    """(B,) lambdas and (B, 2) centres mix every image as a scalar draw mixes it alone."""
+    generator = torch.Generator().manual_seed(3)
+    images = torch.randn(shape, generator=generator).to(device)
+    perm = mixing.draw_perm(5, generator)
+    lam = mixing.draw_lambda(1.0, generator, 5)
+    centre = mixing.draw_centre(*shape[2:], generator, 5)
+    for i in range(5):
+        for every, alone in ((mixing.mixup(images, perm, lam), mixing.mixup(images, perm, lam[i])),
+                             (mixing.cutmix(images, perm, centre, lam),
+                              mixing.cutmix(images, perm, centre[i], lam[i]))):
+            assert torch.equal(every[0][i], alone[0][i])
+            assert every[1][i] == alone[1][i] and every[1].shape == alone[1].shape == (5,)
+
+
+def test_cutmix_extremes(device):
+    images, perm = torch.randn(4, 3, 8, 8, device=device), torch.tensor([1, 2, 3, 0])
+    kept, ratio = mixing.cutmix(images, perm, torch.tensor([4.0, 4.0]), 1.0)
+    assert torch.equal(kept, images) and ratio.tolist() == [1] * 4
+    swapped, ratio = mixing.cutmix(images, perm, torch.tensor([4.0, 4.0]), 0.0)
+    assert torch.equal(swapped, images[perm]) and ratio.tolist() == [0] * 4
+
+
+def test_dtypes(device):
+    images = torch.randn(4, 3, 8, 8, device=device).bfloat16()
+    perm, lam = torch.tensor([1, 2, 3, 0]), torch.full((4,), 0.3)
+    for mixed, ratio in (mixing.mixup(images, perm, lam), mixing.mixup(images, perm, 0.3),
+                         mixing.cutmix(images, perm, torch.tensor([4.0, 4.0]), lam)):
+        assert mixed.dtype == torch.bfloat16 and ratio.dtype == torch.float32
+
+
+def test_softmax_bce(device):
+    """As torch's BCELoss on the softmax, also where it saturates, and in float32 under autocast."""
+    generator = torch.Generator().manual_seed(0)
+    logits = (torch.randn(6, 10, generator=generator) * 5).to(device)
+    logits[0, 0] = 400                                       # the other probabilities become 0
+    targets = torch.rand(6, 10, generator=generator).softmax(1).to(device)
+    p = logits.double().softmax(1)
+    log = torch.log(p).clamp(-100), torch.log(1 - p).clamp(-100)
+    expected = -(targets * log[0] + (1 - targets) * log[1]).mean().float()
+    torch.testing.assert_close(mixing.softmax_bce(logits, targets), expected, rtol=1e-4, atol=1e-6)
+    with torch.autocast(device.type, torch.bfloat16):
+        loss = mixing.softmax_bce(logits.requires_grad_(), targets)
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-6)
+    assert torch.autograd.grad(loss, logits)[0].isfinite().all()
+
+
+def test_soft_cross_entropy(device):
+    logits, labels = torch.randn(6, 10, device=device), torch.arange(6, device=device)
+    perm, ratio = torch.tensor([1, 2, 3, 4, 5, 0]), torch.linspace(0, 1, 6, device=device)
+    each = (ratio * F.cross_entropy(logits, labels, reduction="none")
+            + (1 - ratio) * F.cross_entropy(logits, labels.roll(-1), reduction="none"))
+    loss = mixing.soft_cross_entropy(logits, mixing.soft_targets(labels, perm, ratio, 10))
+    torch.testing.assert_close(loss, each.mean())
+
+
+@pytest.mark.parametrize("alpha", [0.2, 1.0, 2.0])
+def test_draw_lambda(alpha):
+    """Moments of Beta(a, a): mean 1/2, variance 1 / (4 (2a + 1)); the same seed, the same draw."""
+    lam = mixing.draw_lambda(alpha, torch.Generator().manual_seed(1), 40000)
+    assert abs(lam.mean() - 0.5) < 0.01
+    assert abs(lam.var() - 1 / (4 * (2 * alpha + 1))) < 0.004
+    assert lam.dtype == torch.float32 and 0 <= lam.min() and lam.max() <= 1
+    one = mixing.draw_lambda(alpha, torch.Generator().manual_seed(7))
+    assert one.shape == () and one == mixing.draw_lambda(alpha, torch.Generator().manual_seed(7))
+
+
+def test_draws_without_mixing():
+    generator = torch.Generator().manual_seed(0)
+    assert mixing.draw_lambda(0, generator) == 1
+    assert mixing.draw_lambda(-1, generator, 3).tolist() == [1, 1, 1]
+
+
+def test_draw_centre():
+    centre = mixing.draw_centre(10, 40, torch.Generator().manual_seed(0), 5000)
+    assert (centre.amax(0) <= torch.tensor([10, 40])).all() and (centre >= 0).all()
+    torch.testing.assert_close(centre.mean(0), torch.tensor([5.0, 20.0]), rtol=0.03, atol=0)
