@@ -70,7 +70,7 @@ def cutmix(images: Tensor, perm: Tensor, centre: Tensor, lam: float | Tensor
         high = (centre[..., axis] + half).clamp(0, length).floor()[:, None]
         inside.append((low <= grid) & (grid < high))
     box = inside[0][:, :, None] & inside[1][:, None, :]      # (B, H, W)
-    mixed = torch.where(box[:, None], images[perm.to(device, non_blocking=True)], images)
+    mixed = torch.where(box[:, None], images[perm.to(images.device, non_blocking=True)], images)
     return mixed, 1 - box.float().mean((1, 2))
 
 
