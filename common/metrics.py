@@ -67,3 +67,42 @@ def expected_calibration_error(logits: torch.Tensor, labels: torch.Tensor, bins:
     """ECE as a fraction in [0, 1]: the bins' |accuracy - confidence| weighed by their counts."""
     confidence, accuracy, count = reliability_bins(logits, labels, bins)
     return float(((accuracy - confidence).abs() * count).sum() / count.sum())
+
+
+class EpochSums:
+    """Loss and hits of one epoch's training steps, kept on the device without waiting for it."""
+
+    def __init__(self, steps: int, device, saved=None):
+        self.losses = torch.zeros(steps, device=device)
+        self.hits = torch.zeros(2, dtype=torch.float64, device=device)      # right, seen
+        self.checked = 0
+        if saved:                       # means and totals of all ranks, from `state`
+            self.losses[:len(saved["losses"])] = torch.tensor(saved["losses"])
+            self.hits[:] = torch.tensor(saved["hits"]) * (runtime.rank() == 0)
+
+    def add(self, step: int, loss: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor):
+        """Notes a step's loss and its hits on labels (B,) among logits (B, C)."""
+        self.losses[step] = loss.detach()
+        self.hits[0] += (logits.detach().argmax(1) == labels).sum()
+        self.hits[1] += len(labels)
+
+    def check(self, step: int, epoch: int):
+        """Raises RunError naming the first step up to `step` whose loss is not a finite number."""
+        bad = (~torch.isfinite(self.losses[self.checked:step + 1])).nonzero()
+        if len(bad):
+            first = self.checked + int(bad[0])
+            raise runtime.RunError(
+                f"the loss became {self.losses[first].item()} at epoch {epoch}, step {first}; "
+                "nothing was saved after the last good checkpoint; a lower learning rate may help")
+        self.checked = step + 1
+
+    def state(self, steps: int) -> dict:
+        """What a checkpoint inside the epoch keeps; every rank must ask at the same step."""
+        losses = runtime.total(self.losses[:steps]) / runtime.world()
+        return {"losses": losses.tolist(), "hits": runtime.total(self.hits).tolist()}
+
+    def result(self, steps: int) -> tuple[float, float]:
+        """Mean loss and accuracy in % over the first `steps` steps of all ranks."""
+        sums = torch.cat([self.losses[:steps].double().sum()[None], self.hits])
+        loss, right, seen = runtime.total(sums).tolist()
+        return loss / (steps * runtime.world()), 100 * right / max(seen, 1)

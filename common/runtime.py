@@ -127,6 +127,19 @@ def setup(args) -> torch.device:
     return device
 
 
+def use_gpus(count: int):
+    """Restarts this program under torchrun on `count` GPUs of this machine, if count is above 1.
+
+    Does nothing under torchrun, or without a GPU. Raises RunError if there are fewer GPUs.
+    """
+    if count <= 1 or "RANK" in os.environ or not torch.cuda.is_available():
+        return
+    if count > torch.cuda.device_count():
+        raise RunError(f"{count} GPUs asked for, {torch.cuda.device_count()} are there")
+    os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                              f"--nproc_per_node={count}", *sys.argv])
+
+
 def tune_cpu_memory():
     """Keeps freed buffers in the process: glibc's page faults cost more than the arithmetic.
 

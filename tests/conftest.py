@@ -15,9 +15,10 @@ torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def golden_cases(paper: str, prefix: str) -> list:
-    """Golden files of one case as pytest parameters: the project's own, and ../shared's if there."""
+    """Golden files of one case as pytest parameters: our own, and those of ../shared if there."""
     folders = [ROOT / "tests" / "golden" / paper, SHARED / "golden" / paper]
-    files = {path.name: path for folder in reversed(folders) for path in folder.glob(f"{prefix}*")}
+    files = {path.name: path for folder in reversed(folders)
+             for path in folder.glob(f"{prefix}*")}
     assert files, f"no golden file {paper}/{prefix}*"
     return [pytest.param(path, id=name.rsplit(".", 1)[0]) for name, path in sorted(files.items())]
 

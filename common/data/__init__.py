@@ -34,7 +34,7 @@ def load(dataset: str, data_dir: str, *, batch_size: int, device, seed: int = 0,
          loader: str = "auto", image_size: int | None = None, padding: int | None = None,
          flip: bool | None = None, labels_per_class: int | None = None,
          valid_labels_per_class: int = 0, mean=None, std=None, transform=None,
-         transform_first: bool = False, drop_last: bool = False):
+         transform_first: bool = False, drop_last: bool = False, workers: int = 2):
     """Training batches, test batches and Info of a data set.
 
     Batches yield images (B, 3, H, W) float32, normalised, and labels (B,) int64, on `device`.
@@ -42,9 +42,10 @@ def load(dataset: str, data_dir: str, *, batch_size: int, device, seed: int = 0,
     the image before a random crop (default 2 up to 32 pixels a side, else 4); flip: random
     horizontal flips (default: all sets but digits). transform(images uint8, generator): a
     further augmentation of training batches, before normalisation and after the crop
-    (transform_first: before flip and crop). Raises DataError for data that are not there.
+    (transform_first: before flip and crop). workers: threads that decode files or run DALI.
+    Raises DataError for data that are not there.
     """
-    train, test, classes = sets.read(dataset, data_dir, image_size)
+    train, test, classes = sets.read(dataset, data_dir, image_size, max(1, workers))
     generator = torch.Generator().manual_seed(runtime.seed_of(seed, "subset"))
     valid = None
     if valid_labels_per_class:
@@ -60,7 +61,7 @@ def load(dataset: str, data_dir: str, *, batch_size: int, device, seed: int = 0,
     common = {"batch_size": batch_size, "device": device, "mean": mean, "std": std}
     batches = Batches(train.images, train.labels, seed=seed, padding=padding, flip=flip,
                       transform=transform, transform_first=transform_first, drop_last=drop_last,
-                      loader=loader, **common)
+                      loader=loader, workers=max(1, workers), **common)
     info = Info(dataset, len(classes), size, tuple(mean), tuple(std), classes, len(train.labels),
                 len(test.labels), sets.fingerprint(train, test),
                 Batches(valid.images, valid.labels, **common) if valid else None)

@@ -21,7 +21,7 @@ class Batches:
 
     def __init__(self, images, labels, *, batch_size, device, mean, std, seed=None, padding=0,
                  flip=False, transform=None, transform_first=False, drop_last=False,
-                 loader="auto"):
+                 loader="auto", workers=2):
         self.batch_size, self.device, self.seed = batch_size, device, seed
         self.padding, self.flip = padding, flip
         self.transform, self.transform_first = transform, transform_first
@@ -30,6 +30,7 @@ class Batches:
         if not self.steps:
             raise runtime.DataError(f"--batch_size {batch_size} is more than the "
                                     f"{self.count} training images")
+        self.workers = workers
         self.dali = loader == "dali"        # auto: gathering in memory measures faster than DALI
         self.labels = torch.as_tensor(labels, device=device)
         self.mean = torch.tensor(mean, device=device).view(1, 3, 1, 1)
@@ -128,7 +129,7 @@ class Batches:
         border = 2 * self.padding
         on_gpu = self.device.type == "cuda"
 
-        @pipeline_def(batch_size=-(-self.batch_size // runtime.world()), num_threads=2,
+        @pipeline_def(batch_size=-(-self.batch_size // runtime.world()), num_threads=self.workers,
                       device_id=self.device.index if on_gpu else None)
         def pipeline():
             images, y, x, mirror = fn.external_source(source, num_outputs=4, batch_info=True)

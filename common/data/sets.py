@@ -1,6 +1,5 @@
 """Which data sets exist and how each is read from disk into memory as uint8 arrays."""
 import hashlib
-import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,23 +40,24 @@ class Split:
         return Split(self.images[index], self.labels[index])
 
 
-def read(name: str, data_dir: str, image_size: int | None):
+def read(name: str, data_dir: str, image_size: int | None, workers: int):
     """Reads a data set: (train Split, test Split, class names).
 
-    image_size resizes (shorter side, centre crop) where the stored images are of another size.
+    image_size resizes (shorter side, centre crop) where the stored images are of another size;
+    `workers` threads decode image files.
     Raises DataError naming the file or folder that is missing, empty or damaged.
     """
     if name == "digits":
         return read_digits(image_size or 32)
     place = Path(data_dir).expanduser()
     if name in ("cifar10", "cifar100"):
-        train, test, classes = read_cifar(name, place)
+        train, test, classes = read_cifar(name, place, workers)
     elif name == "tiny-imagenet-200":
-        return read_tiny_imagenet(place, image_size or 64)
+        return read_tiny_imagenet(place, image_size or 64, workers)
     elif name == "npz":
         train, test, classes = read_npz(place)
     else:
-        return read_folder(place, image_size)
+        return read_folder(place, image_size, workers)
     if image_size and image_size != train.images.shape[1]:
         train, test = (Split(resize(part.images, image_size), part.labels)
                        for part in (train, test))
@@ -84,7 +84,7 @@ def read_digits(size: int):
     return data.take(~test), data.take(test), [str(c) for c in range(10)]
 
 
-def read_cifar(name: str, place: Path):
+def read_cifar(name: str, place: Path, workers: int):
     """CIFAR from <name>.npz, from train/ and test/ folders, or from torchvision's archive.
 
     Where none of them is in `place` the archive is downloaded (its checksum verified before
@@ -97,7 +97,7 @@ def read_cifar(name: str, place: Path):
         if train.images.shape[1:] != (32, 32, 3):
             raise DataError(f"{file}: images of {train.images.shape[1:]}, {name} has (32, 32, 3)")
     elif (archive / "train").is_dir():
-        train, test, classes = read_folder(archive, 32)
+        train, test, classes = read_folder(archive, 32, workers)
     else:
         train, test, classes = read_cifar_archive(name, place)
     if len(classes) != (10 if name == "cifar10" else 100):
@@ -174,7 +174,7 @@ def list_classes(folder: Path) -> dict[str, list[Path]]:
     return classes
 
 
-def read_folder(place: Path, image_size: int | None):
+def read_folder(place: Path, image_size: int | None, workers: int):
     """train/<class>/* and test/<class>/* (or val/<class>/*)."""
     train = list_classes(place / "train")
     part = "test" if (place / "test").is_dir() else "val"
@@ -185,12 +185,12 @@ def read_folder(place: Path, image_size: int | None):
     splits = []
     for classes in (train, test):
         files = [(f, names.index(name)) for name, members in classes.items() for f in members]
-        splits.append(decode_files(files, image_size))
+        splits.append(decode_files(files, image_size, workers))
         image_size = splits[0].images.shape[1]              # test images follow the training ones
     return *splits, names
 
 
-def read_tiny_imagenet(place: Path, image_size: int):
+def read_tiny_imagenet(place: Path, image_size: int, workers: int):
     """tiny-imagenet-200 as unzipped: val/ by its annotation file, or sorted into class folders."""
     place = place / "tiny-imagenet-200" if (place / "tiny-imagenet-200").is_dir() else place
     train = list_classes(place / "train")
@@ -211,11 +211,11 @@ def read_tiny_imagenet(place: Path, image_size: int):
     words = place / "words.txt"
     titles = dict(line.split("\t", 1) for line in words.read_text().splitlines()
                   if "\t" in line) if words.is_file() else {}
-    return (decode_files(files, image_size), decode_files(test, image_size),
+    return (decode_files(files, image_size, workers), decode_files(test, image_size, workers),
             [titles.get(name, name).split(",")[0] for name in names])
 
 
-def decode_files(files: list[tuple[Path, int]], image_size: int | None) -> Split:
+def decode_files(files: list[tuple[Path, int]], image_size: int | None, workers: int) -> Split:
     """Decodes image files in threads. image_size None: the size all of them share, squares."""
     def decode(file: Path) -> np.ndarray:
         try:
@@ -240,7 +240,7 @@ def decode_files(files: list[tuple[Path, int]], image_size: int | None) -> Split
                             f"{first.shape[1]}×{first.shape[0]}; give --image_size")
         images[i] = image
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(workers) as pool:
         bar = tqdm(pool.map(place, range(len(files))), total=len(files), desc="decoding",
                    leave=False, disable=runtime.rank() != 0 or len(files) < 5000, mininterval=1)
         for _ in bar:

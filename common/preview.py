@@ -1,0 +1,44 @@
+"""The picture of a mixed batch: first images, partners, mixed images, shares of their labels."""
+from pathlib import Path
+
+import torch
+
+from common.data.batches import pixels
+from common.runlog import INK, save_figure
+
+MUTED = "#75746e"
+
+
+def shares(target: torch.Tensor, classes: list[str], most: int = 3) -> str:
+    """'63 % cat\\n37 % dog' of one soft target (num_classes,)."""
+    values, index = target.float().cpu().topk(min(most, len(target)))
+    return "\n".join(f"{100 * v:.0f} % {classes[i][:16]}" for v, i in
+                     zip(values.tolist(), index.tolist(), strict=True) if v >= 0.005)
+
+
+def draw(path, title: str, rows: dict, targets: torch.Tensor, info, columns: int = 8) -> Path:
+    """Writes a PNG with one row of pictures per entry of `rows` and label shares below the last.
+
+    rows: name -> images (B, 3, H, W), normalised, or maps (B, H, W) drawn in grey from their own
+    minimum to their maximum; targets (B, num_classes) belong to the last row. info: Info of the
+    data set (mean, std, class names).
+    """
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    columns = min(columns, len(targets))
+    figure, axes = plt.subplots(len(rows), columns, squeeze=False, layout="constrained",
+                                figsize=(1.25 * columns + 0.3, 1.32 * len(rows) + 0.75))
+    for line, (name, batch) in zip(axes, rows.items(), strict=True):
+        batch = batch[:columns].float()
+        shown = pixels(batch, info.mean, info.std) if batch.ndim == 4 else batch.cpu().numpy()
+        for axis, image in zip(line, shown, strict=True):
+            axis.imshow(image, cmap="gray", interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+            axis.spines[:].set_visible(False)
+        line[0].set_ylabel(name, fontsize=9, color=INK)
+    for axis, target in zip(axes[-1], targets, strict=False):
+        axis.set_xlabel(shares(target, info.classes), fontsize=7, color=MUTED)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=10, color=INK)
+    save_figure(figure, path)
+    return Path(path)

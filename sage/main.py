@@ -1,0 +1,498 @@
+#!/usr/bin/env python3
+"""SAGE (Ma et al., AAAI 2022) and the methods it is compared with, in one program:
+vanilla, input (Mixup), manifold, cutmix, saliencymix, puzzle, comix, sage.
+
+a CPU trial       python sage/main.py --dataset digits --method sage --initial_channels 16 --epochs 10
+one GPU           python sage/main.py --dataset cifar100 --data_dir data --method sage --amp bf16
+eight GPUs        torchrun --nproc_per_node=8 sage/main.py --dataset cifar100 --method sage
+two machines      torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d \\
+                      --rdzv_endpoint=HOST:29500 sage/main.py --dataset cifar100 --method sage
+
+--batch_size counts the images of a step over all processes.
+"""
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+import torch.nn.functional as F
+
+from common import checkpoint, data, metrics, models, preview, runlog, runtime
+from common.mixing import (
+    cutmix,
+    draw_centre,
+    draw_lambda,
+    draw_perm,
+    mixup,
+    soft_targets,
+    softmax_bce,
+)
+from common.runtime import add_boolean
+from sage import comixup, puzzlemix, saliencymix
+from sage.rearrange import draw_offsets, gradient_saliency, sage_mix
+
+METHODS = ["vanilla", "input", "manifold", "cutmix", "saliencymix", "puzzle", "comix", "sage"]
+PREACT = {"arch": "preactresnet18", "learning_rate": 0.2, "schedule": [100, 200]}
+
+
+def method_defaults(method: str, dataset: str) -> dict:
+    """What a method (and the size of its images) sets unless the command line says otherwise."""
+    tiny = dataset == "tiny-imagenet-200"
+    return {
+        "input": {"mixup_alpha": 0.2 if tiny else 1.0},
+        "manifold": {"mixup_alpha": 0.2 if tiny else 2.0},
+        "cutmix": {"mixup_alpha": 0.2 if tiny else 1.0},
+        "puzzle": {"clean_lam": 1.0 if tiny else 0.0, "t_size": -1 if tiny else 4},
+        "comix": {"mixup_alpha": 2.0, "clean_lam": 1.0, "workers": 0, **PREACT},
+    }.get(method, {})
+
+
+# ------------------------------------------------------------------------------------------ flags
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument_group("data, network and schedule").add_argument
+    add("--dataset", choices=data.NAMES, default="cifar10")
+    add("--data_dir", default="data", help="folder (or .npz file) of the data set")
+    add("--root_dir", default="experiments", help="where the run's folder is made")
+    add("--labels_per_class", type=runtime.positive, default=None,
+        help="training images of each class (default: all)")
+    add("--valid_labels_per_class", type=int, default=0,
+        help="training images of each class set aside; best.pt is then chosen on these")
+    add("--arch", choices=models.MANIFOLD_NAMES, default="wrn28_10")
+    add("--initial_channels", type=runtime.positive, default=None,
+        help="channels of the first layer, scales all widths (default: the network's own)")
+    add("--epochs", type=runtime.positive, default=300)
+    add("--batch_size", type=runtime.positive, default=100, help="over all processes")
+    add("--learning_rate", type=float, default=0.1)
+    add("--momentum", type=float, default=0.9, help="Nesterov's")
+    add("--decay", type=float, default=1e-4, help="weight decay")
+    add("--schedule", type=int, nargs="+", default=[150, 225], help="epochs of the LR changes")
+    add("--gammas", type=float, nargs="+", default=[0.1, 0.1], help="LR factors at these epochs")
+    add_boolean(parser, "--dropout", False, "dropout 0.5 before the last layer")
+    add("--ngpu", type=int, default=1, help="0: CPU; above 1: restarts itself under torchrun")
+    add("--workers", type=int, default=2, help="threads that decode image files")
+    add("--seed", type=int, default=0)
+    add("--start_epoch", type=int, default=None, help="first epoch (default: 0, or --resume's)")
+    add("--print_freq", type=runtime.positive, default=100, help="steps between log lines")
+    add("--add_name", "--tag", default="", help="suffix of the run's folder")
+    add("--job_id", type=int, default=0, help="suffix of the run's folder")
+    add_boolean(parser, "--log_off", False, "write no files")
+
+    add = parser.add_argument_group("method").add_argument
+    add("--method", choices=METHODS, default=None,
+        help="(default: what --train, --box, --graph and --comix say, else vanilla)")
+    add("--train", choices=["vanilla", "mixup", "mixup_hidden", "sage"], default=None,
+        help="the method in the originals' older words; likewise:")
+    add_boolean(parser, "--box", None, "CutMix")
+    add_boolean(parser, "--graph", None, "Puzzle Mix")
+    add_boolean(parser, "--comix", None, "Co-Mixup")
+    add("--mixup_alpha", type=float, default=1.0, help="Beta (comix: Dirichlet) parameter")
+    add_boolean(parser, "--in_batch", False, "one lambda per image instead of one per batch")
+    add("--prob_mix", type=float, default=1.0, help="fraction of the batch that is mixed")
+    add("--mix_schedule", choices=["fixed", "scheduled", "delayed"], default="fixed",
+        help="prob_mix over the epochs: constant, growing until, or zero before:")
+    add("--mix_scheduled_epoch", type=int, default=300)
+    add("--mp", type=int, default=8, help="threads of the graph cuts, 0: none")
+    add("--solver", choices=["auto", "gco", "device"], default="auto",
+        help="graph cuts by gco on the CPU, or batched on the device")
+
+    add = parser.add_argument_group("sage").add_argument
+    add("--blur_sigma", type=float, default=1.0, help="saliency blur, pixels")
+    add("--kernel_size", type=int, default=5, help="saliency blur, pixels, odd")
+    add_boolean(parser, "--eval_mode", False, "saliency pass in eval mode")
+    add("--rand_pos", type=float, default=0.5, help="fraction of all offsets that are tried")
+    add("--update_ratio", type=float, default=1.0, help="weight of the mixed loss; rest: clean")
+    add("--upper_lambda", type=float, default=1.0, help="multiplies the drawn lambda")
+
+    add = parser.add_argument_group("puzzle").add_argument
+    add("--neigh_size", type=int, default=4, help="cell of the pairwise colour term, pixels")
+    add("--n_labels", type=int, choices=[2, 3, 4], default=3, help="mask levels")
+    add("--beta", type=float, default=1.2, help="label smoothness")
+    add("--gamma", type=float, default=0.5, help="data local smoothness")
+    add("--eta", type=float, default=0.2, help="prior weight")
+    add_boolean(parser, "--transport", True, "move the blocks")
+    add("--t_eps", type=float, default=0.8, help="cost of moving")
+    add("--t_size", type=int, default=-1, help="side of a moved block, pixels; -1: the mask's")
+    add("--adv_p", type=float, default=0.0, help="probability of adversarial noise")
+    add("--adv_eps", type=float, default=10.0, help="noise ball, in 1/255")
+    add("--clean_lam", type=float, default=0.0, help="weight of the clean loss (also comix)")
+
+    add = parser.add_argument_group("comix").add_argument
+    add("--m_block_num", type=int, default=4, help="blocks a side, -1: 2, 4, 8 or 16 at random")
+    add("--m_part", type=runtime.positive, default=20, help="images mixed with one another")
+    add("--m_beta", type=float, default=0.32, help="label smoothness")
+    add("--m_gamma", type=float, default=1.0, help="diversity")
+    add("--m_thres", type=float, default=0.83, help="over-penalty threshold, share of blocks")
+    add("--m_thres_type", choices=["soft", "hard"], default="hard")
+    add("--m_eta", type=float, default=0.05, help="prior weight")
+    add("--m_omega", type=float, default=0.001, help="compatibility")
+    add_boolean(parser, "--set_resolve", True, "break ties of identical outputs")
+    add("--m_niter", type=runtime.positive, default=4, help="sweeps")
+    add_boolean(parser, "--parallel", True, "parts in threads")
+    runtime.add_flags(parser)
+
+    first, _ = parser.parse_known_args(argv)
+    if first.comix and first.method in (None, "comix"):
+        parser.set_defaults(dataset="cifar100")
+    implied = ("comix" if first.comix else "puzzle" if first.graph else "cutmix" if first.box else
+               {"mixup": "input", "mixup_hidden": "manifold", None: None}.get(first.train,
+                                                                             first.train))
+    if first.method and implied and implied != first.method:
+        parser.error(f"--train, --box, --graph and --comix ask for {implied}, "
+                     f"--method for {first.method}: give one of them")
+    method = first.method or implied or "vanilla"
+    if method == "comix":
+        parser.set_defaults(dataset="cifar100")
+    parser.set_defaults(method=method)
+    parser.set_defaults(**method_defaults(method, parser.parse_known_args(argv)[0].dataset))
+    args = parser.parse_args(argv)
+    args.method = method
+    if len(args.schedule) != len(args.gammas):
+        parser.error(f"--schedule has {len(args.schedule)} epochs, --gammas {len(args.gammas)} "
+                     "factors: give as many of one as of the other")
+    for name, low, high in (("rand_pos", 0, 1), ("update_ratio", 0, 1), ("upper_lambda", 0, 1),
+                            ("prob_mix", 0, 1), ("adv_p", 0, 1), ("m_thres", 0, 1)):
+        if not low <= getattr(args, name) <= high:
+            parser.error(f"--{name} {getattr(args, name)} is not between {low} and {high}")
+    if args.kernel_size < 1 or args.kernel_size % 2 == 0:
+        parser.error(f"--kernel_size {args.kernel_size} is not odd and positive")
+    if args.ngpu < 0:
+        parser.error(f"--ngpu {args.ngpu} is negative")
+    if args.ngpu == 0:
+        args.device = "cpu"
+    return args
+
+
+# ----------------------------------------------------------------------------------------- mixing
+
+class Mixed(NamedTuple):
+    """A batch ready for the network, and what the preview shows of its making."""
+    images: torch.Tensor            # (B, 3, H, W)
+    targets: torch.Tensor           # (B, num_classes)
+    hidden: dict = {}               # manifold: perm, lam and layer of the mixing inside
+    partners: torch.Tensor | None = None
+    saliency: torch.Tensor | None = None
+
+
+def saliency_gradient(net, images, labels, args, scaler):
+    """Gradient of the clean loss with respect to the images, (B, 3, H, W).
+
+    When the clean loss takes part in training (update_ratio < 1, clean_lam > 0) the gradients of
+    the parameters stay, and the mixed loss's are added to them; else they are not computed.
+    """
+    if args.method == "sage":
+        keep, train_mode = args.update_ratio != 1, not args.eval_mode
+    else:
+        keep = train_mode = args.clean_lam > 0
+    net.train(train_mode)
+    images = images.detach().requires_grad_()
+    with runtime.autocast(args, images.device):
+        logits = net(images)
+    if args.method == "sage":
+        loss = softmax_bce(logits, F.one_hot(labels, logits.shape[1]))
+        loss = loss * (1 - args.update_ratio) if keep else loss
+    else:
+        loss = F.cross_entropy(logits.float(), labels)
+        loss = loss * (2 * args.clean_lam / logits.shape[1]) if keep else loss
+    loss = scaler.scale(loss)
+    net.train()
+    if not keep:
+        return torch.autograd.grad(loss, images)[0]
+    loss.backward()
+    return images.grad
+
+
+def mix_batch(net, images, labels, args, info, generator, scaler) -> Mixed:
+    """Mixes a batch by --method; every random number comes from `generator`."""
+    n, (height, width) = len(images), images.shape[-2:]
+    per_image = n if args.in_batch else None
+
+    if args.method == "vanilla":
+        return Mixed(images, F.one_hot(labels, info.num_classes).float())
+
+    if args.method == "comix":
+        draws = comixup.draw_comix(n, args.m_block_num, args.m_part, args.mixup_alpha, generator)
+        saliency = puzzlemix.gradient_magnitude(
+            saliency_gradient(net, images, labels, args, scaler))
+        mixed, targets = comixup.co_mix_batch(
+            images, F.one_hot(labels, info.num_classes).float(), saliency, draws,
+            omega=args.m_omega, beta=args.m_beta, gamma=args.m_gamma, eta=args.m_eta,
+            thres=args.m_thres, thres_type=args.m_thres_type, set_resolve=args.set_resolve,
+            niter=args.m_niter, solver=args.solver, threads=args.mp if args.parallel else 0)
+        return Mixed(mixed, targets, saliency=saliency)
+
+    perm = draw_perm(n, generator)
+    lam = draw_lambda(args.mixup_alpha, generator, per_image)
+    hidden, saliency = {}, None
+
+    if args.method == "sage":
+        lam = args.upper_lambda * (lam if args.mixup_alpha > 0 else torch.tensor(0.5))
+        offsets = draw_offsets(height, width, args.rand_pos, generator)
+        saliency = gradient_saliency(saliency_gradient(net, images, labels, args, scaler),
+                                     args.kernel_size, args.blur_sigma)
+        mixed, ratio = sage_mix(images, saliency, perm, offsets, lam)
+        saliency = saliency[:, 0]
+
+    elif args.method == "puzzle":
+        block_num = puzzlemix.draw_block_num(generator)
+        noisy, adversary = puzzlemix.draw_noise(images, args.adv_p, args.adv_eps, generator,
+                                                mean=info.mean, std=info.std)
+        grad = saliency_gradient(net, noisy, labels, args, scaler)
+        saliency = puzzlemix.gradient_magnitude(grad)
+        mixed, ratio = puzzlemix.puzzle_mix(
+            images, saliency, perm, lam, block_num, beta=args.beta, gamma=args.gamma,
+            eta=args.eta, n_labels=args.n_labels, neigh_size=args.neigh_size,
+            transport=args.transport, t_eps=args.t_eps, t_size=args.t_size, mean=info.mean,
+            std=info.std, solver=args.solver, threads=args.mp, **adversary(grad))
+
+    elif args.method == "saliencymix":
+        mixed, ratio = saliencymix.mix_batch(images, perm, info, generator)
+
+    elif args.method == "cutmix":
+        mixed, ratio = cutmix(images, perm, draw_centre(height, width, generator, per_image), lam)
+
+    elif args.method == "manifold":
+        layer = int(torch.randint(3, (), generator=generator))
+        mixed, ratio = images, lam.expand(n).to(images.device, non_blocking=True)
+        hidden = {"perm": perm.to(images.device, non_blocking=True), "lam": ratio, "layer": layer}
+
+    else:
+        mixed, ratio = mixup(images, perm, lam)
+
+    return Mixed(mixed, soft_targets(labels, perm, ratio, info.num_classes), hidden, images[perm],
+                 saliency)
+
+
+# --------------------------------------------------------------------------------------- training
+
+def mixed_share(args, epoch: int) -> float:
+    """prob_mix under --mix_schedule."""
+    if args.mix_schedule == "scheduled":
+        return args.prob_mix * min(1, (epoch + 1) / args.mix_scheduled_epoch)
+    if args.mix_schedule == "delayed" and epoch < args.mix_scheduled_epoch:
+        return 0.0
+    return args.prob_mix
+
+
+def training_step(net, model, images, labels, args, info, epoch, generator, scaler):
+    """Leaves the gradients of one step in the parameters; returns the loss and the logits.
+
+    The last part of the batch is mixed (all of it by default), the rest stays clean.
+    """
+    n = len(images)
+    mixed_count = int(n * mixed_share(args, epoch))
+    clean_count = n - mixed_count
+    loss, parts = 0, []
+    if mixed_count:
+        mixed = mix_batch(net, images[clean_count:], labels[clean_count:], args, info, generator,
+                          scaler)
+        with runtime.autocast(args, images.device):
+            logits = model(mixed.images, **mixed.hidden)
+        loss = softmax_bce(logits, mixed.targets) * (mixed_count / n)
+        parts = [logits]
+    if clean_count:
+        with runtime.autocast(args, images.device):
+            logits = model(images[:clean_count])
+        target = F.one_hot(labels[:clean_count], info.num_classes)
+        loss = loss + softmax_bce(logits, target) * (clean_count / n)
+        parts.insert(0, logits)
+    if args.method == "sage":
+        loss = loss * args.update_ratio             # the clean loss weighs 1 - update_ratio
+    scaler.scale(loss).backward()
+    return loss, torch.cat(parts)
+
+
+def train_one_epoch(net, model, loader, optimizer, scaler, args, info, epoch, first_step, sums,
+                    after_step):
+    """Runs the steps of an epoch from `first_step`; after_step(step) says whether to stop."""
+    net.train()
+    loader.set_epoch(epoch, first_step)
+    bar = runlog.progress(loader, len(loader), first_step, f"epoch {epoch}")
+    for step, (images, labels) in enumerate(bar, first_step):
+        generator = runtime.step_generator(args.seed, epoch, step)
+        optimizer.zero_grad(set_to_none=True)
+        loss, logits = training_step(net, model, images, labels, args, info, epoch, generator,
+                                     scaler)
+        scaler.step(optimizer)
+        scaler.update()
+        sums.add(step, loss, logits, labels)
+        if (step + 1) % args.print_freq == 0:
+            sums.check(step, epoch)
+            bar.write(f"epoch {epoch} step {step + 1}/{len(loader)} loss {float(loss):.5f}")
+        if after_step(step):
+            bar.close()
+            return step + 1
+    return len(loader)
+
+
+def fgsm(net, epsilon: float, info):
+    """Attack of one step: `epsilon` (in pixels of [0, 1]) along the sign of the loss's gradient."""
+    def attack(images, labels):
+        mean, std = (torch.tensor(v, device=images.device).view(1, 3, 1, 1)
+                     for v in (info.mean, info.std))
+        images = images.detach().requires_grad_()
+        grad, = torch.autograd.grad(F.cross_entropy(net(images).float(), labels), images)
+        pixels = (images.detach() * std + mean + epsilon * grad.sign()).clamp(0, 1)
+        return (pixels - mean) / std
+    return attack
+
+
+def evaluate(net, test, args, info):
+    """--evaluate: clean accuracy, and under FGSM of 4/255 and 8/255."""
+    for name, attack in (("clean", None), ("FGSM 4/255", fgsm(net, 4 / 255, info)),
+                         ("FGSM 8/255", fgsm(net, 8 / 255, info))):
+        result = metrics.evaluate(net, test, max_steps=args.max_steps, attack=attack,
+                                  autocast=lambda: runtime.autocast(args, test.device))
+        runtime.say(f"{name:>10}: accuracy {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, "
+                    f"loss {result['loss']:.4f} on {result['count']} images")
+
+
+def draw_preview(path, net, train, args, info, scaler):
+    """A picture of the first training batch, mixed by the method."""
+    train.set_epoch(0)
+    images, labels = next(iter(train))
+    mixed = mix_batch(net, images, labels, args, info, runtime.step_generator(args.seed, 0, 0),
+                      scaler)
+    net.zero_grad(set_to_none=True)
+    shown = mixed.images
+    if mixed.hidden:                # drawn at the input; training mixes behind a drawn layer
+        shown, _ = mixup(images, mixed.hidden["perm"], mixed.hidden["lam"])
+    rows = {"image": images, "partner": mixed.partners, "saliency": mixed.saliency, "mixed": shown}
+    return preview.draw(path, f"{args.method} on {info.name}",
+                        {name: batch for name, batch in rows.items() if batch is not None},
+                        mixed.targets, info)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    runtime.use_gpus(args.ngpu)
+    device = runtime.setup(args)
+    stop = runtime.StopSignal()
+
+    # Data, network, optimizer
+    train, test, info = data.load(
+        args.dataset, args.data_dir, batch_size=args.batch_size, device=device, seed=args.seed,
+        loader=args.loader, image_size=args.image_size, labels_per_class=args.labels_per_class,
+        valid_labels_per_class=args.valid_labels_per_class, workers=args.workers)
+    runtime.say(str(info))
+    torch.manual_seed(args.seed)
+    net, model = runtime.prepare(
+        models.build(args.arch, info.num_classes, info.image_size, dropout=0.5 * args.dropout,
+                     **({"initial_channels": args.initial_channels} if args.initial_channels
+                        else {})), args, device)
+    optimizer = torch.optim.SGD(net.parameters(), lr=args.learning_rate, momentum=args.momentum,
+                                weight_decay=args.decay, nesterov=args.momentum > 0)
+    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
+    parameters = sum(p.numel() for p in net.parameters())
+    runtime.say(f"network: {args.arch}, {parameters:,} parameters; {len(train)} steps of "
+                f"{args.batch_size} images an epoch; method {args.method}")
+
+    # The run's folder, and what it already holds
+    identity = {"arch": args.arch, "initial_channels": args.initial_channels,
+                "dataset": info.name, "classes": info.num_classes, "data": info.fingerprint}
+    name = [info.name, args.arch, args.method, f"seed{args.seed}", args.add_name,
+            str(args.job_id or "")]
+    folder = Path(args.root_dir).expanduser() / "_".join(part for part in name if part)
+    if args.evaluate or args.preview:
+        path = args.evaluate if args.evaluate not in ("", "auto") else args.resume
+        if args.evaluate and path in ("", "auto"):
+            path = folder / checkpoint.BEST
+        if path and path != "auto":
+            state = checkpoint.load(path)
+            checkpoint.check_identity(state, identity)
+            net.load_state_dict(state["model"])
+        if args.evaluate:
+            runtime.say(f"checkpoint: {path}, epoch {state['epoch']}")
+            return evaluate(net, test, args, info)
+        return runtime.say(f"wrote {draw_preview(args.preview, net, train, args, info, scaler)}")
+
+    writes = runtime.rank() == 0 and not args.log_off
+    state = checkpoint.resume(args.resume, folder) if args.resume or not args.log_off else None
+    history, best, epoch, step, saved = [], -1.0, args.start_epoch or 0, 0, None
+    if state:
+        checkpoint.check_identity(state, identity)
+        net.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        history, best, saved = state["history"], state["best"], state["sums"]
+        epoch, step = state["epoch"], state["step"]
+        if args.start_epoch is not None:
+            epoch, step = args.start_epoch, 0
+        runtime.say(f"resumed at epoch {epoch}, step {step}")
+    log = runlog.RunLog(folder if writes else None, args, device, history)
+    log.start(parameters=parameters, data=str(info), resumed_at=[epoch, step] if state else None)
+    autocast = lambda: runtime.autocast(args, device)       # noqa: E731
+
+    def save(epoch, step, sums):
+        """Everything that the rest of the run depends on; `sums` of an epoch not yet ended."""
+        if writes:
+            checkpoint.save(folder, {
+                "model": net.state_dict(), "optimizer": optimizer.state_dict(),
+                "scaler": scaler.state_dict(), "epoch": epoch, "step": step, "sums": sums,
+                "history": log.history, "best": best, "identity": identity, "args": vars(args)})
+
+    # The epochs
+    steps_left = args.max_steps
+    while epoch < args.epochs:
+        started = time.time()
+        rate = args.learning_rate
+        for start, gamma in zip(args.schedule, args.gammas, strict=True):
+            rate *= gamma if epoch >= start else 1
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        sums = metrics.EpochSums(len(train), device, saved)
+        last = None if steps_left is None else step + steps_left - 1
+
+        def after_step(step, last=last, sums=sums, epoch=epoch):
+            if stop.arrived(step):
+                sums.check(step, epoch)
+                save(epoch, step + 1, sums.state(step + 1))
+                stop.leave(f"stopped at epoch {epoch}, step {step + 1}; go on with --resume auto")
+            return step == last
+
+        done = train_one_epoch(net, model, train, optimizer, scaler, args, info, epoch, step, sums,
+                               after_step)
+        sums.check(done - 1, epoch)
+        seconds = time.time() - started
+        runtime.share_buffers(net)
+        loss, accuracy = sums.result(done)
+        row = {"epoch": epoch, "lr": rate, "train_loss": loss, "train_accuracy": accuracy}
+        for part, batches in (("valid", info.valid), ("test", test)):
+            if batches:
+                result = metrics.evaluate(net, batches, autocast=autocast,
+                                          max_steps=args.max_steps)
+                row |= {f"{part}_loss": result["loss"], f"{part}_accuracy": result["top1"],
+                        f"{part}_top5": result["top5"]}
+        log.add(**row, seconds=seconds, images_per_second=(done - step) * args.batch_size / seconds)
+        runtime.say(", ".join(f"{name} {value:.4g}" for name, value in row.items())
+                    + f", {seconds:.1f} s")
+        chosen = row["valid_accuracy" if info.valid else "test_accuracy"]
+        if chosen > best:
+            best = chosen
+            if writes:
+                checkpoint.save(folder, {"model": net.state_dict(), "identity": identity,
+                                         "epoch": epoch, "accuracy": best}, checkpoint.BEST)
+        ended = done == len(train)
+        steps_left = None if steps_left is None else steps_left - (done - step)
+        save(epoch + 1 if ended else epoch, 0 if ended else done,
+             None if ended else sums.state(done))
+        epoch, step, saved = epoch + 1, 0, None
+        if steps_left == 0:
+            break
+
+    # The report
+    runtime.say(runlog.report(log.column("test_accuracy"), log.column("seconds")))
+    if writes:
+        curves = log.draw_curves(f"{args.method}, {args.arch} on {info.name}")
+        mixed = draw_preview(folder / "mixed.png", net, train, args, info, scaler)
+        runtime.say(f"curves: {curves}\nmixed images: {mixed}\ncheckpoints: {folder}")
+
+
+if __name__ == "__main__":
+    runtime.launch(main)
