@@ -36,6 +36,8 @@ from sage import comixup, puzzlemix, saliencymix
 from sage.rearrange import draw_offsets, gradient_saliency, sage_mix
 
 METHODS = ["vanilla", "input", "manifold", "cutmix", "saliencymix", "puzzle", "comix", "sage"]
+ARCHS = [name for family in ("preactresnet", "resnext29", "wideresnet")
+         for name in models.NAMES[family]]
 PREACT = {"arch": "preactresnet18", "learning_rate": 0.2, "schedule": [100, 200]}
 
 
@@ -64,7 +66,7 @@ def parse_args(argv=None):
         help="training images of each class (default: all)")
     add("--valid_labels_per_class", type=int, default=0,
         help="training images of each class set aside; best.pt is then chosen on these")
-    add("--arch", choices=models.MANIFOLD_NAMES, default="wrn28_10")
+    add("--arch", choices=ARCHS, default="wrn28_10")
     add("--initial_channels", type=runtime.positive, default=None,
         help="channels of the first layer, scales all widths (default: the network's own)")
     add("--epochs", type=runtime.positive, default=300)

@@ -1,0 +1,288 @@
+"""Data sets in their on-disk forms, and the batches made of them."""
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from common import data, runtime
+from common.data import sets
+from common.data.batches import Batches, to_uint8
+
+CPU = torch.device("cpu")
+
+
+def make_arrays(per_class=12, classes=4, size=32, seed=0):
+    rng = np.random.default_rng(seed)
+    labels = np.repeat(np.arange(classes), per_class)
+    images = rng.integers(0, 256, (len(labels), size, size, 3), dtype=np.uint8)
+    return images, labels
+
+
+def save_npz(path, per_class=12, classes=4, **changes):
+    images, labels = make_arrays(per_class, classes)
+    tests, test_labels = make_arrays(3, classes, seed=1)
+    np.savez(path, **({"train_images": images, "train_labels": labels, "test_images": tests,
+                       "test_labels": test_labels} | changes))
+    return path
+
+
+def save_folders(root, sizes=(32, 32), per_class=4, classes=("cat", "dog")):
+    rng = np.random.default_rng(0)
+    for part in ("train", "test"):
+        for name in classes:
+            (root / part / name).mkdir(parents=True)
+            for i in range(per_class):
+                pixels = rng.integers(0, 256, (*sizes, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / part / name / f"{i}.png")
+    return root
+
+
+def load(name, place, **options):
+    options = {"batch_size": 10, "device": CPU, "seed": 3} | options
+    return data.load(name, str(place), **options)
+
+
+def train_images(batches, epoch=0):
+    batches.set_epoch(epoch)
+    return torch.cat([images for images, _ in batches])
+
+
+# ------------------------------------------------------------------------------------- on disk
+
+def test_digits_are_real_and_split_evenly():
+    train, test, info = load("digits", "")
+    assert (info.num_classes, info.image_size, info.num_train + info.num_test) == (10, 32, 1797)
+    labels = torch.cat([labels for _, labels in test])
+    assert torch.bincount(labels).min() >= 34
+    images = train_images(train)
+    assert abs(images.mean()) < 0.1 and abs(images.std() - 1) < 0.1
+
+
+def test_npz_and_folder_hold_the_same(tmp_path):
+    save_folders(tmp_path / "f")
+    files = sorted((tmp_path / "f" / "train").rglob("*.png"))
+    stored = np.stack([np.asarray(Image.open(f)) for f in files])
+    tests = np.stack([np.asarray(Image.open(f))
+                      for f in sorted((tmp_path / "f" / "test").rglob("*.png"))])
+    np.savez(tmp_path / "a.npz", train_images=stored, train_labels=np.repeat([0, 1], 4),
+             test_images=tests, test_labels=np.repeat([0, 1], 4), classes=["cat", "dog"])
+    one, _, folder = load("folder", tmp_path / "f")
+    two, _, npz = load("npz", tmp_path / "a.npz")
+    assert folder.classes == npz.classes == ["cat", "dog"] and folder.mean == npz.mean
+    assert torch.equal(train_images(one), train_images(two))
+
+
+def test_cifar_in_its_three_forms(tmp_path, monkeypatch):
+    images, labels = make_arrays(10, 10)
+    (tmp_path / "npz").mkdir()
+    save_npz(tmp_path / "npz" / "cifar10.npz", per_class=10, classes=10)
+    reference = load("cifar10", tmp_path / "npz")[0]
+    assert torch.equal(train_images(load("cifar10", tmp_path / "npz" / "cifar10.npz")[0]),
+                       train_images(reference))
+
+    classes = [f"c{i}" for i in range(10)]
+    for part, (pixels, answer) in (("train", (images, labels)),
+                                   ("test", make_arrays(3, 10, seed=1))):
+        for i, (image, label) in enumerate(zip(pixels, answer, strict=True)):
+            folder = tmp_path / "dirs" / "cifar10" / part / classes[label]
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(folder / f"{i:03}.png")
+    assert torch.equal(train_images(load("cifar10", tmp_path / "dirs")[0]), train_images(reference))
+
+    source = sets.torchvision.datasets.CIFAR10
+    base = tmp_path / "archive" / source.base_folder
+    base.mkdir(parents=True)
+
+    def write(name, content):
+        (base / name).write_bytes(pickle.dumps(content))
+        return name, sets.torchvision.datasets.utils.calculate_md5(base / name)
+
+    flat = images.transpose(0, 3, 1, 2).reshape(len(images), -1)
+    tests, answers = make_arrays(3, 10, seed=1)
+    monkeypatch.setattr(source, "train_list", [
+        write("data_batch_1", {"data": flat, "labels": labels.tolist()})])
+    monkeypatch.setattr(source, "test_list", [
+        write("test_batch", {"data": tests.transpose(0, 3, 1, 2).reshape(30, -1),
+                             "labels": answers.tolist()})])
+    name, md5 = write("batches.meta", {"label_names": classes})
+    monkeypatch.setattr(source, "meta", source.meta | {"filename": name, "md5": md5})
+    archive = load("cifar10", tmp_path / "archive")[0]
+    assert torch.equal(train_images(archive), train_images(reference))
+    (base / "data_batch_1").write_bytes(b"cos\nsystem\n(S'echo harm'\ntR.")      # never unpickled
+    with pytest.raises(runtime.DataError, match="data_batch_1"):
+        load("cifar10", tmp_path / "archive")
+
+
+@pytest.mark.parametrize("sorted_val", [False, True])
+def test_tiny_imagenet_layouts(tmp_path, sorted_val):
+    rng = np.random.default_rng(0)
+    names = ["n01", "n02"]
+    root = tmp_path / "tiny-imagenet-200"
+    notes = []
+    for k, name in enumerate(names):
+        (root / "train" / name / "images").mkdir(parents=True)
+        for i in range(6):
+            Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(
+                root / "train" / name / "images" / f"{name}_{i}.JPEG")
+        folder = root / "val" / (f"{name}/images" if sorted_val else "images")
+        folder.mkdir(parents=True, exist_ok=True)
+        for i in range(2):
+            grey = np.full((64, 64, 3), 50 + 100 * k, np.uint8)
+            Image.fromarray(grey).save(folder / f"v{k}{i}.JPEG")
+            notes.append(f"v{k}{i}.JPEG\t{name}\t0\t0\t62\t62")
+    if not sorted_val:
+        (root / "val" / "val_annotations.txt").write_text("\n".join(notes) + "\n")
+    (root / "words.txt").write_text("n01\tgoldfish, Carassius auratus\nn02\tbullfrog\n")
+    train, test, info = load("tiny-imagenet-200", tmp_path, batch_size=4)
+    assert info.classes == ["goldfish", "bullfrog"] and info.image_size == 64
+    images, labels = next(iter(test))
+    assert torch.equal((images.mean((1, 2, 3)) > 0).long(), labels)        # dark are 0, bright 1
+
+
+def test_images_of_other_sizes_are_resized(tmp_path):
+    save_folders(tmp_path, sizes=(48, 40))
+    with pytest.raises(runtime.DataError, match="image_size"):
+        load("folder", tmp_path, batch_size=4)
+    images, _ = next(iter(load("folder", tmp_path, batch_size=4, image_size=24)[0]))
+    assert images.shape[2:] == (24, 24)
+
+
+# ------------------------------------------------------------------------------------- bad data
+
+def test_faults_name_the_file(tmp_path):
+    def fault(name, place, match, **options):
+        with pytest.raises(runtime.DataError, match=match):
+            load(name, place, **options)
+
+    fault("npz", tmp_path / "none.npz", "none.npz: no such")
+    (tmp_path / "empty.npz").write_bytes(b"")
+    fault("npz", tmp_path / "empty.npz", "empty.npz: damaged")
+    good = save_npz(tmp_path / "good.npz")
+    (tmp_path / "cut.npz").write_bytes(good.read_bytes()[:5000])
+    fault("npz", tmp_path / "cut.npz", "cut.npz: damaged")
+    flipped = bytearray(good.read_bytes())
+    flipped[len(flipped) // 3] ^= 255
+    (tmp_path / "flipped.npz").write_bytes(flipped)
+    fault("npz", tmp_path / "flipped.npz", "flipped.npz: damaged")
+    for labels, match in ((np.zeros(3, int), "train_labels"), (np.full(48, -1), "train_labels"),
+                          (np.array([{}] * 48), "damaged")):          # objects would be pickles
+        fault("npz", save_npz(tmp_path / "odd.npz", train_labels=labels), f"odd.npz: {match}")
+    fault("npz", good, "labels_per_class 13: class 0 has only 12", labels_per_class=13)
+
+    fault("folder", tmp_path / "absent", "absent/train: no such folder")
+    (tmp_path / "bare" / "train").mkdir(parents=True)
+    fault("folder", tmp_path / "bare", "bare/train: holds no class")
+    root = save_folders(tmp_path / "f")
+    (root / "train" / "emu").mkdir()
+    fault("folder", root, "train/emu: a class without images")
+    (root / "train" / "emu").rmdir()
+    picture = root / "train" / "dog" / "2.png"
+    picture.write_bytes(picture.read_bytes()[:100])
+    fault("folder", root, "dog/2.png: not a readable image")
+    fault("cifar10", save_folders(tmp_path / "g"), "2 classes, cifar10 has 10")
+
+
+# ------------------------------------------------------------------------------------- batches
+
+def test_subsets_are_balanced_and_seeded(tmp_path):
+    place = save_npz(tmp_path / "a.npz")
+    train, _, info = load("npz", place, labels_per_class=5, valid_labels_per_class=2)
+    assert torch.equal(torch.bincount(train.labels), torch.full((4,), 5))
+    assert info.valid.count == 8 and info.num_train == 20
+    same = load("npz", place, labels_per_class=5, valid_labels_per_class=2)[0]
+    other = load("npz", place, labels_per_class=5, valid_labels_per_class=2, seed=4)[0]
+    assert torch.equal(train.windows, same.windows)
+    assert not torch.equal(train.windows, other.windows)
+    validation = {image.numpy().tobytes() for image in info.valid.windows[:, 0, 0]}
+    training = {image.numpy().tobytes() for image in train.windows[:, 2, 2]}
+    assert len(validation) == 8 and not validation & training
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_dali_and_torch_give_the_same_batches(tmp_path, first):
+    pytest.importorskip("nvidia.dali")
+    place = save_npz(tmp_path / "a.npz")
+
+    def darken(images, generator):
+        return images // torch.randint(1, 4, (len(images), 1, 1, 1), generator=generator).byte()
+
+    one, two = (load("npz", place, loader=loader, transform=darken, transform_first=first)[0]
+                for loader in ("torch", "dali"))
+    for epoch, start in ((0, 0), (1, 0), (1, 2)):
+        one.set_epoch(epoch, start)
+        two.set_epoch(epoch, start)
+        batches = list(zip(one, two, strict=True))
+        assert len(batches) == 5 - start
+        for (images, labels), (others, same) in batches:
+            assert torch.equal(images, others) and torch.equal(labels, same)
+
+
+def test_augmentation_is_flip_and_padded_crop(tmp_path):
+    images, labels = make_arrays(200, 1)
+    train = Batches(images, labels, batch_size=200, device=CPU, mean=(0.5,) * 3, std=(0.25,) * 3,
+                    seed=0, padding=2, flip=True)
+    batch, _ = next(iter(train))
+    batch = to_uint8(batch, (0.5,) * 3, (0.25,) * 3)
+    padded = np.pad(images, ((0, 0), (2, 2), (2, 2), (0, 0)))
+    counts = np.zeros((2, 5, 5), int)
+    for i, image in zip(train.order.tolist(), batch, strict=True):
+        found = [(f, y, x) for f in range(2) for y in range(5) for x in range(5)
+                 if np.array_equal(padded[i, y:y + 32, x:x + 32][:, ::1 - 2 * f],
+                                   image.permute(1, 2, 0))]
+        assert len(found) == 1
+        counts[found[0]] += 1
+    assert counts.sum((1, 2)).min() > 60                                # flips: about half
+    assert counts.sum((0, 2)).min() > 20 and counts.sum((0, 1)).min() > 20   # all five offsets
+
+
+def test_order_depends_on_seed_and_epoch_and_resumes_inside_an_epoch(tmp_path):
+    train = load("npz", save_npz(tmp_path / "a.npz"))[0]
+    first, second = train_images(train), train_images(train, 1)
+    assert not torch.equal(first, second) and torch.equal(first, train_images(train))
+    assert len(first) == 48                                             # the last partial batch too
+    train.set_epoch(0, start_step=3)
+    assert torch.equal(first[30:], torch.cat([images for images, _ in train]))
+    assert sorted(train.order.tolist()) == list(range(48))
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_share_each_batch(tmp_path, monkeypatch, world):
+    place = save_npz(tmp_path / "a.npz")
+    whole, tests, _ = load("npz", place, batch_size=12)
+    alone, in_order = train_images(whole), torch.cat([images for images, _ in tests])
+    parts, test_parts = [], []
+    for rank in range(world):
+        monkeypatch.setattr(runtime, "world", lambda: world)
+        monkeypatch.setattr(runtime, "rank", lambda rank=rank: rank)
+        train, test, _ = load("npz", place, batch_size=12)
+        parts.append(list(train))
+        test_parts += [images for images, _ in test]
+    for step in range(len(parts[0])):
+        together = torch.stack([part[step][0] for part in parts], 1).flatten(0, 1)
+        assert torch.equal(together[:12], alone[step * 12:step * 12 + 12])
+    seen = torch.cat(test_parts)
+    assert len(seen) == len(in_order)
+    assert {i.numpy().tobytes() for i in seen} == {i.numpy().tobytes() for i in in_order}
+
+
+def test_partial_training_batch_keeps_ranks_in_step(tmp_path, monkeypatch):
+    place = save_npz(tmp_path / "a.npz", per_class=12, classes=4)       # 48 = 4 × 10 + 8, world 3
+    monkeypatch.setattr(runtime, "world", lambda: 3)
+    sizes = []
+    for rank in range(3):
+        monkeypatch.setattr(runtime, "rank", lambda rank=rank: rank)
+        sizes.append([len(labels) for _, labels in load("npz", place, batch_size=15)[0]])
+    assert sizes == [[5, 5, 5, 1]] * 3
+
+
+def test_normalisation_round_trip():
+    images, labels = make_arrays(4, 2)
+    mean, std = sets.STATISTICS["cifar100"]
+    batches = Batches(images, labels, batch_size=8, device=CPU, mean=mean, std=std)
+    normal, _ = next(iter(batches))
+    expected = (torch.from_numpy(images).permute(0, 3, 1, 2) / 255 -
+                torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    assert torch.allclose(normal, expected, atol=1e-5)
+    assert np.array_equal(to_uint8(normal, mean, std).permute(0, 2, 3, 1), images)
