@@ -1,0 +1,124 @@
+"""What the families of networks share."""
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from common.mixing import mixup
+
+
+def stem_stride(image_size: int) -> int:
+    """1 for 32-pixel images; 2 from 64 pixels on, so that the stages see the same sizes."""
+    return 1 if image_size < 64 else 2
+
+
+def conv(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, *,
+         bias: bool = False, groups: int = 1) -> nn.Conv2d:
+    """Convolution that keeps the size at stride 1 (odd kernels)."""
+    return nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2,
+                     bias=bias, groups=groups)
+
+
+def norm_relu(channels: int, momentum: float = 0.1) -> list[nn.Module]:
+    return [nn.BatchNorm2d(channels, momentum=momentum), nn.ReLU(inplace=True)]
+
+
+def make_stages(block: Callable[[int, int, int], nn.Module], in_channels: int,
+                widths: Sequence[int], depths: Sequence[int]) -> list[nn.Sequential]:
+    """Stages of `depths` blocks, made by block(in_channels, out_channels, stride).
+
+    The first block of every stage but the first halves the resolution.
+    """
+    stages = []
+    for stage, (width, depth) in enumerate(zip(widths, depths, strict=True)):
+        blocks = []
+        for number in range(depth):
+            blocks.append(block(in_channels, width, 2 if stage and not number else 1))
+            in_channels = width
+        stages.append(nn.Sequential(*blocks))
+    return stages
+
+
+class Network(nn.Module):
+    """Stem, stages, tail, global average, dropout, linear classifier: logits (B, num_classes).
+
+    Called with a permutation `perm` (B,) it mixes activations (manifold mixup, Verma et al. 2019):
+    h·lam + h[perm]·(1 - lam) after stage `layer`, 0 for the input; `lam` a scalar or (B,).
+    """
+
+    def __init__(self, stem: nn.Module, stages: Sequence[nn.Module], tail: nn.Module,
+                 features: int, num_classes: int, dropout: float = 0.0):
+        super().__init__()
+        self.stem, self.stages, self.tail = stem, nn.ModuleList(stages), tail
+        self.dropout = nn.Dropout(dropout)
+        self.fc = nn.Linear(features, num_classes)
+
+    def forward(self, images: Tensor, perm: Tensor | None = None, lam: float | Tensor = 1.0,
+                layer: int = 0) -> Tensor:
+        if perm is not None and layer == 0:
+            images = mixup(images, perm, lam)[0]
+        x = self.stem(images)
+        for number, stage in enumerate(self.stages, 1):
+            x = stage(x)
+            if perm is not None and layer == number:
+                x = mixup(x, perm, lam)[0]
+        return self.fc(self.dropout(self.tail(x).mean((2, 3))))
+
+
+class PreActBlock(nn.Module):
+    """Pre-activation residual block (He et al. 2016): two 3×3 convolutions, or a bottleneck.
+
+    The first convolution wider than 1×1 has the stride; a 1×1 convolution of the activated input
+    is the shortcut where the shape changes.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int, bottleneck: bool = False):
+        super().__init__()
+        self.activation = nn.Sequential(*norm_relu(in_channels))
+        if bottleneck:
+            width = out_channels // 4
+            self.convs = nn.Sequential(
+                conv(in_channels, width, 1),
+                *norm_relu(width), conv(width, width, 3, stride),
+                *norm_relu(width), conv(width, out_channels, 1))
+        else:
+            self.convs = nn.Sequential(
+                conv(in_channels, out_channels, 3, stride),
+                *norm_relu(out_channels), conv(out_channels, out_channels, 3))
+        same = stride == 1 and in_channels == out_channels
+        self.shortcut = None if same else conv(in_channels, out_channels, 1, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        activated = self.activation(x)
+        shortcut = x if self.shortcut is None else self.shortcut(activated)
+        return self.convs(activated) + shortcut
+
+
+def post_act_block(kind, in_channels: int, out_channels: int, stride: int, **options) -> nn.Module:
+    """torchvision's BasicBlock or Bottleneck (`kind`), projected where the shape changes."""
+    project = None
+    if stride != 1 or in_channels != out_channels:
+        project = nn.Sequential(conv(in_channels, out_channels, 1, stride),
+                                nn.BatchNorm2d(out_channels))
+    return kind(in_channels, out_channels // kind.expansion, stride, project, **options)
+
+
+def he_init(network: nn.Module) -> nn.Module:
+    """Convolutions from N(0, 2 / (k²·out_channels))."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    return network
+
+
+class Scale(torch.autograd.Function):
+    """Scale.apply(x, a, b): x·a, whose gradient is the incoming one times b instead of a."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(b)
+        return x * a
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad * ctx.saved_tensors[0], None, None
