@@ -114,7 +114,9 @@ class RunLog:
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
         figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-        for axis, what, unit in ((axes[0], "loss", ""), (axes[1], "accuracy", ", %")):
+        for axis, what, title in (
+                (axes[0], "loss", "loss (training: the method's own)"),
+                (axes[1], "accuracy", "accuracy, % (training: on mixed images)")):
             for part, colour in (("train", ORANGE), ("valid", GREEN), ("test", BLUE)):
                 name = f"{part}_{what}"
                 points = [(row["epoch"], row[name]) for row in self.history
@@ -122,7 +124,7 @@ class RunLog:
                 if points:
                     axis.plot(*zip(*points, strict=True), color=colour, linewidth=1.8, label=part,
                               marker="o" if len(points) < 3 else None, markersize=4)
-            axis.set_title(what + unit, loc="left", fontsize=10, color=INK)
+            axis.set_title(title, loc="left", fontsize=10, color=INK)
             axis.set_xlabel("epoch", color=INK)
             axis.grid(color=GRID, linewidth=0.8)
             axis.spines[["top", "right"]].set_visible(False)

@@ -64,9 +64,8 @@ def add_flags(parser):
     group.add_argument("--amp", choices=["off", "bf16", "fp16"], default="off",
                        help="autocast precision; fp16 scales the loss and needs a GPU")
     add_boolean(group, "--compile", False, "torch.compile the network")
-    add_boolean(group, "--channels_last", None,
-                "memory format of images and network (default: where it measured faster: "
-                "on a GPU, and with --amp on a CPU)")
+    add_boolean(group, "--channels_last", True,
+                "memory format of the network; on, it measured faster everywhere")
     group.add_argument("--loader", choices=["auto", "dali", "torch"], default="auto",
                        help="who makes the batches; both augment alike, auto: the faster")
     group.add_argument("--resume", default="", metavar="auto|PATH",
@@ -115,8 +114,6 @@ def setup(args) -> torch.device:
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if use_cuda else "gloo",
                                 device_id=device if use_cuda else None)
-    if args.channels_last is None:
-        args.channels_last = use_cuda or args.amp == "bf16"
     torch.manual_seed(args.seed)
     name = torch.cuda.get_device_name(device) if use_cuda else \
         f"CPU, {torch.get_num_threads()} threads"
