@@ -242,7 +242,7 @@ def mix_batch(net, images, labels, args, info, generator, scaler) -> Mixed:
         saliency = saliency[:, 0]
 
     elif args.method == "puzzle":
-        block_num = puzzlemix.draw_block_num(generator)
+        block_num = puzzlemix.draw_block_num(generator, (height, width))
         noisy, adversary = puzzlemix.draw_noise(images, args.adv_p, args.adv_eps, generator,
                                                 mean=info.mean, std=info.std)
         grad = saliency_gradient(net, noisy, labels, args, scaler)
@@ -372,6 +372,7 @@ def draw_preview(path, net, train, args, info, scaler):
 
 
 def main(argv=None):
+    """Trains (or evaluates, or draws a preview) as the flags say; returns the network."""
     args = parse_args(argv)
     runtime.use_gpus(args.ngpu)
     device = runtime.setup(args)
@@ -411,8 +412,11 @@ def main(argv=None):
             net.load_state_dict(state["model"])
         if args.evaluate:
             runtime.say(f"checkpoint: {path}, epoch {state['epoch']}")
-            return evaluate(net, test, args, info)
-        return runtime.say(f"wrote {draw_preview(args.preview, net, train, args, info, scaler)}")
+            evaluate(net, test, args, info)
+        else:
+            picture = draw_preview(args.preview, net, train, args, info, scaler)
+            runtime.say(f"mixed images: {picture}")
+        return net
 
     writes = runtime.rank() == 0 and not args.log_off
     state = checkpoint.resume(args.resume, folder) if args.resume or not args.log_off else None
@@ -494,6 +498,7 @@ def main(argv=None):
         curves = log.draw_curves(f"{args.method}, {args.arch} on {info.name}")
         mixed = draw_preview(folder / "mixed.png", net, train, args, info, scaler)
         runtime.say(f"curves: {curves}\nmixed images: {mixed}\ncheckpoints: {folder}")
+    return net
 
 
 if __name__ == "__main__":

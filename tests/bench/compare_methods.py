@@ -1,0 +1,126 @@
+#!/usr/bin/env python3
+"""All methods on one small data set with one network, by one protocol: a table, a CSV, a chart.
+
+    python tests/bench/compare_methods.py --data s20.npz --out runs/p20 --seeds 1 2 3
+    python tests/bench/compare_methods.py --data s20.npz --out runs/p100 --protocol p100 --amp bf16
+
+Protocol P20: batch 100, flip and random crop with padding 2, SGD with Nesterov momentum 0.9,
+weight decay 1e-4, learning rate 0.2 (methods with binary cross-entropy) or 0.05 (cross-entropy)
+times 0.1 after epochs 10 and 15 of 20; reported is the median test accuracy of the last five
+epochs. P100: 100 epochs, times 0.1 after 50 and 75. Stopped at any moment, the same command goes
+on where it was; finished runs are not repeated.
+"""
+import argparse
+import csv
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+PROTOCOLS = {"p20": (20, "10 15"), "p100": (100, "50 75")}
+SAGE = ("sage/main.py --dataset npz --data_dir {data} --arch preactresnet18 --initial_channels 16 "
+        "--epochs {epochs} --schedule {schedule} --gammas 0.1 0.1 --learning_rate 0.2 --decay 1e-4 "
+        "--batch_size 100 --seed {seed} ")
+COMMANDS = {method: SAGE + f"--method {method}" for method in
+            ("vanilla", "input", "manifold", "cutmix", "saliencymix", "puzzle", "comix")}
+COMMANDS["sage"] = SAGE + "--method sage --rand_pos 0.01 --upper_lambda 0.5 --update_ratio 0.7"
+
+
+def run(method: str, seed: int, args) -> dict:
+    """Trains one method with one seed, unless its log is complete; returns its line of the table."""
+    epochs, schedule = PROTOCOLS[args.protocol]
+    root = args.out / method / f"seed{seed}"
+    command = COMMANDS[method].format(data=args.data, epochs=epochs, schedule=schedule, seed=seed)
+    command += f" --amp {args.amp}"
+    root.mkdir(parents=True, exist_ok=True)
+    logs = list(root.glob("*/log.csv"))
+    if not logs or len(logs[0].read_text().splitlines()) <= epochs:
+        with open(root / "output.txt", "a") as output:
+            subprocess.run([sys.executable, *command.split(), "--root_dir", str(root), "--resume",
+                            "auto"], cwd=ROOT, stdout=output, stderr=output, check=True)
+    log = next(root.glob("*/log.csv"))
+    with open(log) as file:
+        rows = list(csv.DictReader(file))
+    facts = json.loads(log.with_name("args.json").read_text())
+    return {"method": method, "seed": seed,
+            "accuracy": statistics.median(float(row["test_accuracy"]) for row in rows[-5:]),
+            "best": max(float(row["test_accuracy"]) for row in rows),
+            "seconds_per_epoch": statistics.median(float(row["seconds"]) for row in rows),
+            "device": facts["gpu"] or f"cpu, {facts['threads']} threads",
+            "commit": facts["commit"], "command": f"python {command}"}
+
+
+def table(results: list[dict]) -> str:
+    """Markdown: a line a method, mean and spread over its seeds."""
+    lines = ["| method | seeds | test accuracy, % | spread | seconds an epoch |",
+             "|---|---|---|---|---|"]
+    for method in dict.fromkeys(row["method"] for row in results):
+        rows = [row for row in results if row["method"] == method]
+        values = [row["accuracy"] for row in rows]
+        spread = f"± {(max(values) - min(values)) / 2:.2f}" if len(values) > 1 else "–"
+        lines.append(f"| {method} | {len(values)} | {statistics.mean(values):.2f} | {spread} | "
+                     f"{statistics.mean(row['seconds_per_epoch'] for row in rows):.1f} |")
+    return "\n".join(lines)
+
+
+def chart(results: list[dict], path: Path, title: str):
+    """A horizontal bar a method, with the range over its seeds."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    from common.runlog import BLUE, GRID, INK, save_figure
+    methods = list(dict.fromkeys(row["method"] for row in results))
+    values = [[row["accuracy"] for row in results if row["method"] == m] for m in methods]
+    means = [statistics.mean(v) for v in values]
+    error = [[mean - min(v) for mean, v in zip(means, values, strict=True)],
+             [max(v) - mean for mean, v in zip(means, values, strict=True)]]
+    figure, axis = plt.subplots(figsize=(7, 0.36 * len(methods) + 1.1), layout="constrained")
+    axis.barh(methods, means, xerr=error, color=BLUE, height=0.62, ecolor=INK, capsize=2)
+    for i, mean in enumerate(means):
+        axis.text(0.6, i, f"{mean:.1f}", va="center", color="white", fontsize=9)
+    axis.invert_yaxis()
+    axis.set_xlabel("test accuracy, %", color=INK)
+    axis.grid(axis="x", color=GRID)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right", "left"]].set_visible(False)
+    axis.set_title(title, loc="left", fontsize=10, color=INK)
+    save_figure(figure, path)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", required=True, type=lambda text: str(Path(text).resolve()),
+                        help=".npz of train_images, train_labels, test_images, test_labels")
+    parser.add_argument("--out", required=True, type=Path, help="folder of the runs and results")
+    parser.add_argument("--protocol", choices=PROTOCOLS, default="p20")
+    parser.add_argument("--methods", nargs="+", choices=COMMANDS, default=list(COMMANDS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
+    parser.add_argument("--amp", choices=["off", "bf16"], default="off")
+    args = parser.parse_args()
+    args.out = args.out.resolve()
+    results = []
+    for seed, method in tqdm([(s, m) for s in args.seeds for m in args.methods], desc="runs"):
+        try:
+            results.append(run(method, seed, args))
+        except subprocess.CalledProcessError as fault:
+            parser.exit(1, f"error: {method}, seed {seed} ended with {fault.returncode}; see "
+                           f"{args.out / method / f'seed{seed}' / 'output.txt'}\n")
+        results.sort(key=lambda row: (args.methods.index(row["method"]), row["seed"]))
+        with open(args.out / "results.csv", "w", newline="") as file:
+            writer = csv.DictWriter(file, results[0], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(results)
+    print(table(results))
+    chart(results, args.out / "chart.png", f"{args.protocol.upper()} on {Path(args.data).stem}")
+    print(f"{args.out / 'results.csv'}\n{args.out / 'chart.png'}")
+
+
+if __name__ == "__main__":
+    main()
