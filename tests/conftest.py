@@ -1,16 +1,18 @@
 """Paths of the golden vectors and of the trial data, and the devices that tests run on."""
 import os
-from pathlib import Path
 
-import numpy as np
-import pytest
-import torch
+os.environ.setdefault("OMP_NUM_THREADS", "1")      # small work; also in the programs tests start
+
+from pathlib import Path  # noqa: E402
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"            # CIFAR images live here, never in the project
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 
-torch.set_num_threads(min(2, os.cpu_count() or 1))
 torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 
 

@@ -33,7 +33,7 @@ COMMANDS["sage"] = SAGE + "--method sage --rand_pos 0.01 --upper_lambda 0.5 --up
 
 
 def run(method: str, seed: int, args) -> dict:
-    """Trains one method with one seed, unless its log is complete; returns its line of the table."""
+    """Trains one method with one seed, unless its log is complete; returns its table line."""
     epochs, schedule = PROTOCOLS[args.protocol]
     root = args.out / method / f"seed{seed}"
     command = COMMANDS[method].format(data=args.data, epochs=epochs, schedule=schedule, seed=seed)
