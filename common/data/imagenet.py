@@ -1,0 +1,341 @@
+"""Loaders that read large images from disk as training goes: image folders and RecordIO.
+
+`streaming` gives a loader that DALI drives, or torch's DataLoader with the same augmentation.
+An epoch's images, their order and their augmentation are functions of (seed, epoch, rank), so a
+run resumed at an epoch goes on as one that was never stopped, with any number of workers.
+"""
+import importlib.util
+import warnings
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader, Dataset, default_collate
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import RandomResizedCrop, v2
+
+from common import runtime
+from common.data.recordio import RecordFile, decode
+from common.runtime import DataError, RunError
+
+ASPECT = (3 / 4, 4 / 3)                 # of training crops
+JITTER = 0.4                            # brightness, contrast and saturation: 1 ± 0.4
+AHEAD = 2                               # batches that DALI prepares in advance
+
+
+def streaming(source, *, split: str, image_size: int, batch_size: int, device, seed: int = 0,
+              rank: int = 0, world: int = 1, loader: str = "auto", workers: int = 4, train: bool,
+              mean, std, color_jitter: bool = False, min_scale: float = 0.08,
+              auto_augment: str | None = None):
+    """Batches of `source`'s part `split`: (B, 3, S, S) float32 normalised and (B,) int64 labels.
+
+    source: a folder that holds <split>.rec and <split>.idx, or a folder <split>/ with one folder
+    per class. batch_size counts the images of one step over all `world` processes; this one is
+    `rank`. mean, std: of pixels in [0, 1]. On a CUDA device DALI decodes on the GPU.
+
+    train: random crops of at least min_scale of the area, resized to image_size (triangular
+    filter to shrink, Lanczos to enlarge), flips, on request color_jitter and auto_augment
+    ("randaugment" or "autoaugment"); every rank does equally many steps of equal size, for which
+    at most one image a rank is seen twice in an epoch. Otherwise the shorter side becomes
+    image_size·256/224, the centre is cut out, and every image is seen once over all ranks.
+
+    The loader has `len` (steps), `count` (images in all), `classes` (names, empty if unknown)
+    and `set_epoch(epoch, start_step=0)`. Raises DataError naming the file or the record that is
+    missing, cut off or no image, at once or in mid-epoch.
+    """
+    if batch_size % world:
+        raise RunError(f"--batch_size {batch_size} cannot be shared by {world} processes: "
+                       f"take a multiple of {world}")
+    has_dali = importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali")
+    if loader == "dali" and not has_dali:
+        raise RunError("--loader dali: DALI is not installed; use --loader torch or auto")
+    kind = DaliStream if has_dali and loader != "torch" else TorchStream
+    return kind(open_source(source, split), image_size=image_size, batch_size=batch_size // world,
+                device=torch.device(device), seed=seed, rank=rank, world=world, workers=workers,
+                train=train, mean=mean, std=std, color_jitter=color_jitter, min_scale=min_scale,
+                auto_augment=auto_augment)
+
+
+class Folder:
+    """Images in one folder per class: len, [i] -> (label, encoded image), name(i), classes."""
+
+    def __init__(self, path: Path):
+        try:
+            found = ImageFolder(path, allow_empty=True)
+        except FileNotFoundError:
+            found = None
+        if not found or not found.samples:
+            raise DataError(f"{path} holds no class folder with images")
+        self.path, self.classes = path, found.classes
+        self.files, self.labels = map(list, zip(*found.samples, strict=True))
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, i: int) -> tuple[int, bytes]:
+        try:
+            return self.labels[i], Path(self.files[i]).read_bytes()
+        except OSError as fault:
+            raise DataError(f"{self.files[i]}: {fault.strerror}") from None
+
+    def name(self, i: int) -> str:
+        return self.files[i]
+
+
+def open_source(source, split: str) -> Folder | RecordFile:
+    """The images of <source>/<split>.rec, or else of the class folders in <source>/<split>/."""
+    root = Path(source).expanduser()
+    if any((root / f"{split}.{end}").exists() for end in ("rec", "idx")):
+        return RecordFile(root / f"{split}.rec")
+    if (root / split).is_dir():
+        return Folder(root / split)
+    raise DataError(f"{root} holds neither {split}.rec nor a folder {split}/ with one folder "
+                    "per class")
+
+
+def read_image(data, i: int):
+    """(label, PIL image) of item i; DataError naming it when it is no readable image."""
+    label, encoded = data[i]
+    try:
+        return int(label), decode(encoded)
+    except Exception as fault:                  # PIL raises nearly anything for damaged files
+        reason = str(fault).split("<_io")[0].strip()
+        raise DataError(f"{data.name(i)}: no readable image ({reason})") from None
+
+
+class Stream:
+    """What both loaders share: shards, lengths, epochs."""
+
+    def __init__(self, data, *, image_size, batch_size, device, seed, rank, world, workers, train,
+                 mean, std, color_jitter, min_scale, auto_augment):
+        self.data, self.size, self.batch_size, self.device = data, image_size, batch_size, device
+        self.seed, self.rank, self.world, self.workers = seed, rank, world, workers
+        self.train, self.mean, self.std = train, mean, std
+        self.color_jitter, self.min_scale, self.auto_augment = color_jitter, min_scale, auto_augment
+        self.count, self.classes = len(data), data.classes
+        if self.count < world:
+            raise DataError(f"{data.path}: {self.count} images are too few for {world} processes")
+        begin, end = self.count * rank // world, self.count * (rank + 1) // world
+        self.shard = range(begin, end)
+        self.images = -(-self.count // world) if train else len(self.shard)     # of this rank
+        self.steps = -(-self.images // batch_size)
+        self.set_epoch(0)
+
+    def __len__(self):
+        return self.steps
+
+    def set_epoch(self, epoch: int, start_step: int = 0):
+        """Chooses the epoch's draws; iteration begins at start_step (to resume inside an epoch)."""
+        self.epoch, self.start_step = epoch, start_step
+
+    def number(self, *what) -> int:
+        """A seed that is a function of the run's seed, the epoch and `what`."""
+        return runtime.seed_of(self.seed, "stream", self.epoch, *what)
+
+    def order(self) -> list[int]:
+        """Items of this rank in this epoch, in order: a share of one permutation, or its shard."""
+        if not self.train:
+            return list(self.shard)
+        generator = torch.Generator().manual_seed(self.number())
+        order = torch.randperm(self.count, generator=generator)
+        places = torch.arange(self.rank, self.images * self.world, self.world) % self.count
+        return order[places].tolist()
+
+    def resize_shorter(self) -> int:
+        """Length of the shorter side before the central crop of the evaluation."""
+        return round(self.size * 256 / 224)
+
+
+# ------------------------------------------------------------------------------------------- DALI
+
+class DaliStream(Stream):
+    """DALI reads, decodes and augments: on the GPU where the batches are wanted there.
+
+    Image folders are read in a new permutation each epoch. RecordIO is read in the file's order
+    through a window of shuffled records, shards changing places between epochs. The pipeline is
+    made anew for each epoch: that makes an epoch a function of its number.
+    """
+
+    def __iter__(self):
+        from nvidia.dali.plugin.base_iterator import LastBatchPolicy
+        from nvidia.dali.plugin.pytorch import DALIGenericIterator
+        step = 0
+        try:
+            with warnings.catch_warnings(record=True):      # of DALI's own outdated calls
+                # Samples made up to fill the last batch are cut off here, alike on all ranks.
+                batches = DALIGenericIterator(
+                    [self.pipeline(self.graph)], ["images", "labels"], auto_reset=False,
+                    size=self.steps * self.batch_size, last_batch_policy=LastBatchPolicy.FILL,
+                    prepare_first_batch=False)
+            for step, (batch,) in enumerate(batches):
+                if step < self.start_step:      # random states pass through all earlier steps
+                    continue
+                keep = min(self.batch_size, self.images - step * self.batch_size)
+                yield batch["images"][:keep], batch["labels"][:keep].squeeze(1).long()
+        except RuntimeError as fault:
+            raise self.explain(step, fault) from fault
+
+    def pipeline(self, graph):
+        """A DALI pipeline that runs `graph`, the seed, device and threads being ours."""
+        from nvidia.dali import pipeline_def
+        on_gpu = self.device.type == "cuda"
+        return pipeline_def(graph, enable_conditionals=bool(self.auto_augment))(
+            batch_size=self.batch_size, num_threads=self.workers, prefetch_queue_depth=AHEAD,
+            device_id=(self.device.index or 0) if on_gpu else None,
+            seed=self.number("pipeline", self.rank))
+
+    def read(self):
+        """Encoded images and labels of this rank, in this epoch's order."""
+        from nvidia.dali import fn
+        if isinstance(self.data, Folder):
+            order = self.order()
+            return fn.readers.file(files=[self.data.files[i] for i in order],
+                                   labels=[self.data.labels[i] for i in order],
+                                   pad_last_batch=True, name="reader")
+        turn = self.epoch if self.train else 0
+        return fn.readers.mxnet(path=[str(self.data.path)], index_path=[str(self.data.index_path)],
+                                random_shuffle=self.train, pad_last_batch=True,
+                                shard_id=(self.rank + turn) % self.world, num_shards=self.world,
+                                seed=self.number("reader", self.rank), name="reader")
+
+    def graph(self):
+        from nvidia.dali import fn, types
+        encoded, labels = self.read()
+        on_gpu = self.device.type == "cuda"
+        decoder = {"device": "mixed" if on_gpu else "cpu", "output_type": types.RGB,
+                   "adjust_orientation": False}
+        filters = {"min_filter": types.INTERP_TRIANGULAR, "mag_filter": types.INTERP_LANCZOS3}
+        if self.train:                          # only the crop is decoded
+            images = fn.decoders.image_random_crop(encoded, random_area=(self.min_scale, 1.0),
+                                                   random_aspect_ratio=ASPECT, **decoder)
+            images = fn.resize(images, size=(self.size, self.size), **filters)
+            images = self.augment(images)
+            mirror = fn.random.coin_flip(probability=0.5)
+        else:
+            images = fn.decoders.image(encoded, **decoder)
+            images = fn.resize(images, resize_shorter=self.resize_shorter(), **filters)
+            mirror = 0
+        images = fn.crop_mirror_normalize(
+            images, crop=(self.size, self.size), mirror=mirror, dtype=types.FLOAT,
+            output_layout="CHW", mean=[255 * v for v in self.mean],
+            std=[255 * v for v in self.std])
+        return images, labels.gpu() if on_gpu else labels
+
+    def augment(self, images):
+        """Colour jitter and the learned or random policy, where they are wanted."""
+        from nvidia.dali import fn, types
+        from nvidia.dali.auto_aug import auto_augment, rand_augment
+        if self.color_jitter:
+            factors = [fn.random.uniform(range=(1 - JITTER, 1 + JITTER)) for _ in range(3)]
+            images = fn.color_twist(images, brightness=factors[0], contrast=factors[1],
+                                    saturation=factors[2])
+        warp = {"fill_value": 0, "interp_type": types.INTERP_NN, "shape": (self.size, self.size)}
+        if self.auto_augment == "randaugment":
+            images = rand_augment.rand_augment(images, n=2, m=9, **warp)
+        elif self.auto_augment == "autoaugment":
+            images = auto_augment.auto_augment_image_net(images, **warp)
+        return images
+
+    def explain(self, step: int, fault: RuntimeError) -> RunError:
+        """The exception that names the damaged file or record behind a failure of DALI."""
+        try:
+            for i in self.candidates(step):
+                read_image(self.data, i)
+        except DataError as found:
+            return found
+        lines = [line.strip() for line in str(fault).splitlines() if line.strip()]
+        places = [n for n, line in enumerate(lines) if "encountered:" in line]
+        reason = lines[places[0] + 1] if places and places[0] + 1 < len(lines) else lines[0]
+        return RunError(f"{self.data.path}: DALI stopped: {reason}")
+
+    def candidates(self, step: int):
+        """Items of batch `step` and of those that DALI prepared in advance."""
+        window = slice(step * self.batch_size, (step + AHEAD + 1) * self.batch_size)
+        if isinstance(self.data, Folder):
+            return self.order()[window]
+        from nvidia.dali import fn
+        reader = self.pipeline(lambda: fn.get_property(self.read()[0], key="source_info"))
+        places = []                             # "FILE at index OFFSET", in the order of reading
+        try:
+            for _ in range(min(step + AHEAD + 1, self.steps)):
+                names, = reader.run()
+                places += [int(bytes(name).decode().split()[-1]) for name in names]
+        except RuntimeError:                    # the file's structure itself is damaged
+            return range(len(self.data))
+        return self.data.offsets.searchsorted(places[window]).tolist()
+
+
+# ------------------------------------------------------------------------------------------ torch
+
+class TorchStream(Stream):
+    """The same augmentation by Pillow and torchvision in the processes of a DataLoader."""
+
+    def __iter__(self):
+        order = self.order()[self.start_step * self.batch_size:]
+        items = [(i, self.number("item", i)) for i in order]
+        loader = DataLoader(Images(self), sampler=items, batch_size=self.batch_size,
+                            num_workers=self.workers, collate_fn=collate,
+                            pin_memory=self.device.type == "cuda",
+                            generator=torch.Generator())   # else it draws from torch's global one
+        mean, std = (torch.tensor(v, device=self.device).view(1, 3, 1, 1)
+                     for v in (self.mean, self.std))
+        for batch in loader:
+            if isinstance(batch, DataError):
+                raise batch
+            images, labels = (part.to(self.device, non_blocking=True) for part in batch)
+            yield images.float().mul_(1 / (255 * std)).sub_(mean / std), labels
+
+
+class Images(Dataset):
+    """Augmented uint8 images of a Stream; [(i, seed)] -> (image, label), or the DataError."""
+
+    def __init__(self, stream: Stream):
+        self.data, self.size, self.train = stream.data, stream.size, stream.train
+        self.scale, self.resize_shorter = (stream.min_scale, 1.0), stream.resize_shorter()
+        augment = [v2.ColorJitter(JITTER, JITTER, JITTER)] if stream.color_jitter else []
+        policies = {"randaugment": v2.RandAugment, "autoaugment": v2.AutoAugment}
+        if stream.auto_augment:
+            augment.append(policies[stream.auto_augment]())
+        self.augment = v2.Compose([v2.PILToTensor(), *augment])
+
+    def __getitem__(self, item: tuple[int, int]):
+        i, seed = item
+        try:
+            label, image = read_image(self.data, i)
+        except DataError as fault:
+            return fault
+        if not self.train:
+            return v2.functional.pil_to_tensor(self.centre(image)), label
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            top, left, h, w = RandomResizedCrop.get_params(image, self.scale, ASPECT)
+            box = (left, top, left + w, top + h)
+            image = self.augment(resize(image, (self.size, self.size), box))
+            return (image.flip(2) if torch.rand(()) < 0.5 else image), label
+
+    def centre(self, image):
+        """The central square of an image whose shorter side is resized."""
+        factor = self.resize_shorter / min(image.size)
+        image = resize(image, [max(self.resize_shorter, round(side * factor))
+                               for side in image.size])
+        left, top = ((side - self.size + 1) // 2 for side in image.size)    # rounded as DALI does
+        return image.crop((left, top, left + self.size, top + self.size))
+
+
+def resize(image, size, box=None):
+    """Resizes `box` of a PIL image: triangular filter along a side that shrinks, else Lanczos."""
+    from PIL.Image import Resampling
+    left, top, right, bottom = box or (0, 0, *image.size)
+
+    def taper(before, after):
+        return Resampling.BILINEAR if after < before else Resampling.LANCZOS
+
+    width, height = size
+    image = image.resize((width, bottom - top), taper(right - left, width),
+                         box=(left, top, right, bottom))
+    return image.resize((width, height), taper(bottom - top, height))
+
+
+def collate(samples: list):
+    """A batch of tensors, or the first fault among the samples."""
+    faults = [sample for sample in samples if isinstance(sample, DataError)]
+    return faults[0] if faults else default_collate(samples)
