@@ -1,7 +1,7 @@
 """Losses of Soft Augmentation (Liu et al. 2023): a label and the confidence in it.
 
 Every loss takes logits (B, K), labels (B,) int64 and confidence (B,) in (0, 1], the probability
-of the label, and returns a scalar; those that know no confidence ignore it, so that one call
+of the label, and returns a float32 scalar; those that know no confidence ignore it, so that one call
 serves them all. Class and confidence stay two tensors.
 """
 import torch
@@ -23,7 +23,7 @@ def soft_target_loss(logits, labels, confidence, *, reweight: str | bool | None 
         raise ValueError(f"reweight must be 'batch', 'sample' or None, not {reweight!r}")
     target = confidence if soften else torch.ones_like(confidence)
     rest = 1 - target
-    log_p = logits.log_softmax(1)
+    log_p = logits.float().log_softmax(1)
     log_label = log_p.gather(1, labels[:, None])[:, 0]
     shares = 1 if other else logits.shape[1] - 1
     log_rest = (log_p[:, -1] if other else log_p.sum(1) - log_label) / shares
@@ -36,7 +36,7 @@ def soft_target_loss(logits, labels, confidence, *, reweight: str | bool | None 
 
 def cross_entropy(logits, labels, confidence=None) -> torch.Tensor:
     """Plain cross-entropy; ignores the confidence (the paper's hard crop)."""
-    return F.cross_entropy(logits, labels)
+    return F.cross_entropy(logits.float(), labels)
 
 
 def smooth_cross_entropy(logits, labels, confidence=None, *, smoothing: float) -> torch.Tensor:
@@ -44,13 +44,13 @@ def smooth_cross_entropy(logits, labels, confidence=None, *, smoothing: float) -
 
     Ignores the confidence: all images get the same.
     """
-    kept = torch.full_like(labels, 1 - smoothing, dtype=logits.dtype)
+    kept = torch.full_like(labels, 1 - smoothing, dtype=torch.float32)
     return soft_target_loss(logits, labels, kept, reweight=None)
 
 
 def focal_loss(logits, labels, confidence=None, *, gamma: float = 2.0) -> torch.Tensor:
     """Mean of (1 - p)^gamma times the cross-entropy (Lin et al. 2017); ignores the confidence."""
-    losses = F.cross_entropy(logits, labels, reduction="none")
+    losses = F.cross_entropy(logits.float(), labels, reduction="none")
     return ((1 - (-losses).exp()) ** gamma * losses).mean()
 
 

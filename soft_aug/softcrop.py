@@ -26,19 +26,13 @@ def _truncated_normal(n, limit, sigma, generator):
     offsets = torch.zeros(n, dtype=torch.int64)
     waiting = torch.arange(n)
     for _ in range(MAX_DRAWS):
-        normal = torch.randn(len(waiting), generator=generator)
-        offset, accepted = truncate(normal, limit, sigma)
-        offsets[waiting[accepted]] = offset[accepted]
+        offset = torch.randn(len(waiting), generator=generator) * sigma
+        accepted = offset.abs() <= limit
+        offsets[waiting[accepted]] = offset[accepted].trunc().long()
         waiting = waiting[~accepted]
         if not len(waiting):
             break
     return offsets
-
-
-def truncate(normal: torch.Tensor, limit: float, sigma: float):
-    """Standard normals (n,) as whole-pixel offsets (n,) and whether they are within the limit."""
-    offset = normal * sigma
-    return offset.trunc().long(), offset.abs() <= limit
 
 
 def draw_background(n: int, channels: int, std: float, generator=None) -> torch.Tensor:
