@@ -92,7 +92,10 @@ def resume(wish: str, folder: Path) -> dict | None:
 
 
 def check_identity(state: dict, identity: dict):
-    """Raises RunError naming what differs between a checkpoint's network or data and this run's."""
+    """Raises RunError naming what differs between a checkpoint's network or data and this run's.
+
+    `identity` holds what must agree; to evaluate, less than to go on training.
+    """
     theirs = state["identity"]
     wrong = [f"{key} {theirs.get(key)} (here {value})" for key, value in identity.items()
              if theirs.get(key) != value]

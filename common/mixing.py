@@ -87,7 +87,9 @@ def softmax_bce(logits: Tensor, targets: Tensor) -> Tensor:
     float32, also under autocast. SAGE, Puzzle Mix and Co-Mixup train with it.
     """
     with torch.autocast(logits.device.type, enabled=False):
-        return F.binary_cross_entropy(logits.float().softmax(1), targets.float())
+        share = logits.float().softmax(1)
+        # a NaN would end the process here (on a GPU for good): pass it on to the caller instead
+        return F.binary_cross_entropy(share.nan_to_num(), targets.float()) + 0 * share.mean()
 
 
 def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 """SAGE (Ma et al., AAAI 2022) and the methods it is compared with, in one program:
 vanilla, input (Mixup), manifold, cutmix, saliencymix, puzzle, comix, sage.
 
-a CPU trial       python sage/main.py --dataset digits --method sage --initial_channels 16 --epochs 10
+a CPU trial       python sage/main.py --dataset digits --method sage --initial_channels 16
 one GPU           python sage/main.py --dataset cifar100 --data_dir data --method sage --amp bf16
 eight GPUs        torchrun --nproc_per_node=8 sage/main.py --dataset cifar100 --method sage
 two machines      torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d \\
@@ -11,6 +11,7 @@ two machines      torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d \\
 --batch_size counts the images of a step over all processes.
 """
 import argparse
+import copy
 import sys
 import time
 from pathlib import Path
@@ -326,7 +327,7 @@ def train_one_epoch(net, model, loader, optimizer, scaler, args, info, epoch, fi
         sums.add(step, loss, logits, labels)
         if (step + 1) % args.print_freq == 0:
             sums.check(step, epoch)
-            bar.write(f"epoch {epoch} step {step + 1}/{len(loader)} loss {float(loss):.5f}")
+            bar.write(f"epoch {epoch} step {step + 1}/{len(loader)} loss {sums.losses[step]:.5f}")
         if after_step(step):
             bar.close()
             return step + 1
@@ -359,9 +360,8 @@ def draw_preview(path, net, train, args, info, scaler):
     """A picture of the first training batch, mixed by the method."""
     train.set_epoch(0)
     images, labels = next(iter(train))
-    mixed = mix_batch(net, images, labels, args, info, runtime.step_generator(args.seed, 0, 0),
-                      scaler)
-    net.zero_grad(set_to_none=True)
+    generator = runtime.step_generator(args.seed, 0, 0)
+    mixed = mix_batch(copy.deepcopy(net), images, labels, args, info, generator, scaler)
     shown = mixed.images
     if mixed.hidden:                # drawn at the input; training mixes behind a drawn layer
         shown, _ = mixup(images, mixed.hidden["perm"], mixed.hidden["lam"])
@@ -408,7 +408,7 @@ def main(argv=None):
             path = folder / checkpoint.BEST
         if path and path != "auto":
             state = checkpoint.load(path)
-            checkpoint.check_identity(state, identity)
+            checkpoint.check_identity(state, identity | {"data": state["identity"].get("data")})
             net.load_state_dict(state["model"])
         if args.evaluate:
             runtime.say(f"checkpoint: {path}, epoch {state['epoch']}")

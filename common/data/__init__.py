@@ -46,6 +46,8 @@ def load(dataset: str, data_dir: str, *, batch_size: int, device, seed: int = 0,
     Raises DataError for data that are not there.
     """
     train, test, classes = sets.read(dataset, data_dir, image_size, max(1, workers))
+    if mean is None:                    # of the whole set, also when training on a part of it
+        mean, std = sets.STATISTICS.get(dataset) or statistics(train.images)
     generator = torch.Generator().manual_seed(runtime.seed_of(seed, "subset"))
     valid = None
     if valid_labels_per_class:
@@ -53,8 +55,6 @@ def load(dataset: str, data_dir: str, *, batch_size: int, device, seed: int = 0,
                                      "--valid_labels_per_class")
     if labels_per_class:
         train, _ = sets.balanced(train, labels_per_class, classes, generator, "--labels_per_class")
-    if mean is None:
-        mean, std = sets.STATISTICS.get(dataset) or statistics(train.images)
     size = train.images.shape[1]
     padding = (2 if size <= 32 else 4) if padding is None else padding
     flip = dataset != "digits" if flip is None else flip
