@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""SAGE (Ma et al., AAAI 2022) and the methods it is compared with, in one program:
+"""SAGE (Ma et al., BMVC 2022) and the methods it is compared with, in one program:
 vanilla, input (Mixup), manifold, cutmix, saliencymix, puzzle, comix, sage.
 
 a CPU trial       python sage/main.py --dataset digits --method sage --initial_channels 16

@@ -1,4 +1,4 @@
-"""SAGE (Ma et al., AAAI 2022): saliency-guided mixup with optimal rearrangements.
+"""SAGE (Ma et al., BMVC 2022): saliency-guided mixup with optimal rearrangements.
 
 The second image is shifted to where its salient regions cover the first one's least, then both are
 blended pixel by pixel by their shares of the saliency.
