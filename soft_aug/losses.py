@@ -1,8 +1,8 @@
 """Losses of Soft Augmentation (Liu et al. 2023): a label and the confidence in it.
 
 Every loss takes logits (B, K), labels (B,) int64 and confidence (B,) in (0, 1], the probability
-of the label, and returns a float32 scalar; those that know no confidence ignore it, so that one call
-serves them all. Class and confidence stay two tensors.
+of the label, and returns a float32 scalar; those that know no confidence ignore it, so that one
+call serves them all. Class and confidence stay two tensors.
 """
 import torch
 import torch.nn.functional as F
