@@ -1,0 +1,193 @@
+"""Minimum-energy labellings of grids, for Puzzle Mix.
+
+Puzzle Mix (Kim, Choo & Song, ICML 2020) gives every block of a grid a label l of 0 .. L-1 so that
+
+    sum over blocks of unary[l] + sum over neighbours of weight * ((l - l') / (L-1))**2
+
+is least. `solve` does this for a batch in one of two ways:
+
+gco     alpha-beta swap by gco-wrapper on the CPU, which the paper's own results were made with.
+        Images share no edge, so a batch is one graph, or one for each thread.
+device  tensor operations without host synchronisation. The cost of two labels is convex, so the
+        problem is a minimum cut with a binary variable for each block and threshold (Ishikawa,
+        2003); a cut is a linear program, which ADMM solves.
+"""
+import functools
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+import torch
+from gco.cgco import _cgco
+from torch import Tensor
+
+MAX_TERM = 10**7               # gco ends the process at larger ones
+GCO_TABLE = threading.Lock()   # gco keeps its graphs in one unguarded table
+
+
+def solve(unary: Tensor, weight_x: Tensor, weight_y: Tensor, *, solver: str = "auto",
+          threads: int = 0) -> Tensor:
+    """Label grids of blocks with (nearly) the least energy.
+
+    unary (B, h, w, L): cost of every label; weight_x (B, h-1, w) and weight_y (B, h, w-1):
+    weights of vertical and horizontal neighbours, negative ones count as 0. solver: 'gco', 'device'
+    or 'auto' (device on an accelerator, gco on the CPU). threads: of gco, 0 is none beside the
+    caller's. Returns labels (B, h, w) int64. Raises ValueError for another solver.
+    """
+    return solve_async(unary, weight_x, weight_y, solver=solver, threads=threads).result()
+
+
+def solve_async(unary: Tensor, weight_x: Tensor, weight_y: Tensor, *, solver: str = "auto",
+                threads: int = 0) -> Future:
+    """`solve` in the background: a Future of the labels, which gco finds while the device works on.
+
+    With solver 'device' the Future is already done (its tensor may still be in the making on the
+    device, as any).
+    """
+    if solver not in ("auto", "gco", "device"):
+        raise ValueError(f"solver must be auto, gco or device, not {solver!r}")
+    if solver == "auto":
+        solver = "gco" if unary.device.type == "cpu" else "device"
+    terms = unary.detach().float(), weight_x.detach().float(), weight_y.detach().float()
+    if solver == "device":
+        future = Future()
+        future.set_result(_solve_on_device(*terms))
+        return future
+    terms = _integer_terms(*terms)
+    if unary.device.type == "cpu":
+        copied = None
+    else:   # fetch without halting the caller: the background thread waits for the event
+        terms = [term.to("cpu", non_blocking=True) for term in terms]
+        copied = torch.cuda.Event()
+        copied.record()
+    return _pool("batches", 1).submit(_solve_by_gco, terms, copied, threads, unary.device)
+
+
+def energy(labels: Tensor, unary: Tensor, weight_x: Tensor, weight_y: Tensor) -> Tensor:
+    """Energy (B,) of labels (B, h, w) under the terms of `solve`."""
+    value = labels / (unary.shape[-1] - 1)
+    data = unary.gather(-1, labels.unsqueeze(-1)).flatten(1).sum(1)
+    vertical = weight_x * (value[:, 1:] - value[:, :-1]) ** 2
+    horizontal = weight_y * (value[:, :, 1:] - value[:, :, :-1]) ** 2
+    return data + vertical.flatten(1).sum(1) + horizontal.flatten(1).sum(1)
+
+
+# ---------------------------------------------------------------------------------- gco
+
+def alpha_beta_swap(problems: list, threads: int = 0) -> list:
+    """Alpha-beta swap (Boykov et al. 2001) to convergence from all-zero labels, by gco.
+
+    problems: a list of (unary (S, L), first (E,), second (E,), weight (E,), label_cost (L, L)),
+    integer arrays; edge e joins the sites first[e] < second[e]. Unconnected problems with the same
+    label costs may be joined into one: their labels stay the same and the calls are saved.
+    threads: how many problems at once, 0 for one after the other. Returns a list of labels (S,).
+    """
+    arrays = [[np.ascontiguousarray(a, np.intc) for a in problem] for problem in problems]
+    with GCO_TABLE:      # no graph may come or go while a thread looks its own up
+        graphs = [_make_graph(*problem) for problem in arrays]
+        energies = [np.empty(1, np.longlong) for _ in graphs]
+        run = map if threads < 2 or len(graphs) < 2 else _pool("cuts", threads).map
+        list(run(_cgco.gcoSwap, graphs, [-1] * len(graphs), energies))   # releases the GIL
+        labels = [np.empty(len(problem[0]), np.intc) for problem in arrays]
+        for graph, found in zip(graphs, labels, strict=True):
+            _cgco.gcoGetLabels(graph, found)
+            _cgco.gcoDestroyGraph(graph)
+    return labels
+
+
+def _make_graph(unary, first, second, weight, label_cost) -> int:
+    """Handle of a new graph; gco keeps pointers to the arrays, the caller must hold them."""
+    handle = np.empty(1, np.intc)
+    _cgco.gcoCreateGeneralGraph(*unary.shape, handle)
+    graph = int(handle[0])
+    _cgco.gcoSetDataCost(graph, unary)
+    _cgco.gcoSetAllNeighbors(graph, first, second, weight, len(weight))
+    _cgco.gcoSetSmoothCost(graph, label_cost)
+    return graph
+
+
+def _integer_terms(unary, weight_x, weight_y) -> list[Tensor]:
+    """1000 h w times the terms, truncated as in the paper's code; (L-1)^2 makes label costs whole.
+
+    Where that would overflow it is cut off: such a block's label is beyond doubt.
+    """
+    squared = (unary.shape[-1] - 1) ** 2
+    scale, most = 1000 * unary[0, ..., 0].numel(), MAX_TERM // squared
+    unary, *weights = ((term * scale).clamp(-most, most).int()
+                       for term in (unary, weight_x, weight_y))
+    return [unary * squared, *(weight.clamp(min=0) for weight in weights)]
+
+
+def _solve_by_gco(terms, copied, threads: int, device) -> Tensor:
+    if copied is not None:
+        copied.synchronize()
+    unary, weight_x, weight_y = (term.numpy() for term in terms)
+    images, height, width, num_labels = unary.shape
+    level = np.arange(num_labels)
+    label_cost = (level[:, None] - level) ** 2
+    problems = []
+    for part in np.array_split(np.arange(images), min(max(threads, 1), images)):
+        site = np.arange(len(part) * height * width).reshape(-1, height, width)
+        problems.append((
+            unary[part].reshape(-1, num_labels),
+            np.concatenate([site[:, :-1].ravel(), site[:, :, :-1].ravel()]),
+            np.concatenate([site[:, 1:].ravel(), site[:, :, 1:].ravel()]),
+            np.concatenate([weight_x[part].ravel(), weight_y[part].ravel()]), label_cost))
+    labels = np.concatenate(alpha_beta_swap(problems, threads))
+    labels = torch.from_numpy(labels).view(images, height, width).long()
+    return labels.to(device, non_blocking=True)
+
+
+@functools.cache
+def _pool(purpose: str, threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix=purpose)
+
+
+# ------------------------------------------------------------------------------- device
+
+def _solve_on_device(unary, weight_x, weight_y, iterations=60, penalty=0.3, relaxation=1.6):
+    """ADMM on  min over x of  sum_e bound_e |A x - offset|_e, whose x is 0 or 1 at the optimum.
+
+    x (B, h*w*(L-1)): is the label of this block above k? Quadratic cost between neighbours is
+    the sum of |x_k - x'_k'| over all pairs of thresholds, plus unary terms.
+    """
+    images, height, width, num_labels = unary.shape
+    steps = num_labels - 1
+    matrix, inverse = _lifted_grid(height, width, steps, unary.device)
+    weight_x, weight_y = (w.clamp(min=0) / steps**2 for w in (weight_x, weight_y))
+    pad = torch.nn.functional.pad
+    weights = (pad(weight_x, (0, 0, 1, 0)) + pad(weight_x, (0, 0, 0, 1))
+               + pad(weight_y, (1, 0)) + pad(weight_y, (0, 1)))
+    level = torch.arange(num_labels, device=unary.device)
+    unary = unary + weights.unsqueeze(-1) * level * (level - steps)
+    gain = unary.diff(dim=-1).flatten(1)               # cost of x = 1 against x = 0
+    scale = 1 / (penalty * gain.abs().mean(1, keepdim=True)).clamp(min=1e-12)
+    edges = torch.cat([weight_x.flatten(1), weight_y.flatten(1)], 1).repeat(1, steps**2)
+    ordered = gain.new_full((images, height * width * (steps - 1)), torch.inf)   # x_k >= x_k+1
+    high = torch.cat([edges * scale, torch.zeros_like(ordered), gain.abs() * scale], 1)
+    low = torch.cat([-edges * scale, -ordered, -gain.abs() * scale], 1)
+    zero_one = (gain < 0).float()                      # the value each x would take for itself
+    offset = pad(zero_one, (matrix.shape[0] - gain.shape[1], 0))
+    x, dual, split = zero_one, torch.zeros_like(offset), torch.zeros_like(offset)
+    with torch.autocast(unary.device.type, enabled=False):
+        for _ in range(iterations):
+            difference = torch.lerp(split, x @ matrix.T - offset, relaxation)
+            split = dual + difference
+            dual = split.clamp(low, high)
+            split = split - dual
+            x = (split - dual + offset) @ inverse.T
+    return (x > 0.5).view(images, height, width, steps).sum(-1)
+
+
+@functools.cache
+def _lifted_grid(height: int, width: int, steps: int, device) -> tuple[Tensor, Tensor]:
+    """Matrix of x along edges, of x between thresholds, and of x itself; its pseudo-inverse."""
+    site = np.arange(height * width).reshape(height, width)
+    first = np.concatenate([site[:-1].ravel(), site[:, :-1].ravel()])
+    second = np.concatenate([site[1:].ravel(), site[:, 1:].ravel()])
+    x = np.eye(height * width * steps).reshape(height * width, steps, -1)
+    rows = [x[first, k] - x[second, m] for k in range(steps) for m in range(steps)]
+    rows += [x[:, k] - x[:, k + 1] for k in range(steps - 1)] + [x.reshape(-1, x.shape[-1])]
+    matrix = np.concatenate(rows)
+    inverse = np.linalg.solve(matrix.T @ matrix, matrix.T)
+    return tuple(torch.from_numpy(m).float().to(device) for m in (matrix, inverse))

@@ -1,0 +1,291 @@
+"""Puzzle Mix (Kim, Choo & Song, ICML 2020): which image owns which block, and where its blocks go.
+
+Blocks go to the image that is salient there, and neighbours like the same owner (a graph cut);
+then each image moves its salient blocks into what it owns (masked optimal transport).
+
+    puzzle_mix = start_puzzle_mask (the graph cut, in the background) + apply_mask
+"""
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sage import graphcut
+
+SLACK = 1e-6         # rounding in comparisons of saliencies that sum to 1
+
+def gradient_magnitude(grad: Tensor) -> Tensor:
+    """Saliency (B, H, W): root of the mean over channels of the squared input gradient."""
+    return grad.float().square().mean(1).sqrt()
+
+
+# ------------------------------------------------------------------------------------- draws
+
+def draw_block_num(generator: torch.Generator, sides: tuple[int, ...] = ()) -> int:
+    """Blocks a side: 2, 4, 8 or 16, of these what divides all `sides` (pixels)."""
+    choices = [n for n in (2, 4, 8, 16) if not any(side % n for side in sides)]
+    if not choices:
+        raise ValueError(f"images of {sides} pixels cannot be cut into 2 x 2 blocks")
+    return choices[int(torch.randint(len(choices), (), generator=generator))]
+
+
+def draw_noise(images: Tensor, adv_p: float, adv_eps: float, generator: torch.Generator, *, mean,
+               std) -> tuple[Tensor, Callable[[Tensor], dict]]:
+    """Noise of stochastic adversarial Puzzle Mix, for the first and for the second images with
+    probability adv_p each.
+
+    images: (B, C, H, W) normalised by mean and std (C values each); adv_eps: radius of the noise
+    in 1/255. Returns the images of the saliency pass (with noise if any was drawn) and a function
+    that turns their gradient into the keyword arguments `noise` and `noisy` of `puzzle_mix`.
+    """
+    noisy = tuple((torch.rand(2, generator=generator) < adv_p).tolist())
+    if not any(noisy):
+        return images, lambda grad: {}
+    radius = adv_eps / 255
+    start = (2 * torch.rand(images.shape, generator=generator) - 1) * radius
+    length = float(torch.rand((), generator=generator))
+    mean, std = _per_channel(mean, images), _per_channel(std, images)
+    pixels = images * std + mean
+    attacked = (pixels + start.to(images.device, non_blocking=True)).clamp(0, 1)
+
+    def adversary(grad: Tensor) -> dict:
+        step = (adv_eps + 2) / 255 * grad.sign()
+        noise = (attacked - pixels + step).clamp(-radius, radius) * length
+        return {"noise": noise, "noisy": noisy}
+
+    return (attacked - mean) / std, adversary
+
+
+# ------------------------------------------------------------------------------------ mixing
+
+def puzzle_mix(images: Tensor, saliency: Tensor, perm: Tensor, lam: Tensor | float, block_num: int,
+               *, beta: float = 1.2, gamma: float = 0.5, eta: float = 0.2, n_labels: int = 3,
+               neigh_size: int = 4, transport: bool = True, t_eps: float = 0.8, t_size: int = 4,
+               mean, std, solver: str = "auto", threads: int = 0, noise: Tensor | None = None,
+               noisy: tuple[bool, bool] = (True, True)) -> tuple[Tensor, Tensor]:
+    """Mixes image i with image perm[i].
+
+    images (B, C, H, W), normalised by mean and std (C values each); saliency (B, H, W), not
+    negative, an all-zero map counts as uniform; lam: share of the first image that the prior
+    favours, one or (B,); block_num: blocks a side, divides H and W.
+    beta, gamma, eta: weights of label smoothness, of the colour step between neighbours and of the
+    prior; n_labels: mask levels; neigh_size: side of the colour cells in pixels. transport: move
+    blocks of t_size pixels (-1: the mask's blocks) at a cost of t_eps times the squared distance.
+    solver, threads: see `graphcut.solve`. noise (B, C, H, W) is added in [0, 1] pixel values to the
+    first and / or second images (`noisy`).
+    Returns mixed (B, C, H, W) and ratio (B,), the mask's mean. Raises ValueError if block_num does
+    not divide the sides.
+    """
+    finish = start_puzzle_mask(images, saliency, perm, lam, block_num, beta=beta, gamma=gamma,
+                               eta=eta, n_labels=n_labels, neigh_size=neigh_size, std=std,
+                               solver=solver, threads=threads)
+    return apply_mask(images, saliency, perm, finish(), transport=transport, t_eps=t_eps,
+                      t_size=t_size, mean=mean, std=std, noise=noise, noisy=noisy)
+
+
+@torch.no_grad()
+def start_puzzle_mask(images: Tensor, saliency: Tensor, perm: Tensor, lam: Tensor | float,
+                      block_num: int, *, beta: float = 1.2, gamma: float = 0.5, eta: float = 0.2,
+                      n_labels: int = 3, neigh_size: int = 4, std, solver: str = "auto",
+                      threads: int = 0) -> Callable[[], Tensor]:
+    """Starts the graph cut and returns a function that waits for its mask (B, n, n) in [0, 1].
+
+    Between the two calls gco's threads leave the caller and the device free. Arguments as in
+    `puzzle_mix`; a mask of 1 is the first image.
+    """
+    terms = graph_terms(images, saliency, perm, block_num, beta=beta, gamma=gamma,
+                        neigh_size=neigh_size, std=std)
+    terms = label_terms(*terms, lam, beta=beta, eta=eta, n_labels=n_labels)
+    labels = graphcut.solve_async(*terms, solver=solver, threads=threads)
+    return lambda: 1 - labels.result() / (n_labels - 1)
+
+
+@torch.no_grad()
+def apply_mask(images: Tensor, saliency: Tensor, perm: Tensor, mask: Tensor, *,
+               transport: bool = True, t_eps: float = 0.8, t_size: int = 4, mean, std,
+               noise: Tensor | None = None, noisy: tuple[bool, bool] = (True, True)
+               ) -> tuple[Tensor, Tensor]:
+    """Mixes by a mask (B, n, n) in [0, 1]; arguments and results as in `puzzle_mix`."""
+    perm = perm.to(images.device, non_blocking=True)
+    first = second = images
+    if noise is not None:
+        mean, std = _per_channel(mean, images), _per_channel(std, images)
+        attacked = ((images * std + mean + noise).clamp(0, 1) - mean) / std
+        first, second = attacked if noisy[0] else images, attacked if noisy[1] else images
+    second = second[perm]
+    if transport:
+        blocks = [side // mask.shape[1] for side in images.shape[-2:]]
+        cells = [math.gcd(block, min(t_size, block)) if t_size > 0 else block for block in blocks]
+        mass = _block_saliency(saliency, cells)
+        fine = _upsample(mask, mass.shape[1:])
+        plans = transport_plan(torch.cat([fine, 1 - fine]), torch.cat([mass, mass[perm]]), t_eps)
+        first, second = (_move(moved, plan, cells)
+                         for moved, plan in zip((first, second), plans.chunk(2), strict=True))
+    weight = _upsample(mask, images.shape[-2:]).unsqueeze(1).to(images.dtype)
+    return torch.lerp(second, first, weight), mask.flatten(1).mean(1)
+
+
+# ------------------------------------------------------------------------------ graph's terms
+
+def graph_terms(images: Tensor, saliency: Tensor, perm: Tensor, block_num: int, *,
+                beta: float = 1.2, gamma: float = 0.5, neigh_size: int = 4, std
+                ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Cost (B, n, n) of giving a block to the first and to the second image, and what the colours
+    add to the weight of vertical (B, n-1, n) and horizontal (B, n, n-1) neighbours.
+
+    Colour steps that would arise along the border of two blocks depend on both owners; they are
+    split into costs of the blocks and a weight of their disagreement.
+    """
+    height, width = images.shape[-2:]
+    if block_num < 2 or height % block_num or width % block_num:
+        raise ValueError(f"block_num {block_num} does not divide images of {height}x{width} pixels")
+    perm = perm.to(images.device, non_blocking=True)
+    blocks = height // block_num, width // block_num
+    cells = [math.gcd(min(neigh_size, block), block) for block in blocks]
+    mass = _block_saliency(saliency, blocks)
+    to_first, to_second = mass[perm], mass.clone()       # taking one image loses the other's mass
+    scale = beta * gamma / (block_num * 16)
+    colours = F.avg_pool2d(images, cells) * (_per_channel(std, images) * scale)
+    vertical = _colour_steps(colours, blocks[0] // cells[0], block_num, perm)
+    horizontal = _colour_steps(colours.transpose(2, 3), blocks[1] // cells[1], block_num, perm)
+    weights = []
+    for steps, first_cost, second_cost in ((vertical, to_first, to_second),
+                                           (horizontal, to_first.mT, to_second.mT)):
+        first, first_second, second_first, second = steps     # whose are the upper and lower block
+        first_cost[:, :-1] += (first_second + first) / 2
+        first_cost[:, 1:] += (second_first + first) / 2
+        second_cost[:, :-1] += (second_first + second) / 2
+        second_cost[:, 1:] += (first_second + second) / 2
+        weights.append((first_second + second_first - first - second) / 2)
+    return to_first, to_second, weights[0], weights[1].mT
+
+
+def label_terms(to_first: Tensor, to_second: Tensor, weight_x: Tensor, weight_y: Tensor,
+                lam: Tensor | float, *, beta: float = 1.2, eta: float = 0.2, n_labels: int = 3
+                ) -> tuple[Tensor, Tensor, Tensor]:
+    """Terms for `graphcut.solve`: label l is a share of 1 - l/(n_labels-1) for the first image,
+    a priori binomial with mean lam (one or (B,))."""
+    images, n = to_first.shape[:2]
+    level = torch.arange(n_labels, device=to_first.device)
+    lam = torch.as_tensor(lam, dtype=torch.float32).to(to_first.device, non_blocking=True)
+    lam = lam.expand(images).unsqueeze(1)
+    ways = torch.tensor([math.comb(n_labels - 1, k) for k in range(n_labels)])
+    ways = ways.to(lam.device, non_blocking=True)
+    likelihood = ways * lam ** (n_labels - 1 - level) * (1 - lam) ** level
+    prior = -eta / n**2 * torch.log(likelihood + 1e-8)
+    unary = torch.lerp(to_first.unsqueeze(-1), to_second.unsqueeze(-1), level / (n_labels - 1))
+    smooth = beta / (n * 16)
+    return unary + prior[:, None, None], weight_x + smooth, weight_y + smooth
+
+
+def _colour_steps(colours: Tensor, cells: int, n: int, perm: Tensor) -> tuple[Tensor, ...]:
+    """Colour differences (B, n-1, n) across the horizontal borders of blocks `cells` rows high.
+
+    Returns them for above and below taken from image 1 and 1, 1 and 2, 2 and 1, 2 and 2.
+    """
+    above, below = colours[:, :, cells - 1:-1:cells], colours[:, :, cells::cells]
+
+    def step(a, b):
+        return (a - b).abs().mean(1).unflatten(-1, (n, -1)).mean(-1)
+
+    own = step(above, below)
+    return own, step(above, below[perm]), step(above[perm], below), own[perm]
+
+
+def _block_saliency(saliency: Tensor, blocks) -> Tensor:
+    """Share of every block of blocks[0] x blocks[1] pixels, (B, h, w), sums to 1 per image."""
+    pooled = F.avg_pool2d(saliency.float().unsqueeze(1), blocks).squeeze(1)
+    total = pooled.sum((1, 2), keepdim=True)
+    uniform = torch.full_like(pooled, 1 / pooled[0].numel())
+    return torch.where(total > 0, pooled / total, uniform)
+
+
+# --------------------------------------------------------------------------------- transport
+
+@torch.no_grad()
+def transport_plan(mask: Tensor, saliency: Tensor, t_eps: float = 0.8) -> Tensor:
+    """Which block of an image goes where the mask shows it (masked transport).
+
+    mask (B, h, w): positive where the image is seen; saliency (B, h, w), sums to 1 per image.
+    Each block prefers the visible place where t_eps * distance**2 (the grid's sides being 1) minus
+    its saliency is least, if negative. max(h, w) rounds: every block proposes to the best place
+    that has not refused it, every place keeps its best proposer. Returns the block (B, h*w) that
+    each place gets; places not seen, and those that nobody wants, keep their own.
+    """
+    height, width = mask.shape[1:]
+    places = height * width
+    down, right = (torch.arange(side, device=mask.device) for side in (height, width))
+    down, right = (t_eps * (d[:, None] - d) ** 2 / max(len(d) - 1, 1) ** 2 for d in (down, right))
+    distance = (down[:, None, :, None] + right[None, :, None, :]).reshape(places, places)
+    plans = []
+    limit = max(1, 2**26 // places**2)                  # images at once: 256 MiB of costs
+    for seen, gain in zip((mask > 0).split(limit), saliency.split(limit), strict=True):
+        if mask.device.type == "cpu":
+            image, block = _bidders(seen, gain, down, right).nonzero(as_tuple=True)
+        else:       # all, as their number would halt the device
+            block = torch.arange(gain.numel(), device=mask.device)
+            image, block = block // places, block % places
+        plans.append(_propose(seen.flatten(1), gain.flatten(1), distance, image, block,
+                              max(height, width)))
+    return torch.cat(plans)
+
+
+def _bidders(seen: Tensor, gain: Tensor, down: Tensor, right: Tensor) -> Tensor:
+    """Blocks (B, h*w) that could win a place from its own block; mostly none, and few otherwise.
+
+    Nothing moves in an image unless a block from a place not seen does.
+    """
+    def cheapest(price, step):          # min over i of price (B, i, .) + step (i, j): (B, j, .)
+        return (price.unsqueeze(2) + step.unsqueeze(2)).amin(1)
+
+    def others(step):
+        return step + torch.diag(torch.full_like(step[0], torch.inf)).nan_to_num(posinf=torch.inf)
+
+    price = torch.where(seen, gain, torch.inf)
+    elsewhere = torch.minimum(cheapest(cheapest(price, down).mT.contiguous(), others(right)).mT,
+                              cheapest(price, others(down)))
+    wins = elsewhere <= gain + SLACK
+    return (wins & (wins & ~seen).any((1, 2), keepdim=True)).flatten(1)
+
+
+def _propose(seen: Tensor, gain: Tensor, distance: Tensor, image: Tensor, block: Tensor,
+             rounds: int) -> Tensor:
+    """Rounds of `transport_plan`, of the bidders block[k] of image[k]. (B, N), (B, N), (N, N)."""
+    places = gain.shape[1]
+    cost = distance[block] - gain[image, block].unsqueeze(1)
+    cost.masked_fill_(~seen[image] | (cost >= 0), torch.inf)
+    own = torch.arange(places, device=gain.device).expand_as(gain).flatten()
+    keep = best = -gain.flatten()                                # bid of a place's own block
+    owner = own
+    for _ in range(rounds):
+        bid, choice = cost.min(1)
+        place = choice + image * places
+        best = best.scatter_reduce(0, place, bid, "amin")
+        winner = torch.where(bid == best[place], block, places)           # the first of equals
+        owner = torch.where(best == keep, own, places).scatter_reduce(0, place, winner, "amin")
+        refused = torch.where(owner[place] == block, bid, torch.inf)
+        cost.scatter_(1, choice.unsqueeze(1), refused.unsqueeze(1))
+    return owner.view_as(gain)
+
+
+def _move(images: Tensor, plan: Tensor, cells) -> Tensor:
+    """Images with the block of `cells` pixels at every place replaced by block plan[place]."""
+    height, width = images.shape[-2:]
+    columns = width // cells[1]
+    corner = plan // columns * cells[0] * width + plan % columns * cells[1]
+    corner = corner.view(len(images), -1, 1, columns, 1)
+    down, right = (torch.arange(cell, device=images.device) for cell in cells)
+    pixel = (corner + (down[:, None, None] * width + right)).flatten(1)
+    return images.flatten(2).gather(2, pixel.unsqueeze(1).expand(-1, images.shape[1], -1)
+                                    ).view_as(images)
+
+
+def _upsample(mask: Tensor, size) -> Tensor:
+    return F.interpolate(mask.unsqueeze(1), tuple(size)).squeeze(1)
+
+
+def _per_channel(values, images: Tensor) -> Tensor:
+    values = torch.as_tensor(values, dtype=images.dtype)
+    return values.to(images.device, non_blocking=True).view(-1, 1, 1)
