@@ -240,12 +240,12 @@ def _bidders(seen: Tensor, gain: Tensor, down: Tensor, right: Tensor) -> Tensor:
     def cheapest(price, step):          # min over i of price (B, i, .) + step (i, j): (B, j, .)
         return (price.unsqueeze(2) + step.unsqueeze(2)).amin(1)
 
-    def others(step):
-        return step + torch.diag(torch.full_like(step[0], torch.inf)).nan_to_num(posinf=torch.inf)
+    def no_stay(step):
+        return step.clone().fill_diagonal_(torch.inf)
 
     price = torch.where(seen, gain, torch.inf)
-    elsewhere = torch.minimum(cheapest(cheapest(price, down).mT.contiguous(), others(right)).mT,
-                              cheapest(price, others(down)))
+    elsewhere = torch.minimum(cheapest(cheapest(price, down).mT.contiguous(), no_stay(right)).mT,
+                              cheapest(price, no_stay(down)))
     wins = elsewhere <= gain + SLACK
     return (wins & (wins & ~seen).any((1, 2), keepdim=True)).flatten(1)
 
@@ -283,7 +283,8 @@ def _move(images: Tensor, plan: Tensor, cells) -> Tensor:
 
 
 def _upsample(mask: Tensor, size) -> Tensor:
-    return F.interpolate(mask.unsqueeze(1), tuple(size)).squeeze(1)
+    height, width = (big // small for big, small in zip(size, mask.shape[1:], strict=True))
+    return mask.repeat_interleave(height, 1).repeat_interleave(width, 2)
 
 
 def _per_channel(values, images: Tensor) -> Tensor:

@@ -39,3 +39,234 @@ def test_graph_terms(path, device):
                                   neigh_size=int(case["neigh_size"]))
     for name, term in zip(("unary_first", "unary_second", "pw_x", "pw_y"), found, strict=True):
         torch.testing.assert_close(term, case.tensor(f"gc_{name}", device), rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("path", golden_cases("sage", "puzzle_"))
+@pytest.mark.parametrize("solver", ["gco", "device"])
+def test_golden(path, solver, device):
+    """gco gives the recorded mask, hence images and ratio; the device solver a mask as good."""
+    case = Golden(path)
+    images, saliency, perm, lam, block_num = inputs(case, device)
+    names = ("beta", "gamma", "eta", "n_labels", "neigh_size")
+    some = {name: value for name, value in options(case).items() if name in names}
+    mask = puzzlemix.start_puzzle_mask(images, saliency, perm, lam, block_num, solver=solver,
+                                       std=CIFAR100["std"], **some)()
+    labels = ((1 - mask) * (some["n_labels"] - 1)).round().long()
+    energy = graphcut.energy(labels, *terms(case, device)).cpu() * 1000 * block_num**2
+    gap = energy / case.tensor("energy_optimum_f64") - 1
+    assert gap.max() <= 0.015 and (energy <= case.tensor("energy_f64") * 1.005).all()
+
+    noise = {"noise": case.tensor("noise", device)} if case["adv"] else {}
+    mixed, ratio = puzzlemix.puzzle_mix(images, saliency, perm, lam, block_num, solver=solver,
+                                        threads=2, **options(case), **CIFAR100, **noise)
+    same = (mask == case.tensor("mask_block", device)).flatten(1).all(1)
+    assert same.sum() >= len(same) - 1 or solver == "device"
+    torch.testing.assert_close(mixed[same], case.tensor("mixed", device)[same], **CLOSE)
+    torch.testing.assert_close(ratio[same], case.tensor("ratio", device)[same], **CLOSE)
+
+
+@pytest.mark.parametrize("path", golden_cases("sage", "puzzle_"))
+def test_golden_mask_applied(path, device):
+    """With the recorded mask every image is the recorded one."""
+    case = Golden(path)
+    images, saliency, perm, *_ = inputs(case, device)
+    some = {name: options(case)[name] for name in ("transport", "t_eps", "t_size")}
+    noise = case.tensor("noise", device) if case["adv"] else None
+    mixed, ratio = puzzlemix.apply_mask(images, saliency, perm, case.tensor("mask_block", device),
+                                        noise=noise, **some, **CIFAR100)
+    torch.testing.assert_close(mixed, case.tensor("mixed", device), **CLOSE)
+    torch.testing.assert_close(ratio, case.tensor("ratio", device), **CLOSE)
+
+
+@pytest.mark.parametrize("path", golden_cases("sage", "graphcut"))
+@pytest.mark.parametrize("solver", ["gco", "device"])
+def test_golden_graphcut(path, solver, device):
+    """gco: the recorded labels. device: at most 0.2 % above the optimum, 1.5 % at worst."""
+    case = Golden(path)
+    gaps, same = [], 0
+    for i, n in enumerate(case["block_num"]):
+        parts = [case.tensor(f"{name}_{i}", device)[None] for name in ("u1", "u2", "pwx", "pwy")]
+        num_labels = int(case["n_labels"][i])
+        labels = graphcut.solve(*puzzlemix.label_terms(
+            *parts, float(case["alpha"][i]), beta=float(case["beta"][i]) * n * 16,
+            eta=float(case["eta"]), n_labels=num_labels), solver=solver)
+        whole = [case.tensor(f"{name}_int_{i}", device)[None].double()
+                 for name in ("unary", "wx", "wy")]
+        gaps.append(float(graphcut.energy(labels, *whole)) / case["energy_optimum_f64"][i] - 1)
+        same += bool((1 - labels[0] / (num_labels - 1) == case.tensor(f"mask_{i}", device)).all())
+    assert min(gaps) > -1e-9
+    assert sum(gaps) / len(gaps) <= 0.002 and max(gaps) <= 0.015
+    assert same >= (len(gaps) - 1 if solver == "gco" else len(gaps) / 2)
+
+
+@pytest.mark.parametrize("path", golden_cases("sage", "transport"))
+def test_golden_transport(path, device):
+    case = Golden(path)
+    for i in range(7):
+        mask = case.tensor(f"mask_{i}", device)[:, 0]
+        plan = puzzlemix.transport_plan(mask, case.tensor(f"sal_{i}", device),
+                                        float(case[f"eps_{i}"]))
+        seen = mask.flatten(1) > 0
+        assert torch.equal(plan[seen], case.tensor(f"src_of_dst_{i}", device).long()[seen])
+
+
+def test_transport_bidders_suffice(monkeypatch):
+    """Leaving out blocks that cannot win changes nothing (accelerators let all of them bid)."""
+    generator = torch.Generator().manual_seed(0)
+    for height, width in ((2, 2), (8, 8), (4, 12)):
+        saliency = torch.rand(20, height, width, generator=generator) ** 4
+        saliency /= saliency.sum((1, 2), keepdim=True)
+        mask = torch.randint(3, saliency.shape, generator=generator) / 2
+        plans = [puzzlemix.transport_plan(mask, saliency, t_eps) for t_eps in (0.8, 0.02)]
+        with monkeypatch.context() as patch:
+            patch.setattr(puzzlemix, "_bidders", lambda seen, *_: seen.flatten(1) > -1)
+            everyone = [puzzlemix.transport_plan(mask, saliency, t_eps) for t_eps in (0.8, 0.02)]
+        assert torch.equal(torch.stack(plans), torch.stack(everyone))
+        assert (plans[1] != torch.arange(height * width)).any()
+
+
+def batch(height=32, width=32, count=6, device="cpu", peak=4):
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(count, 3, height, width, generator=generator)
+    saliency = torch.rand(count, height, width, generator=generator) ** peak
+    perm = torch.randperm(count, generator=generator)
+    return images.to(device), saliency.to(device), perm
+
+
+@pytest.mark.parametrize("solver", ["gco", "device"])
+@pytest.mark.parametrize("size", [(16, 32), (48, 32), (28, 56)])
+def test_not_square(size, solver, device):
+    images, saliency, perm = batch(*size, device=device)
+    for block_num in (2, 4):
+        mixed, ratio = puzzlemix.puzzle_mix(images, saliency, perm, 0.4, block_num, solver=solver,
+                                            **CIFAR100)
+        assert mixed.shape == images.shape and mixed.isfinite().all()
+        assert ((0 <= ratio) & (ratio <= 1)).all()
+
+
+def test_transposed_images_mix_alike(device):
+    images, saliency, perm = batch(16, 32, device=device)
+    mixed, _ = puzzlemix.puzzle_mix(images, saliency, perm, 0.4, 4, **CIFAR100)
+    turned, _ = puzzlemix.puzzle_mix(images.mT, saliency.mT, perm, 0.4, 4, **CIFAR100)
+    torch.testing.assert_close(turned.mT, mixed)
+
+
+@pytest.mark.parametrize("solver", ["gco", "device"])
+def test_zero_saliency_is_uniform(solver, device):
+    images, saliency, perm = batch(device=device)
+    flat = torch.ones_like(saliency)
+    flat[1], saliency = saliency[1], flat.clone()
+    saliency[1], saliency[0], saliency[2:] = flat[1], 0, 0
+    results = [puzzlemix.puzzle_mix(images, map_, perm, 0.5, 8, solver=solver, **CIFAR100)
+               for map_ in (flat, saliency)]
+    for first, second in zip(*results, strict=True):
+        assert torch.equal(first, second) and first.isfinite().all()
+
+
+@pytest.mark.parametrize("solver", ["gco", "device"])
+@pytest.mark.parametrize("n_labels", [2, 3, 4])
+def test_levels_and_ratio(n_labels, solver, device):
+    """Masks take n_labels values; their mean is the ratio; images are blended by them."""
+    images, saliency, perm = batch(device=device, peak=30)
+    mask = puzzlemix.start_puzzle_mask(images, saliency, perm, 0.5, 8, n_labels=n_labels,
+                                       solver=solver, std=CIFAR100["std"])()
+    steps = mask * (n_labels - 1)
+    torch.testing.assert_close(steps, steps.round())
+    assert len(steps.round().unique()) == n_labels
+    mixed, ratio = puzzlemix.puzzle_mix(images, saliency, perm, 0.5, 8, n_labels=n_labels,
+                                        transport=False, solver=solver, **CIFAR100)
+    torch.testing.assert_close(ratio, mask.mean((1, 2)))
+    weight = mask.repeat_interleave(4, 1).repeat_interleave(4, 2)[:, None]
+    torch.testing.assert_close(mixed, weight * images + (1 - weight) * images[perm])
+
+
+@pytest.mark.parametrize("solver", ["gco", "device"])
+def test_peaked_saliency_keeps_its_block(solver, device):
+    """A block that holds all the saliency belongs to its image: no 32-bit wrap at 1000 n^2 * 1."""
+    images, saliency, _ = batch(count=2, device=device)
+    saliency = torch.zeros_like(saliency)
+    saliency[0, :2, :2], saliency[1, -2:, -2:] = 1, 1
+    mask = puzzlemix.start_puzzle_mask(images, saliency, torch.tensor([1, 0]), 0.5, 16,
+                                       solver=solver, std=CIFAR100["std"])()
+    assert mask[0, 0, 0] == 1 and mask[0, -1, -1] == 0
+    assert mask[1, 0, 0] == 0 and mask[1, -1, -1] == 1
+
+
+@pytest.mark.parametrize("solver", ["gco", "device"])
+def test_lam_per_image(solver, device):
+    images, saliency, perm = batch(device=device)
+    lam = torch.tensor([0.0, 0.2, 0.4, 0.6, 0.8, 1.0], device=device)
+    mixed, ratio = puzzlemix.puzzle_mix(images, saliency, perm, lam, 4, solver=solver, eta=3.0,
+                                        **CIFAR100)
+    for i, share in enumerate(lam.tolist()):
+        alone, alone_ratio = puzzlemix.puzzle_mix(images, saliency, perm, share, 4, solver=solver,
+                                                  eta=3.0, **CIFAR100)
+        torch.testing.assert_close(mixed[i], alone[i])
+        torch.testing.assert_close(ratio[i], alone_ratio[i])
+    assert ratio[0] == 0 and ratio[-1] == 1 and (ratio.diff() >= 0).all()
+
+
+def test_threads_and_background_give_the_same(device):
+    images, saliency, perm = batch(count=20, device=device)
+    arguments = images, saliency, perm, 0.5, 8
+    keywords = {"std": CIFAR100["std"], "solver": "gco"}
+    waiting = [puzzlemix.start_puzzle_mask(*arguments, threads=threads, **keywords)
+               for threads in (0, 2, 8, 100)]
+    masks = torch.stack([finish() for finish in waiting])
+    assert (masks == masks[0]).all() and masks.device == images.device
+
+
+def test_noise(device):
+    images, saliency, perm = batch(device=device)
+    images = images.clamp(-1, 1)
+    generator = torch.Generator().manual_seed(0)
+    noisy, adversary = puzzlemix.draw_noise(images, 0.0, 10, generator, **CIFAR100)
+    assert noisy is images and adversary(images) == {}
+    noisy, adversary = puzzlemix.draw_noise(images, 1.0, 10, generator, **CIFAR100)
+    std = torch.tensor(CIFAR100["std"], device=device)[:, None, None]
+    assert 5 / 255 < ((noisy - images) * std).abs().max() <= 10.01 / 255
+    grad = torch.ones_like(images)
+    chosen = adversary(grad)
+    assert chosen["noisy"] == (True, True)
+    assert 0 < chosen["noise"].max() <= 10 / 255 and chosen["noise"].min() >= 0
+    mask = torch.full((len(images), 2, 2), 0.5, device=device)
+    clean, _ = puzzlemix.apply_mask(images, saliency, perm, mask, transport=False, **CIFAR100)
+    for first, second in ((True, True), (True, False), (False, True)):
+        mixed, _ = puzzlemix.apply_mask(images, saliency, perm, mask, transport=False, **CIFAR100,
+                                        noise=chosen["noise"], noisy=(first, second))
+        expected = (first * chosen["noise"] + second * chosen["noise"][perm]) / 2
+        torch.testing.assert_close((mixed - clean) * std, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_draw_block_num():
+    generator = torch.Generator().manual_seed(0)
+    assert {puzzlemix.draw_block_num(generator) for _ in range(60)} == {2, 4, 8, 16}
+    assert {puzzlemix.draw_block_num(generator, (8, 20)) for _ in range(40)} == {2, 4}
+    with pytest.raises(ValueError, match="15"):
+        puzzlemix.draw_block_num(generator, (15, 30))
+
+
+def test_bad_arguments():
+    images, saliency, perm = batch()
+    with pytest.raises(ValueError, match="block_num 5"):
+        puzzlemix.puzzle_mix(images, saliency, perm, 0.5, 5, **CIFAR100)
+    with pytest.raises(ValueError, match="solver"):
+        puzzlemix.puzzle_mix(images, saliency, perm, 0.5, 4, solver="magic", **CIFAR100)
+
+
+def test_gradient_magnitude(device):
+    grad = torch.tensor([3.0, 4.0, 0.0], device=device).view(1, 3, 1, 1).expand(2, 3, 4, 5)
+    torch.testing.assert_close(puzzlemix.gradient_magnitude(grad),
+                               torch.full((2, 4, 5), (25 / 3) ** 0.5, device=device))
+
+
+def test_joined_problems_are_solved_alone():
+    """alpha_beta_swap: an unconnected union has the labels of its parts."""
+    label_cost = [[0, 2, 2], [2, 0, 2], [2, 2, 0]]
+    unary = torch.randint(9, (2, 5, 3), generator=torch.Generator().manual_seed(3)).numpy()
+    first, second, weight = list(range(4)), list(range(1, 5)), [1, 2, 1, 2]
+    parts = [(u, first, second, weight, label_cost) for u in unary]
+    union = (unary.reshape(10, 3), first + [k + 5 for k in first], second + [k + 5 for k in second],
+             weight * 2, label_cost)
+    alone, (joined,) = graphcut.alpha_beta_swap(parts, threads=2), graphcut.alpha_beta_swap([union])
+    assert [list(part) for part in alone] == [list(joined[:5]), list(joined[5:])]
