@@ -220,14 +220,16 @@ def mix_batch(net, images, labels, args, info, generator, scaler) -> Mixed:
         return Mixed(images, F.one_hot(labels, info.num_classes).float())
 
     if args.method == "comix":
-        draws = comixup.draw_comix(n, args.m_block_num, args.m_part, args.mixup_alpha, generator)
+        draws = comixup.draw_comix(n, generator, m_part=args.m_part, block_num=args.m_block_num,
+                                   mixup_alpha=args.mixup_alpha)
         saliency = puzzlemix.gradient_magnitude(
             saliency_gradient(net, images, labels, args, scaler))
         mixed, targets = comixup.co_mix_batch(
             images, F.one_hot(labels, info.num_classes).float(), saliency, draws,
-            omega=args.m_omega, beta=args.m_beta, gamma=args.m_gamma, eta=args.m_eta,
-            thres=args.m_thres, thres_type=args.m_thres_type, set_resolve=args.set_resolve,
-            niter=args.m_niter, solver=args.solver, threads=args.mp if args.parallel else 0)
+            m_part=args.m_part, omega=args.m_omega, beta=args.m_beta, gamma=args.m_gamma,
+            eta=args.m_eta, thres=args.m_thres, thres_type=args.m_thres_type,
+            set_resolve=args.set_resolve, niter=args.m_niter, solver=args.solver,
+            threads=args.mp if args.parallel else 0)
         return Mixed(mixed, targets, saliency=saliency)
 
     perm = draw_perm(n, generator)
