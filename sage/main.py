@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from common import checkpoint, data, metrics, models, preview, runlog, runtime
+from common.data.batches import to_uint8
 from common.mixing import (
     cutmix,
     draw_centre,
@@ -257,7 +258,11 @@ def mix_batch(net, images, labels, args, info, generator, scaler) -> Mixed:
             std=info.std, solver=args.solver, threads=args.mp, **adversary(grad))
 
     elif args.method == "saliencymix":
-        mixed, ratio = saliencymix.mix_batch(images, perm, info, generator)
+        lam = saliencymix.draw_box_lambda(generator)    # Beta(1, 1) whatever --mixup_alpha is
+        source = to_uint8(images[perm[:1]], info.mean, info.std)
+        saliency = saliencymix.fine_grained_saliency(source)
+        mixed, ratio = saliencymix.saliency_mix(images, perm, lam, saliency[0])
+        saliency = saliency.expand(n, -1, -1)
 
     elif args.method == "cutmix":
         mixed, ratio = cutmix(images, perm, draw_centre(height, width, generator, per_image), lam)
