@@ -1,0 +1,530 @@
+#!/usr/bin/env python3
+"""Soft Augmentation (Liu et al., CVPR 2023): the more an augmentation hides of an image, the less
+confidence its target puts in the label. Beside it the crops and losses it is compared with.
+
+a CPU trial       python soft_aug/main.py --dataset digits --initial_channels 16 --da 2 --loss st \\
+                      --crop 6 --epochs 12 --ft 2
+one GPU           python soft_aug/main.py --task cifar100 --da 2 --loss st --amp bf16
+eight GPUs        torchrun --nproc_per_node=8 soft_aug/main.py --task cifar100 --da 2 --loss st
+two machines      torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d \\
+                      --rdzv_endpoint=HOST:29500 soft_aug/main.py --task cifar100 --da 2 --loss st
+
+--batch_size counts the images of a step over all processes.
+"""
+import argparse
+import dataclasses
+import glob
+import random
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+import torch.nn.functional as F
+
+from common import checkpoint, data, metrics, models, preview, runlog, runtime
+from common.mixing import draw_lambda, draw_perm, mixup
+from common.runtime import add_boolean
+from soft_aug import plots
+from soft_aug.losses import (
+    cross_entropy,
+    focal_loss,
+    mixup_loss,
+    smooth_cross_entropy,
+    soft_target_loss,
+)
+from soft_aug.randaugment import draw_randaugment, rand_augment
+from soft_aug.schedule import fine_tuning, learning_rate
+from soft_aug.softcrop import (
+    confidence,
+    cutout,
+    draw_background,
+    draw_centres,
+    draw_noise,
+    draw_offsets,
+    soft_crop,
+    soft_noise,
+)
+
+NETS = ["resnet18", "resnet50", "resnet101", "wideresnet28", "pyramidnet272", "pyramid272"]
+STATISTICS = {"cifar100": ((0.5070751592371323, 0.48654887331495095, 0.4409178433670343),
+                           (0.2673342858792401, 0.2564384629170883, 0.27615047132568404))}
+OCCLUDED = (0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)      # offsets of the test crops, of the side
+
+
+# ------------------------------------------------------------------------------------------ flags
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument_group("data, network and schedule").add_argument
+    add("--dataset", "--task", choices=data.NAMES, default="cifar10")
+    add("--data_dir", default="data", help="folder (or .npz file) of the data set")
+    add("--root_dir", default="experiments", help="where the run's folder is made")
+    add("--labels_per_class", type=runtime.positive, default=None,
+        help="training images of each class (default: all)")
+    add("--net", choices=NETS, default="resnet18")
+    add("--initial_channels", type=runtime.positive, default=None,
+        help="channels of the first layer, scales all widths (default: the network's own)")
+    add("--sch", type=float, default=2.5, help="length of training, in 200 epochs")
+    add("--epochs", type=runtime.positive, default=None, help="(default: 200 times --sch)")
+    add("--batch_size", "--b", type=runtime.positive, default=128, help="over all processes")
+    add("--optimizer", choices=["sgd"], default="sgd")
+    add("--lr", "--learning_rate", type=float, default=0.1)
+    add("--momentum", type=float, default=0.9)
+    add_boolean(parser, "--no-nag", False, "momentum that is not Nesterov's")
+    add("--wd", type=float, default=5e-4, help="weight decay")
+    add("--decay", choices=["c", "l", "s"], default="c", help="LR: cosine, linear or in steps")
+    add("--gamma", type=float, default=0.2, help="LR factor of a step (--decay s)")
+    add("--milestones", type=int, nargs="*", default=None,
+        help="epochs of the steps (default: at 1/2, 3/4 and 9/10 of the epochs)")
+    add("--warm", type=int, default=0, help="epochs of linear warm-up")
+    add("--ft", type=int, default=20,
+        help="closing epochs of weak augmentation (but never the first 5 %% of all)")
+    add("--r", type=float, default=1000.0, help="divides the augmentations' strength there")
+    add("--eval_every", type=runtime.positive, default=5, help="epochs from test to test")
+    add("--workers", "--n", type=int, default=16, help="threads that decode image files")
+    add("--seed", type=int, default=-1, help="-1: drawn, or that of the run resumed or evaluated")
+    add("--print_freq", type=runtime.positive, default=100, help="steps between log lines")
+    add("--prefix", default="", help="part of the name of the run's folder")
+    add_boolean(parser, "--nogpu", False, "the same as --device cpu")
+
+    add = parser.add_argument_group("augmentation").add_argument
+    add("--da", type=int, choices=[-1, 0, 1, 2], default=0,
+        help="-1: none; 0: flip, crop of 4 pixels; 1: these and Cutout; 2: flip, SoftCrop")
+    add_boolean(parser, "--ra", False, "RandAugment")
+    add("--crop", type=float, default=12.0, help="SoftCrop: standard deviation, pixels")
+    add("--pcrop", type=float, default=2.0, help="SoftCrop: power k of the confidence curve")
+    add("--bgcrop", type=float, default=0.01, help="SoftCrop: standard deviation of the colour")
+    add("--l", type=float, default=0.0, help="Cutout: side of the hole, pixels (often 16)")
+    add("--noise", type=float, default=0.0, help="soft noise: spread of its standard deviation")
+    add("--pnoise", type=float, default=1.0, help="soft noise: power k of the confidence curve")
+    add("--bgnoise", type=float, default=1.0, help="soft noise: multiplies the noise")
+    add_boolean(parser, "--mixup", False, "Mixup of the augmented images")
+    add("--a", type=float, default=1.0, help="Mixup: Beta parameter")
+
+    add = parser.add_argument_group("loss").add_argument
+    add("--loss", choices=["ce", "st", "sce", "fl"], default="ce",
+        help="cross-entropy, soft targets, label smoothing (1 - max_p), focal")
+    add("--max_p", type=float, default=1.0, help="highest confidence")
+    add("--g", type=float, default=2.0, help="fl: gamma")
+    add("--rw", nargs="?", choices=["batch", "sample", "off"], const="batch", default="batch",
+        help="st: the loss is multiplied by the mean confidence, or each image's by its own")
+    add_boolean(parser, "--no-soften", False, "st: hard targets, only reweighted")
+    add_boolean(parser, "--other", False, "st: the rest goes to a class of its own")
+    runtime.add_flags(parser)
+
+    args = parser.parse_args(argv)
+    args.epochs = args.epochs or int(200 * args.sch)
+    if args.epochs < 1:
+        parser.error(f"--sch {args.sch} is less than one epoch")
+    if args.milestones is not None and args.decay != "s":
+        parser.error("--milestones are for --decay s")
+    if not 0 < args.max_p <= 1:
+        parser.error(f"--max_p {args.max_p} is not above 0 and at most 1")
+    if args.r <= 0:
+        parser.error(f"--r {args.r} is not positive")
+    for name in ("crop", "pcrop", "bgcrop", "l", "noise", "pnoise", "bgnoise", "warm", "ft", "g"):
+        if getattr(args, name) < 0:
+            parser.error(f"--{name} {getattr(args, name)} is negative")
+    if args.other and args.loss != "st":
+        parser.error("--other is for --loss st")
+    if args.nogpu:
+        args.device = "cpu"
+    args.net = args.net.replace("pyramid272", "pyramidnet272")
+    return args
+
+
+def run_folder(args, seed) -> Path:
+    """Where the run with this seed keeps its files."""
+    name = [args.dataset, args.net, f"da{args.da}", args.loss, "ra" * args.ra,
+            "mixup" * args.mixup, args.prefix, f"seed{seed}"]
+    return Path(args.root_dir).expanduser() / "_".join(part for part in name if part)
+
+
+def choose_seed(args, device) -> int:
+    """--seed; for -1 that of the run to resume or to evaluate, else drawn, the same on all ranks.
+
+    Raises RunError for a --resume that is no checkpoint.
+    """
+    if args.seed >= 0:
+        return args.seed
+    seed, wish = random.randrange(1001), args.resume or args.evaluate
+    if wish == "auto":              # the newest run that these flags name
+        pattern = str(run_folder(args, "SEED"))
+        runs = [Path(found) for found in glob.glob(
+            f"{glob.escape(pattern.removesuffix('SEED'))}*/{checkpoint.NEWEST}")]
+        if runs:
+            newest = max(runs, key=lambda path: path.stat().st_mtime)
+            seed = int(newest.parent.name.rpartition("seed")[2])
+    elif args.resume:
+        seed = checkpoint.resume(args.resume, Path()).get("args", {}).get("seed", seed)
+    seed = int(runtime.total(torch.tensor(seed * (runtime.rank() == 0), device=device)))
+    runtime.say(f"seed: {seed}")
+    return seed
+
+
+# ----------------------------------------------------------------------------------------- mixing
+
+class Mixed(NamedTuple):
+    """A batch ready for the network."""
+    images: torch.Tensor            # (B, 3, H, W)
+    confidence: torch.Tensor        # (B,), in the label of each image
+    perm: torch.Tensor | None = None    # Mixup: partners, and the share of the first image
+    lam: torch.Tensor | None = None
+
+
+def mix_batch(images, args, info, epoch, generator) -> Mixed:
+    """Augments a normalised batch by --da, --noise and --mixup; all draws from `generator`."""
+    n, size = len(images), images.shape[-2:]
+    shrink = args.r if fine_tuning(epoch, args.epochs, args.ft) else 1.0
+    sure = torch.ones(n, device=images.device)
+
+    if args.da == 1:
+        images = cutout(images, draw_centres(n, size, generator), args.l / shrink)
+    elif args.da == 2:
+        background = draw_background(n, 3, args.bgcrop, generator)
+        offsets = draw_offsets(n, size, args.crop / shrink, generator)
+        images, visible = soft_crop(images, offsets, background)
+        sure = confidence(visible, info.num_classes, power=args.pcrop, max_p=args.max_p)
+
+    if args.noise:
+        images, visible = soft_noise(
+            images, *draw_noise(images.shape, args.noise / shrink, args.bgnoise, generator))
+        ceiling = 1.0 if args.da == 2 else args.max_p       # once, whatever augments
+        sure = (sure * confidence(visible, info.num_classes, power=args.pnoise, max_p=ceiling)
+                ).clamp(min=1 / info.num_classes)
+
+    if not args.mixup:
+        return Mixed(images, sure)
+    perm = draw_perm(n, generator)
+    lam = draw_lambda(0.0 if shrink > 1 else args.a, generator)
+    return Mixed(mixup(images, perm, lam)[0], sure, perm, lam)
+
+
+def mixed_loss(logits, labels, mixed, args):
+    """--loss of a mixed batch, a float32 scalar."""
+    loss = {"ce": cross_entropy,
+            "st": partial(soft_target_loss, reweight=None if args.rw == "off" else args.rw,
+                          other=args.other, soften=not args.no_soften),
+            "sce": partial(smooth_cross_entropy, smoothing=1 - args.max_p),
+            "fl": partial(focal_loss, gamma=args.g)}[args.loss]
+    if mixed.perm is None:
+        return loss(logits, labels, mixed.confidence)
+    return mixup_loss(loss, logits, labels, mixed.confidence, mixed.perm, mixed.lam)
+
+
+def target_shares(labels, mixed, args, outputs):
+    """The probabilities (B, outputs) that the loss of a mixed batch asks for, to look at."""
+    sure = torch.ones_like(mixed.confidence)
+    if args.loss == "st" and not args.no_soften:
+        sure = mixed.confidence
+    elif args.loss == "sce":
+        sure = sure * args.max_p
+    sure, label = sure[:, None], F.one_hot(labels, outputs).float()
+    rest = F.one_hot(torch.full_like(labels, outputs - 1), outputs) if args.other else \
+        (1 - label) / (outputs - 1)
+    shares = label * sure + rest * (1 - sure)
+    return shares if mixed.perm is None else mixup(shares, mixed.perm, mixed.lam)[0]
+
+
+# --------------------------------------------------------------------------------------- training
+
+def step_rate(args, step: int, steps_per_epoch: int) -> float:
+    """Learning rate of training step `step`, counted from 0 over all epochs."""
+    base, gamma = args.lr, args.gamma
+    if args.milestones is not None:
+        base *= gamma ** sum(step // steps_per_epoch >= epoch for epoch in args.milestones)
+        gamma = 1.0
+    return learning_rate(step, args.epochs * steps_per_epoch, base, decay=args.decay,
+                         warm=args.warm * steps_per_epoch, steps_per_epoch=steps_per_epoch,
+                         gamma=gamma)
+
+
+def training_step(model, images, labels, args, info, epoch, generator, scaler):
+    """Leaves the gradients of one step in the parameters; returns the loss and the logits."""
+    mixed = mix_batch(images, args, info, epoch, generator)
+    with runtime.autocast(args, images.device):
+        logits = model(mixed.images)
+    loss = mixed_loss(logits, labels, mixed, args)
+    scaler.scale(loss).backward()
+    return loss, logits
+
+
+def train_one_epoch(net, model, loader, optimizer, scaler, args, info, epoch, first_step, sums,
+                    after_step):
+    """Runs the steps of an epoch from `first_step`; after_step(step) says whether to stop."""
+    net.train()
+    loader.set_epoch(epoch, first_step)
+    bar = runlog.progress(loader, len(loader), first_step, f"epoch {epoch}")
+    for step, (images, labels) in enumerate(bar, first_step):
+        generator = runtime.step_generator(args.seed, epoch, step)
+        for group in optimizer.param_groups:
+            group["lr"] = step_rate(args, epoch * len(loader) + step, len(loader))
+        optimizer.zero_grad(set_to_none=True)
+        loss, logits = training_step(model, images, labels, args, info, epoch, generator, scaler)
+        scaler.step(optimizer)
+        scaler.update()
+        sums.add(step, loss, logits, labels)
+        if (step + 1) % args.print_freq == 0:
+            sums.check(step, epoch)
+            bar.write(f"epoch {epoch} step {step + 1}/{len(loader)} loss {sums.losses[step]:.5f}")
+        if after_step(step):
+            bar.close()
+            return step + 1
+    return len(loader)
+
+
+def write_events(log):
+    """The newest row under the tags of the paper's program, for TensorBoard."""
+    if not log.events:
+        return
+    row = log.history[-1]
+    tags = {"learning/lr": row["lr"], "Train/loss": row["train_loss"]}
+    if "test_loss" in row:
+        tags |= {"Test/Average loss": row["test_loss"], "Test/Accuracy": row["test_accuracy"],
+                 "Test/ECE": row["test_ece"]}
+        for part in ("Test", "Train"):
+            tags[f"{part}/Best Average loss"] = min(log.column(f"{part.lower()}_loss"))
+            tags[f"{part}/Best Accuracy"] = max(log.column(f"{part.lower()}_accuracy"))
+    for tag, value in tags.items():
+        log.events.add_scalar(tag, value, row["epoch"])
+    log.events.flush()
+
+
+# ------------------------------------------------------------------------------------- evaluation
+
+class KnownClasses(torch.nn.Module):
+    """The logits of the data's own classes: without --other's."""
+
+    def __init__(self, net, num_classes: int):
+        super().__init__()
+        self.net, self.num_classes = net, num_classes
+        self.training = net.training
+
+    def forward(self, images):
+        return self.net(images)[:, :self.num_classes]
+
+
+def measure(net, batches, args, info, attack=None) -> dict:
+    """Loss, top1, top5 (%), count; ece, a fraction, and its bins: confidence, accuracy, count."""
+    result = metrics.evaluate(KnownClasses(net, info.num_classes), batches, attack=attack,
+                              autocast=lambda: runtime.autocast(args, batches.device),
+                              max_steps=args.max_steps, keep_logits=True)
+    *means, count = metrics.reliability_bins(result.pop("logits"), result.pop("labels"))
+    sums = runtime.total(torch.stack([*(mean * count for mean in means), count])).cpu()
+    sure, right, count = *(sums[:2] / sums[2].clamp(min=1)), sums[2]
+    error = float(((right - sure).abs() * count).sum() / count.sum())
+    return result | {"ece": error, "bins": (sure, right, count)}
+
+
+def occlude(offset: int):
+    """Slides test images by `offset` pixels along both axes, each way; outside: the mean colour."""
+    generator = torch.Generator().manual_seed(runtime.seed_of("occlusion", runtime.rank()))
+
+    def attack(images, labels):
+        signs = 2 * torch.randint(2, (len(images), 2), generator=generator) - 1
+        return soft_crop(images, offset * signs, torch.zeros(len(images), 3))[0]
+    return attack
+
+
+def write_csv(path: Path, columns: dict):
+    """Equally long columns of numbers by name."""
+    lines = [",".join(f"{float(value):.6g}" for value in row)
+             for row in zip(*columns.values(), strict=True)]
+    runlog.write_atomic(path, "\n".join([",".join(columns), *lines]) + "\n")
+
+
+def evaluate(net, test, args, info, folder: Path | None, prefix: str = ""):
+    """Accuracy, loss and calibration on the test images, whole and occluded; says and draws them.
+
+    Writes <prefix>reliability, occlusion and, of SoftCrop, softening (.png and .csv) into `folder`.
+    """
+    rows = []
+    for share in OCCLUDED:
+        offset = round(share * info.image_size)
+        visible = (1 - offset / info.image_size) ** 2
+        result = measure(net, test, args, info, occlude(offset))
+        rows.append({"offset": offset, "visible": visible, "accuracy": result["top1"],
+                     "loss": result["loss"], "ece": result["ece"]})
+        if not rows[1:]:
+            bins = result["bins"]
+            runtime.say(f"test: accuracy {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, "
+                        f"loss {result['loss']:.4f}, ECE {result['ece']:.4f} "
+                        f"({100 * result['ece']:.2f} %) on {result['count']} images")
+        else:
+            runtime.say(f"{100 * visible:.0f} % visible (offset {offset} pixels): accuracy "
+                        f"{result['top1']:.2f} %, loss {result['loss']:.4f}, "
+                        f"ECE {100 * result['ece']:.2f} %")
+    if not folder:
+        return
+    edges = torch.linspace(0, 1, len(bins[0]) + 1)
+    write_csv(folder / f"{prefix}reliability.csv", dict(zip(
+        ("above", "up_to", "confidence", "accuracy", "count"), (edges[:-1], edges[1:], *bins),
+        strict=True)))
+    plots.reliability_diagram(*bins, folder / f"{prefix}reliability.png")
+    occlusion = {name: [row[name] for row in rows] for name in rows[0]}
+    write_csv(folder / f"{prefix}occlusion.csv", occlusion)
+    plots.occlusion_curve(occlusion["visible"], {"test": occlusion["accuracy"]},
+                          folder / f"{prefix}occlusion.png")
+    if args.da == 2:
+        visible = torch.linspace(0, 1, 101)
+        write_csv(folder / f"{prefix}softening.csv", {"visible": visible, "confidence": confidence(
+            visible, info.num_classes, power=args.pcrop, max_p=args.max_p)})
+        plots.softening_curve(folder / f"{prefix}softening.png", info.num_classes, (args.pcrop,),
+                              args.max_p)
+    runtime.say(f"calibration and occlusion: {folder}/{prefix}*.png, *.csv")
+
+
+def draw_preview(path, train, args, info):
+    """A picture of the first training batch, augmented as the flags say."""
+    train.set_epoch(0)
+    images, labels = next(iter(train))
+    generator = runtime.step_generator(args.seed, 0, 0)
+    mixed = mix_batch(images, args, info, 0, generator)
+    rows = {"image": images, "partner": None if mixed.perm is None else images[mixed.perm],
+            "mixed": mixed.images}
+    info = dataclasses.replace(info, classes=[*info.classes, *["other"] * args.other])
+    return preview.draw(path, f"--da {args.da} --loss {args.loss} on {info.name}",
+                        {name: batch for name, batch in rows.items() if batch is not None},
+                        target_shares(labels, mixed, args, len(info.classes)), info)
+
+
+def main(argv=None):
+    """Trains (or evaluates, or draws a preview) as the flags say; returns the network."""
+    args = parse_args(argv)
+    device = runtime.setup(args)
+    args.seed = choose_seed(args, device)
+    stop = runtime.StopSignal()
+
+    # Data, network, optimizer
+    mean, std = STATISTICS.get(args.dataset, (None, None))
+    train, test, info = data.load(
+        args.dataset, args.data_dir, batch_size=args.batch_size, device=device, seed=args.seed,
+        loader=args.loader, image_size=args.image_size, labels_per_class=args.labels_per_class,
+        padding=4 if args.da in (0, 1) else 0, flip=False if args.da == -1 else None,
+        transform=(lambda images, generator: rand_augment(
+            images, *draw_randaugment(len(images), generator))) if args.ra else None,
+        mean=mean, std=std, workers=args.workers)
+    runtime.say(str(info))
+    torch.manual_seed(args.seed)
+    net, model = runtime.prepare(
+        models.build(args.net, info.num_classes + args.other, info.image_size,
+                     **({"initial_channels": args.initial_channels} if args.initial_channels
+                        else {})), args, device)
+    optimizer = torch.optim.SGD(net.parameters(), lr=args.lr, momentum=args.momentum,
+                                weight_decay=args.wd,
+                                nesterov=args.momentum > 0 and not args.no_nag)
+    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
+    parameters = sum(p.numel() for p in net.parameters())
+    runtime.say(f"network: {args.net}, {parameters:,} parameters; {len(train)} steps of "
+                f"{args.batch_size} images an epoch, {args.epochs} epochs; augmentation {args.da}"
+                + (" with RandAugment" if args.ra else "") + f", loss {args.loss}")
+    weak = sum(fine_tuning(epoch, args.epochs, args.ft) for epoch in range(args.epochs))
+    if 2 * weak > args.epochs and (args.da > 0 or args.noise or args.mixup):
+        runtime.warn(f"--ft {args.ft} leaves {args.epochs - weak} of {args.epochs} epochs with "
+                     "the augmentation asked for; --ft 0 augments in all")
+
+    # The run's folder, and what it already holds
+    identity = {"net": args.net, "initial_channels": args.initial_channels, "other": args.other,
+                "dataset": info.name, "classes": info.num_classes, "data": info.fingerprint}
+    folder = run_folder(args, args.seed)
+    writes = runtime.rank() == 0
+    if args.evaluate or args.preview:
+        path = args.evaluate if args.evaluate not in ("", "auto") else args.resume
+        if args.evaluate and path in ("", "auto"):
+            path = folder / checkpoint.BEST
+        if path and path != "auto":
+            state = checkpoint.load(path)
+            checkpoint.check_identity(state, identity | {"data": state["identity"].get("data")})
+            net.load_state_dict(state["model"])
+        if args.evaluate:
+            runtime.say(f"checkpoint: {path}, epoch {state['epoch']}")
+            path = Path(path)
+            evaluate(net, test, args, info, path.parent if writes else None, f"{path.stem}_")
+        else:
+            picture = draw_preview(args.preview, train, args, info)
+            runtime.say(f"mixed images: {picture}")
+        return net
+
+    state = checkpoint.resume(args.resume, folder)
+    history, best, epoch, step, saved = [], -1.0, 0, 0, None
+    if state:
+        checkpoint.check_identity(state, identity)
+        net.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        history, best, saved = state["history"], state["best"], state["sums"]
+        epoch, step = state["epoch"], state["step"]
+        runtime.say(f"resumed at epoch {epoch}, step {step}")
+    log = runlog.RunLog(folder if writes else None, args, device, history)
+    log.start(parameters=parameters, data=str(info), resumed_at=[epoch, step] if state else None)
+
+    def save(epoch, step, sums):
+        """Everything that the rest of the run depends on; `sums` of an epoch not yet ended."""
+        if writes:
+            checkpoint.save(folder, {
+                "model": net.state_dict(), "optimizer": optimizer.state_dict(),
+                "scaler": scaler.state_dict(), "epoch": epoch, "step": step, "sums": sums,
+                "history": log.history, "best": best, "identity": identity, "args": vars(args)})
+
+    # The epochs
+    steps_left = args.max_steps
+    while epoch < args.epochs:
+        started = time.time()
+        sums = metrics.EpochSums(len(train), device, saved)
+        last = None if steps_left is None else step + steps_left - 1
+
+        def after_step(step, last=last, sums=sums, epoch=epoch):
+            if stop.arrived(step):
+                sums.check(step, epoch)
+                save(epoch, step + 1, sums.state(step + 1))
+                stop.leave(f"stopped at epoch {epoch}, step {step + 1}; go on with --resume auto")
+            return step == last
+
+        done = train_one_epoch(net, model, train, optimizer, scaler, args, info, epoch, step, sums,
+                               after_step)
+        sums.check(done - 1, epoch)
+        seconds = time.time() - started
+        runtime.share_buffers(net)
+        loss, accuracy = sums.result(done)
+        row = {"epoch": epoch, "lr": step_rate(args, epoch * len(train), len(train)),
+               "train_loss": loss, "train_accuracy": accuracy}
+        ended = done == len(train)
+        steps_left = None if steps_left is None else steps_left - (done - step)
+        tested = epoch % args.eval_every == 0 or epoch + 1 == args.epochs or steps_left == 0
+        if tested:
+            result = measure(net, test, args, info)
+            row |= {"test_loss": result["loss"], "test_accuracy": result["top1"],
+                    "test_top5": result["top5"], "test_ece": result["ece"]}
+        log.add(**row, seconds=seconds, images_per_second=(done - step) * args.batch_size / seconds)
+        write_events(log)
+        runtime.say(", ".join(f"{name} {value:.4g}" for name, value in row.items())
+                    + f", {seconds:.1f} s")
+        if tested and row["test_accuracy"] > best:
+            best = row["test_accuracy"]
+            if writes:
+                checkpoint.save(folder, {"model": net.state_dict(), "identity": identity,
+                                         "epoch": epoch, "accuracy": best}, checkpoint.BEST)
+        save(epoch + 1 if ended else epoch, 0 if ended else done,
+             None if ended else sums.state(done))
+        epoch, step, saved = epoch + 1, 0, None
+        if steps_left == 0:
+            break
+
+    # The report
+    runtime.say(runlog.report(log.column("test_accuracy"), log.column("seconds")))
+    evaluate(net, test, args, info, folder if writes else None)
+    if writes:
+        curves = log.draw_curves(f"--da {args.da} --loss {args.loss}, {args.net} on {info.name}")
+        mixed = draw_preview(folder / "mixed.png", train, args, info)
+        runtime.say(f"curves: {curves}\nmixed images: {mixed}\ncheckpoints: {folder}")
+    return net
+
+
+if __name__ == "__main__":
+    runtime.launch(main)
