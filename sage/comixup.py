@@ -58,17 +58,19 @@ def cost_and_compatibility(saliency: Tensor, block_num: int, omega: float = 0.00
                            ) -> tuple[Tensor, Tensor]:
     """Cost (..., N, n, n) and compatibility A (..., N, N) of parts of N images each.
 
-    `saliency` (..., N, H, W) >= 0; all zero counts as uniform. An image's block costs minus its
-    share of the image's saliency; A = (1 - omega)·I + omega·N·D / sum(D) with D the L1 distances
-    between the images' most salient 8 × 8 windows, in pixels (no second term where all coincide).
+    `saliency` (..., N, H, W) >= 0; all zero, or not finite, counts as uniform. A block costs
+    minus its share of the image's saliency; A = (1 - omega)·I + omega·N·D / sum(D) with D the L1
+    distances, in pixels, between the images' most salient 8 × 8 windows (sum(D) = 0: A lacks D).
     """
     *parts, height, width = saliency.shape
     maps = saliency.float().reshape(-1, 1, height, width)
     blocks = F.adaptive_avg_pool2d(maps, block_num).view(*parts, block_num, block_num)
     total = blocks.sum((-2, -1), keepdim=True)
-    cost = -torch.where(total > 0, blocks / total, 1 / block_num ** 2)
+    usable = (total > 0) & total.isfinite()
+    cost = -torch.where(usable, blocks / total, 1 / block_num ** 2)
 
-    windows = F.avg_pool2d(maps, (min(8, height), min(8, width)), stride=1)
+    windows = F.avg_pool2d(maps, (min(8, height), 1), stride=1)
+    windows = F.avg_pool2d(windows, (1, min(8, width)), stride=1)
     top = windows.flatten(1).argmax(1).view(parts)
     positions = torch.stack([top // windows.shape[-1], top % windows.shape[-1]], -1).float()
     distance = (positions[..., :, None, :] - positions[..., None, :, :]).abs().sum(-1)
@@ -224,7 +226,7 @@ def _best_labels(cut: GridCut, cost: np.ndarray, penalty: np.ndarray, bounds: li
     unary = cost + penalty[:, None]
     unary = (unary[pairs[:, 0]] + unary[pairs[:, 1]]) / 2
     unary[len(wholes):] -= HALF_BONUS
-    if high[kept[0]] * UNARY_SCALE > MAX_TERM:          # relative costs are all that counts
+    if max([high[i] for i in kept]) * UNARY_SCALE > MAX_TERM:     # only differences count
         unary = np.minimum(unary - unary.min(), MAX_TERM / UNARY_SCALE)
     unary *= UNARY_SCALE
     cut.unary[len(pairs)].T[:] = unary                  # truncated toward zero
@@ -266,7 +268,7 @@ def _label_gco(cost: Tensor, compatibility: Tensor, labels0: Tensor, *, beta: fl
                **terms) -> Tensor:
     """Labels (P, N, n, n, 2) by alpha-beta swaps; the parts are shared out among threads."""
     parts, n, side, _ = cost.shape
-    weight = int(np.float32(beta) * EDGE_SCALE)
+    weight = min(int(np.float32(beta) * EDGE_SCALE), MAX_TERM // TABLE_SCALE)
     margin = (4 * weight * TABLE_SCALE + 4) / UNARY_SCALE
     costs, compatibility = cost.flatten(2).cpu().numpy(), compatibility.cpu().numpy()
     labels = labels0.flatten(2)[..., None].expand(-1, -1, -1, 2).cpu().clone().numpy()
@@ -312,24 +314,25 @@ def _label_device(cost: Tensor, compatibility: Tensor, labels0: Tensor, *, beta:
     counts.scatter_add_(2, labels.flatten(2), half_block[:, None].expand(-1, n, -1))
     total, extra = counts.sum(1), torch.zeros_like(counts)
 
+    # A step: temperature, and the blocks that it updates
+    unit = max(beta, 1e-4)
+    steps = [(unit * t, None) for t in (2, 0.93, 0.43, 0.2)] + [(unit / 1000, c) for c in colours]
     # Of each output's labels: the two inputs (P, N, L, 2), the shares of the inputs (P, N, L, N),
     # how alike two labels are (P, N, L, L; 1 the same, 0.75 a half and its parent), their costs
-    pairs = inputs[:, None].expand(parts, n, n, 2)
+    wholes = pairs = inputs[:, None].expand(parts, n, n, 2)
     shares = alike = torch.eye(n, device=device).expand(parts, n, n, n)
     costs = cost[:, None].expand(-1, n, -1, -1)
-    temperatures = [beta * t for t in (2, 0.93, 0.43, 0.2)]
     for sweep in range(niter):
-        if sweep:
+        if sweep and n > 1:
             blocks, top = counts.topk(min(3, n))
             halves = [(a, b) for a, b in ((0, 1), (0, 2), (1, 2)) if b < n]
-            parents = torch.stack([torch.stack([top[..., a], top[..., b]], -1) for a, b in halves],
-                                  2)
-            absent = torch.stack([blocks[..., b] == 0 for _, b in halves], -1)
-            pairs = torch.cat([inputs[:, None].expand(parts, n, n, 2), parents], 2)
+            parents = [top[..., half, None] for pair in halves for half in pair]
+            pairs = torch.cat([wholes, torch.cat(parents, -1).view(parts, n, -1, 2)], 2)
             shares = (pairs[..., None] == inputs).float().mean(-2)
             alike = torch.eye(pairs.shape[2], device=device).repeat(parts, n, 1, 1)
             alike[..., n:, :n] = 1.5 * shares[..., n:, :]
             alike[..., :n, n:] = alike[..., n:, :n].mT
+            absent = torch.cat([blocks[..., b, None] == 0 for _, b in halves], -1)
             bonus = torch.cat([torch.zeros_like(counts), HALF_BONUS - MAX_TERM * absent.float()], 2)
             costs = cost[:, None] @ shares.mT - bonus[..., None, :]
         for j in range(n):
@@ -340,13 +343,10 @@ def _label_device(cost: Tensor, compatibility: Tensor, labels0: Tensor, *, beta:
             penalty = 2 * gamma * over + gamma * extra[:, j]
             unary = costs[:, j] + (shares[:, j] * penalty[:, None]).sum(2)[:, None]
 
-            q = (unary * (-1 / temperatures[0])).softmax(2)
-            for t in temperatures:
-                q = torch.baddbmm(unary, edges @ q, alike[:, j], beta=-1 / t, alpha=beta / t)
-                q = q.softmax(2)
-            for colour in colours:
-                new = torch.baddbmm(unary, edges @ q, alike[:, j], beta=-1, alpha=beta)
-                q = torch.where(colour, (new * (1e3 / beta)).softmax(2), q)
+            q = (unary * (-1 / steps[0][0])).softmax(2)
+            for t, colour in steps:
+                new = torch.baddbmm(unary, edges @ q, alike[:, j], beta=-1 / t, alpha=beta / t)
+                q = new.softmax(2) if colour is None else torch.where(colour, new.softmax(2), q)
             best = q.argmax(2)[..., None].expand(-1, -1, 2)
             labels[:, j] = pairs[:, j].gather(1, best)
             counts[:, j] = 0

@@ -1,0 +1,187 @@
+"""Co-Mixup against golden vectors, its solvers against each other, and its borders."""
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import Golden, golden_cases
+
+from sage import comixup
+from sage.comixup import (
+    block_masks,
+    co_mix,
+    co_mix_batch,
+    cost_and_compatibility,
+    draw_comix,
+    label_parts,
+    objective,
+    prior_cost,
+)
+
+
+def options(case):
+    numbers = {name: float(case[name]) for name in ("beta", "gamma", "eta", "thres")}
+    return numbers | {"thres_type": str(case["thres_type"]), "niter": int(case["niter"]),
+                      "set_resolve": bool(case["set_resolve"])}
+
+
+def part(case, device):
+    return [case.tensor(name, device) for name in ("cost_in", "A", "dirichlet", "init_idx")]
+
+
+def random_parts(parts, n, side, seed=0, device="cpu"):
+    """Cost, compatibility, prior and labels0 of parts with smooth, peaked saliency."""
+    generator = torch.Generator().manual_seed(seed)
+    field = F.interpolate(torch.rand(parts, n, 6, 6, generator=generator), 32, mode="bilinear")
+    draws = draw_comix(parts * n, generator, m_part=n, block_num=side)
+    cost, compatibility = cost_and_compatibility(field ** 3, side)
+    return [t.to(device) for t in (cost, compatibility, draws.prior.view(parts, n),
+                                   draws.labels0.view(parts, n, side, side))]
+
+
+@pytest.mark.parametrize("path", golden_cases("sage", "comix_"))
+def test_graph_cuts_give_the_original_masks(path, device):
+    case = Golden(path)
+    cost, compatibility = cost_and_compatibility(case.tensor("sc", device), int(case["block_num"]),
+                                                 float(case["omega"]))
+    torch.testing.assert_close(cost.cpu(), case.tensor("cost_in"), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(compatibility.cpu(), case.tensor("A"), rtol=1e-4, atol=1e-5)
+
+    terms, solved = part(case, device), {"solver": "gco", **options(case)}
+    labels = label_parts(*(t[None] for t in terms), **solved)
+    assert torch.equal(block_masks(labels, len(case["x"]))[0].cpu(), case.tensor("mask"))
+    cost = prior_cost(terms[0], terms[2], float(case["eta"]))
+    torch.testing.assert_close(cost.cpu(), case.tensor("cost_after_prior"), rtol=1e-4, atol=1e-5)
+    weights = {name: float(case[name]) for name in ("beta", "gamma", "thres")}
+    values = [float(v) for v in objective(labels, cost[None], **weights)]
+    assert values == pytest.approx([float(case["obj"]), float(case["obj_thres"])], rel=1e-4)
+    first = terms[3][None, ..., None].expand(-1, -1, -1, -1, 2)
+    assert float(objective(first, cost[None], **weights)[0]) == pytest.approx(
+        float(case["obj_init"]), rel=1e-4)
+
+    targets = F.one_hot(case.tensor("y", device), 100).float()
+    mixed, soft = co_mix(case.tensor("x", device), targets, *terms, **solved)
+    torch.testing.assert_close(mixed.cpu(), case.tensor("mixed"), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(soft.cpu(), case.tensor("target"), rtol=1e-4, atol=1e-5)
+
+
+def test_leaving_out_hopeless_labels_changes_nothing(monkeypatch):
+    problem = random_parts(2, 10, 4)
+    pruned = label_parts(*problem, solver="gco")
+    monkeypatch.setattr(comixup, "_contenders", lambda low, high, margin: list(range(len(low))))
+    assert torch.equal(label_parts(*problem, solver="gco"), pruned)
+
+
+def test_threads_give_the_same_as_none():
+    problem = random_parts(5, 12, 8)
+    serial = label_parts(*problem, solver="gco", threads=0)
+    for threads in (2, 8):
+        assert torch.equal(label_parts(*problem, solver="gco", threads=threads), serial)
+    alone = label_parts(*(t[3:4] for t in problem), solver="gco")      # parts do not interact
+    assert torch.equal(alone[0], serial[3])
+
+
+@pytest.mark.parametrize("side", [2, 4, 8])
+@pytest.mark.parametrize("thres_type", ["hard", "soft"])
+def test_mean_field_is_as_good_as_graph_cuts(side, thres_type, device):
+    problem = random_parts(20, 20, side, device=device)
+    cost = prior_cost(problem[0], problem[2], 0.05)
+    value, spread = {}, {}
+    for solver in ("gco", "device"):
+        labels = label_parts(*problem, solver=solver, thres_type=thres_type)
+        values = torch.stack(objective(labels, cost))
+        value[solver], spread[solver] = values.mean(1), values.std(1) / 20 ** 0.5
+        counts = block_masks(labels, 20).sum((2, 3))
+        assert (counts > 0).sum(2).float().mean() > 1.5                # outputs are mixtures
+    # Both end in one of many optima: the means of 20 parts scatter, so compare with their error
+    assert (value["device"] < value["gco"] + 4 * torch.hypot(*spread.values())).all()
+
+
+def test_mean_field_never_waits_for_the_device():
+    """On tensors without data any look at a value raises."""
+    problem = [t.to("meta") for t in random_parts(2, 5, 4)]
+    labels = comixup._label_device(*problem[:2], problem[3], beta=0.02, gamma=0.06, tau=13.0,
+                                   hard=True, set_resolve=True, niter=4)
+    assert labels.shape == (2, 5, 4, 4, 2)
+
+
+@pytest.mark.parametrize("solver", ["gco", "device"])
+@pytest.mark.parametrize("batch, size", [(50, (32, 32)), (21, (32, 20)), (7, (8, 8)), (2, (30, 17)),
+                                         (1, (32, 32))])
+def test_any_batch_and_any_size(batch, size, solver, device):
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(batch, 3, *size, generator=generator).to(device)
+    targets = torch.rand(batch, 10, generator=generator).softmax(1).to(device)
+    saliency = torch.rand(batch, *size, generator=generator).to(device)
+    draws = draw_comix(batch, generator, block_num=4)
+    mixed, soft = co_mix_batch(images, targets, saliency, draws, solver=solver)
+    assert mixed.shape == images.shape and mixed.dtype == images.dtype
+    torch.testing.assert_close(soft.sum(1), torch.ones(batch, device=device))
+    # Every pixel is one of its part's or the mean of two
+    for start in range(0, batch, 20):
+        inputs, outputs = images[start:start + 20], mixed[start:start + 20]
+        means = (inputs[:, None] + inputs[None]) / 2
+        difference = (outputs[:, None, None] - means[None]).abs().amax(3)
+        assert (difference.amin((1, 2)) < 1e-6).all()
+
+
+@pytest.mark.parametrize("solver", ["gco", "device"])
+def test_saliency_without_information(solver, device):
+    """Zero, constant and infinite saliency, equal positions and huge weights stay finite."""
+    images = torch.randn(6, 3, 16, 16, device=device)
+    targets = torch.eye(6, device=device)
+    saliency = torch.zeros(6, 16, 16, device=device)
+    saliency[1], saliency[2, 3, 3] = 1, float("inf")
+    cost, compatibility = cost_and_compatibility(saliency[[0, 1]], 4)
+    assert torch.equal(cost, torch.full_like(cost, -1 / 16))
+    assert torch.allclose(compatibility, 0.999 * torch.eye(2, device=device))
+    for weights in ({}, {"gamma": 1e5, "beta": 1e5}, {"gamma": 0.0, "beta": 0.0}):
+        draws = draw_comix(6, torch.Generator().manual_seed(2), m_part=6, block_num=4)
+        mixed, soft = co_mix_batch(images, targets, saliency, draws, m_part=6, solver=solver,
+                                   **weights)
+        assert mixed.isfinite().all()
+        torch.testing.assert_close(soft.sum(1), torch.ones(6, device=device))
+
+
+def test_outputs_of_the_same_inputs_are_parted():
+    counts = torch.zeros(1, 5, 4)
+    for output, used in enumerate([[1, 3], [1, 3], [0], [0], [1, 3]]):
+        counts[0, output, used] = 8
+    extra = comixup._resolve(counts)[0]
+    expected = torch.zeros(5, 4)
+    expected[0, 1] = expected[1, 1] = 1        # first of a pair (0, 1), (0, 4), (1, 4)
+    expected[1, 3] = expected[4, 3] = 1        # second of a pair
+    assert torch.equal(extra, expected)
+
+
+def test_half_precision_keeps_whole_blocks(device):
+    draws = draw_comix(20, torch.Generator().manual_seed(3))
+    images = torch.randn(20, 3, 32, 32, device=device).bfloat16()
+    saliency = torch.rand(20, 32, 32, device=device)
+    with torch.autocast(device.type, torch.bfloat16):
+        mixed, soft = co_mix_batch(images, torch.eye(20, device=device), saliency, draws)
+    assert mixed.dtype == torch.bfloat16 and soft.dtype == torch.float32
+    torch.testing.assert_close(soft.sum(1), torch.ones(20, device=device))
+    same = (mixed[:, None] == images[None]).all(2).any(1)
+    assert same.float().mean() > 0.5
+
+
+def test_draws():
+    draw = draw_comix(50, torch.Generator().manual_seed(4), m_part=20, block_num=4)
+    again = draw_comix(50, torch.Generator().manual_seed(4), m_part=20, block_num=4)
+    assert all(torch.equal(a, b) for a, b in zip(draw[1:], again[1:], strict=True))
+    sums = [p.sum().item() for p in draw.prior.split([20, 20, 10])]
+    assert sums == pytest.approx([1, 1, 1], abs=1e-5)
+    assert draw.labels0.shape == (50, 4, 4)
+    assert draw.labels0[:40].unique().tolist() == list(range(20))
+    assert draw.labels0[40:].unique().tolist() == list(range(10))
+    generator = torch.Generator().manual_seed(5)
+    sides = np.unique([draw_comix(4, generator, block_num=-1).block_num for _ in range(60)])
+    assert sides.tolist() == [2, 4, 8, 16]
+
+
+def test_unknown_names_are_refused():
+    problem = random_parts(1, 4, 2)
+    with pytest.raises(ValueError, match="solver"):
+        label_parts(*problem, solver="cuda")
+    with pytest.raises(ValueError, match="thres_type"):
+        label_parts(*problem, thres_type="firm")
