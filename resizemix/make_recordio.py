@@ -91,8 +91,8 @@ class Encoder(Dataset):
         path, label = self.items[i]
         try:
             return recordio.pack(label, i, self.encode((self.folder / path).read_bytes())), ""
-        except Exception as fault:              # PIL raises nearly anything for damaged files
-            return b"", f"{type(fault).__name__}: {fault}".replace("\n", " ")
+        except Exception as fault:              # Pillow raises nearly anything for damaged files
+            return b"", recordio.reason(fault)
 
     def encode(self, data: bytes) -> bytes:
         image = Image.open(io.BytesIO(data))

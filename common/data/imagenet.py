@@ -4,6 +4,7 @@
 An epoch's images, their order and their augmentation are functions of (seed, epoch, rank), so a
 run resumed at an epoch goes on as one that was never stopped, with any number of workers.
 """
+import gc
 import importlib.util
 import warnings
 from pathlib import Path
@@ -97,9 +98,8 @@ def read_image(data, i: int):
     label, encoded = data[i]
     try:
         return int(label), decode(encoded)
-    except Exception as fault:                  # PIL raises nearly anything for damaged files
-        reason = str(fault).split("<_io")[0].strip()
-        raise DataError(f"{data.name(i)}: no readable image ({reason})") from None
+    except ValueError as fault:
+        raise DataError(f"{data.name(i)}: no readable image ({fault})") from None
 
 
 class Stream:
@@ -158,7 +158,7 @@ class DaliStream(Stream):
     def __iter__(self):
         from nvidia.dali.plugin.base_iterator import LastBatchPolicy
         from nvidia.dali.plugin.pytorch import DALIGenericIterator
-        step = 0
+        step, fault = 0, ""
         try:
             with warnings.catch_warnings(record=True):      # of DALI's own outdated calls
                 # Samples made up to fill the last batch are cut off here, alike on all ranks.
@@ -171,8 +171,11 @@ class DaliStream(Stream):
                     continue
                 keep = min(self.batch_size, self.images - step * self.batch_size)
                 yield batch["images"][:keep], batch["labels"][:keep].squeeze(1).long()
-        except RuntimeError as fault:
-            raise self.explain(step, fault) from fault
+        except RuntimeError as found:
+            fault = str(found)
+        if fault:                               # raised here, it keeps no DALI object alive
+            batches = None
+            raise self.explain(step, fault)
 
     def pipeline(self, graph):
         """A DALI pipeline that runs `graph`, the seed, device and threads being ours."""
@@ -235,14 +238,14 @@ class DaliStream(Stream):
             images = auto_augment.auto_augment_image_net(images, **warp)
         return images
 
-    def explain(self, step: int, fault: RuntimeError) -> RunError:
+    def explain(self, step: int, fault: str) -> RunError:
         """The exception that names the damaged file or record behind a failure of DALI."""
         try:
             for i in self.candidates(step):
                 read_image(self.data, i)
         except DataError as found:
             return found
-        lines = [line.strip() for line in str(fault).splitlines() if line.strip()]
+        lines = [line.strip() for line in fault.splitlines() if line.strip()]
         places = [n for n, line in enumerate(lines) if "encountered:" in line]
         reason = lines[places[0] + 1] if places and places[0] + 1 < len(lines) else lines[0]
         return RunError(f"{self.data.path}: DALI stopped: {reason}")
@@ -270,6 +273,7 @@ class TorchStream(Stream):
     """The same augmentation by Pillow and torchvision in the processes of a DataLoader."""
 
     def __iter__(self):
+        gc.collect()            # a forked worker that clears away a DALI pipeline never returns
         order = self.order()[self.start_step * self.batch_size:]
         items = [(i, self.number("item", i)) for i in order]
         loader = DataLoader(Images(self), sampler=items, batch_size=self.batch_size,

@@ -13,6 +13,7 @@ import struct
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from common.runtime import DataError
 
@@ -111,7 +112,14 @@ def read_index(path: Path) -> np.ndarray:
     return np.sort(offsets)
 
 
-def decode(encoded: bytes):
-    """PIL image in RGB; OSError and its kin when the bytes are no readable image."""
-    from PIL import Image
-    return Image.open(io.BytesIO(encoded)).convert("RGB")
+def decode(encoded: bytes) -> Image.Image:
+    """The image in RGB, wholly decoded; ValueError saying why when the bytes are no image."""
+    try:
+        return Image.open(io.BytesIO(encoded)).convert("RGB")
+    except Exception as fault:                  # Pillow raises nearly anything for damaged files
+        raise ValueError(reason(fault)) from None
+
+
+def reason(fault: Exception) -> str:
+    """Pillow's message in one line, without the address of the buffer that was no image."""
+    return " ".join(str(fault).split("<_io")[0].split()) or type(fault).__name__
