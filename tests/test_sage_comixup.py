@@ -65,10 +65,17 @@ def test_graph_cuts_give_the_original_masks(path, device):
 
 
 def test_leaving_out_hopeless_labels_changes_nothing(monkeypatch):
-    problem = random_parts(2, 10, 4)
-    pruned = label_parts(*problem, solver="gco")
-    monkeypatch.setattr(comixup, "_contenders", lambda low, high, margin: list(range(len(low))))
-    assert torch.equal(label_parts(*problem, solver="gco"), pruned)
+    problem, kept, choose = random_parts(2, 10, 4), [], comixup._contenders
+
+    def counted(*bounds):
+        kept.append(len(choose(*bounds)))
+        return choose(*bounds)
+    for weights in ({}, {"beta": 2.0, "gamma": 0.2}):
+        monkeypatch.setattr(comixup, "_contenders", counted)
+        pruned = label_parts(*problem, solver="gco", **weights)
+        assert np.mean(kept) < 7                                       # of 10 inputs and 3 halves
+        monkeypatch.setattr(comixup, "_contenders", lambda low, *_: list(range(len(low))))
+        assert torch.equal(label_parts(*problem, solver="gco", **weights), pruned)
 
 
 def test_threads_give_the_same_as_none():
@@ -124,6 +131,7 @@ def test_any_batch_and_any_size(batch, size, solver, device):
         assert (difference.amin((1, 2)) < 1e-6).all()
 
 
+@pytest.mark.filterwarnings("error")                     # such as of integers that overflow
 @pytest.mark.parametrize("solver", ["gco", "device"])
 def test_saliency_without_information(solver, device):
     """Zero, constant and infinite saliency, equal positions and huge weights stay finite."""
@@ -131,10 +139,12 @@ def test_saliency_without_information(solver, device):
     targets = torch.eye(6, device=device)
     saliency = torch.zeros(6, 16, 16, device=device)
     saliency[1], saliency[2, 3, 3] = 1, float("inf")
+    assert cost_and_compatibility(saliency, 4)[0].eq(-1 / 16).all()
     cost, compatibility = cost_and_compatibility(saliency[[0, 1]], 4)
     assert torch.equal(cost, torch.full_like(cost, -1 / 16))
     assert torch.allclose(compatibility, 0.999 * torch.eye(2, device=device))
-    for weights in ({}, {"gamma": 1e5, "beta": 1e5}, {"gamma": 0.0, "beta": 0.0}):
+    for weights in ({}, {"gamma": 1e5, "beta": 1e5}, {"gamma": 0.0, "beta": 0.0},
+                    {"gamma": 1e5, "thres": 0.0, "set_resolve": False}):
         draws = draw_comix(6, torch.Generator().manual_seed(2), m_part=6, block_num=4)
         mixed, soft = co_mix_batch(images, targets, saliency, draws, m_part=6, solver=solver,
                                    **weights)
@@ -142,7 +152,13 @@ def test_saliency_without_information(solver, device):
         torch.testing.assert_close(soft.sum(1), torch.ones(6, device=device))
 
 
-def test_outputs_of_the_same_inputs_are_parted():
+@pytest.mark.parametrize("solver", ["gco", "device"])
+def test_outputs_of_the_same_inputs_are_parted(solver, device):
+    problem = random_parts(6, 4, 4, device=device)
+    parted, left = ({tuple(row) for row in block_masks(label_parts(
+        *problem, solver=solver, set_resolve=resolve), 4).flatten(1).tolist()}
+        for resolve in (True, False))
+    assert parted != left
     counts = torch.zeros(1, 5, 4)
     for output, used in enumerate([[1, 3], [1, 3], [0], [0], [1, 3]]):
         counts[0, output, used] = 8
