@@ -6,9 +6,10 @@
 
 Protocol P20: batch 100, flip and random crop with padding 2, SGD with Nesterov momentum 0.9,
 weight decay 1e-4, learning rate 0.2 (methods with binary cross-entropy) or 0.05 (cross-entropy)
-times 0.1 after epochs 10 and 15 of 20; reported is the median test accuracy of the last five
-epochs. P100: 100 epochs, times 0.1 after 50 and 75. Stopped at any moment, the same command goes
-on where it was; finished runs are not repeated.
+times 0.1 after epochs 10 and 15 of 20; reported is the median test accuracy (and calibration
+error, where a method logs it) of the last five epochs. P100: 100 epochs, times 0.1 after 50 and
+75. softaug_*: ResNet-18, a crop with padding 4 (standard) or of SoftCrop's strength. Stopped at
+any moment, the same command goes on where it was; finished runs are not repeated.
 """
 import argparse
 import csv
@@ -30,6 +31,12 @@ SAGE = ("sage/main.py --dataset npz --data_dir {data} --arch preactresnet18 --in
 COMMANDS = {method: SAGE + f"--method {method}" for method in
             ("vanilla", "input", "manifold", "cutmix", "saliencymix", "puzzle", "comix")}
 COMMANDS["sage"] = SAGE + "--method sage --rand_pos 0.01 --upper_lambda 0.5 --update_ratio 0.7"
+SOFT_AUG = ("soft_aug/main.py --dataset npz --data_dir {data} --net resnet18 --initial_channels 16 "
+            "--epochs {epochs} --ft 0 --decay s --gamma 0.1 --milestones {schedule} --lr 0.05 "
+            "--wd 1e-4 --batch_size 100 --eval_every 1 --seed {seed} ")
+COMMANDS |= {f"softaug_{recipe}{'_ra' * ra}": SOFT_AUG + f"{words} --ra {ra}" for ra in (0, 1)
+             for recipe, words in (("standard", "--da 0 --loss ce"), ("hard", "--da 2 --loss ce"),
+                                   ("soft", "--da 2 --loss st"))}
 
 
 def run(method: str, seed: int, args) -> dict:
@@ -51,6 +58,8 @@ def run(method: str, seed: int, args) -> dict:
     return {"method": method, "seed": seed,
             "accuracy": statistics.median(float(row["test_accuracy"]) for row in rows[-5:]),
             "best": max(float(row["test_accuracy"]) for row in rows),
+            "ece": statistics.median(float(row["test_ece"]) for row in rows[-5:])
+            if "test_ece" in rows[0] else "",
             "seconds_per_epoch": statistics.median(float(row["seconds"]) for row in rows),
             "device": facts["gpu"] or f"cpu, {facts['threads']} threads",
             "commit": facts["commit"], "command": f"python {command}"}
@@ -58,13 +67,16 @@ def run(method: str, seed: int, args) -> dict:
 
 def table(results: list[dict]) -> str:
     """Markdown: a line a method, mean and spread over its seeds."""
-    lines = ["| method | seeds | test accuracy, % | spread | seconds an epoch |",
-             "|---|---|---|---|---|"]
+    lines = ["| method | seeds | test accuracy, % | spread | ECE, % | seconds an epoch |",
+             "|---|---|---|---|---|---|"]
     for method in dict.fromkeys(row["method"] for row in results):
         rows = [row for row in results if row["method"] == method]
         values = [row["accuracy"] for row in rows]
         spread = f"± {(max(values) - min(values)) / 2:.2f}" if len(values) > 1 else "–"
+        errors = [row["ece"] for row in rows if row["ece"] != ""]
+        error = f"{100 * statistics.mean(errors):.2f}" if errors else "–"
         lines.append(f"| {method} | {len(values)} | {statistics.mean(values):.2f} | {spread} | "
+                     f"{error} | "
                      f"{statistics.mean(row['seconds_per_epoch'] for row in rows):.1f} |")
     return "\n".join(lines)
 
