@@ -1,0 +1,47 @@
+"""Weakly supervised localisation: boxes from class activation maps. For evaluation only."""
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy import ndimage
+from torch import Tensor
+from torchvision.ops import box_iou
+
+THRESHOLD = 0.2                # of the map's maximum
+LEAST_IOU = 0.5                # with the true box
+
+
+def boxes_of(maps: Tensor, height: int, width: int) -> Tensor:
+    """Boxes (B, 4) of (x1, y1, x2, y2) in pixels of height × width images, on the CPU.
+
+    `maps` (B, h, w) >= 0, one class activation map an image, are enlarged bilinearly; the box is
+    that of the largest 4-connected component above THRESHOLD of the maximum, its far edges beyond
+    the last pixel. A map that is 0 everywhere gives the whole image.
+    """
+    maps = F.interpolate(maps.detach().float()[:, None], (height, width), mode="bilinear",
+                         align_corners=False)[:, 0]
+    above = (maps > THRESHOLD * maps.amax((1, 2), keepdim=True)).cpu().numpy()
+    boxes = []
+    for mask in above:
+        labels, count = ndimage.label(mask)
+        if not count:
+            boxes.append((0, 0, width, height))
+            continue
+        largest = np.bincount(labels.ravel())[1:].argmax()
+        rows, columns = ndimage.find_objects(labels)[largest]
+        boxes.append((columns.start, rows.start, columns.stop, rows.stop))
+    return torch.tensor(boxes, dtype=torch.float32)
+
+
+def localised(logits: Tensor, maps: Tensor, labels: Tensor, boxes: Tensor, height: int, width: int
+              ) -> tuple[Tensor, Tensor]:
+    """Whether each image is localised: by the predicted class, and with its class given.
+
+    `logits` (B, K) and `maps` (B, K, h, w) as `Network.activation_maps` returns them; `labels`
+    (B,); `boxes` (B, 4), the true ones (x1, y1, x2, y2) in pixels of the height × width images.
+    The first needs the right class and an intersection over union of at least LEAST_IOU; the
+    second, the latter for the map of the true class. Two (B,) bool tensors on the CPU.
+    """
+    image = torch.arange(len(labels), device=labels.device)
+    found = boxes_of(maps[image, labels], height, width)
+    given = box_iou(found, boxes.cpu().float()).diagonal() >= LEAST_IOU
+    return given & (logits.argmax(1) == labels).cpu(), given

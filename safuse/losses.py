@@ -1,0 +1,68 @@
+"""Losses on superpixels: cross entropy of their own label, and contrast between their classes."""
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def superpixel_labels(labels: Tensor, perm: Tensor, from_b: Tensor) -> Tensor:
+    """Class (B, S) of each superpixel: labels[perm] where pasted, else labels (B,)."""
+    perm = perm.to(labels.device, non_blocking=True)
+    return torch.where(from_b, labels[perm][:, None], labels[:, None])
+
+
+def local_cross_entropy(logits: Tensor, labels: Tensor, kept: Tensor,
+                        weights: Tensor | None = None) -> Tensor:
+    """Cross entropy of the selected superpixels, mean over the images; a scalar.
+
+    `logits` (B, T, K); `labels` (B, T) classes; `kept` (B, T) bool. In an image the terms are
+    summed (LGCOAMix), or with `weights` (B, T) >= 0 averaged with these, which get no gradient
+    (SAFuse).
+    """
+    losses = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none")
+    share = kept.float()
+    if weights is not None:
+        share = weights.detach().float() * kept
+        share = share / share.sum(1, keepdim=True).clamp(min=1e-12)
+    return (losses.view(kept.shape) * share).sum() / len(kept)
+
+
+def superpixel_contrastive(logits: Tensor, labels: Tensor, kept: Tensor,
+                           weights: Tensor | None = None, *, temperature: float = 0.7,
+                           base_temperature: float = 0.07, gather: bool = False) -> Tensor:
+    """Supervised contrast between all selected superpixels of the batch; a scalar.
+
+    `logits` (B, T, K) are compared by their cosine s / temperature; `labels` (B, T) classes;
+    `kept` (B, T) bool. For i and every j of its class, i itself included,
+    log p_ij = s_ij - log(exp s_ij + sum of exp s_ik over the k of other classes), and
+    l_i = -(temperature / base_temperature) · mean of log p_ij over j. Returned is the mean of l_i
+    (LGCOAMix) or, with `weights` (B, T) >= 0, the mean with these, which get no gradient (SAFuse).
+    `gather`: over the superpixels of all processes, each of which must have the same (B, T); the
+    gradient is scaled so that DistributedDataParallel's mean is the whole batch's.
+    """
+    with torch.autocast(logits.device.type, enabled=False):
+        features = F.normalize(logits.float(), dim=-1).flatten(0, 1)
+        share = (kept if weights is None else weights.detach() * kept).float().flatten()
+        labels, kept = labels.flatten(), kept.flatten()
+        processes = dist.get_world_size() if gather and dist.is_initialized() else 1
+        if processes > 1:
+            features, share, labels, kept = (gathered(t) for t in (features, share, labels, kept))
+        # a row's largest entry is its own, 1 / temperature
+        similar = (features @ features.T - 1) / temperature
+        same = labels[:, None] == labels
+        exponential = similar.exp()
+        others = (exponential * (~same & kept)).sum(1, keepdim=True)
+        positive = (same & kept).float()
+        log_p = similar - (exponential + others).log()
+        losses = (log_p * positive).sum(1) / positive.sum(1).clamp(min=1)
+        share = share / share.sum().clamp(min=1e-12)
+        loss = -temperature / base_temperature * (losses * share).sum()
+        return loss + (processes - 1) * (loss - loss.detach())
+
+
+def gathered(values: Tensor) -> Tensor:
+    """The values of all processes, one after the other; only our own carry a gradient."""
+    everything = [torch.empty_like(values) for _ in range(dist.get_world_size())]
+    dist.all_gather(everything, values.detach().contiguous())
+    everything[dist.get_rank()] = values
+    return torch.cat(everything)

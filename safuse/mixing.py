@@ -1,0 +1,125 @@
+"""Superpixel mixing of SAFuse, LGCOAMix and OcCaMix, their label shares, and their random draws.
+
+Draws come from a CPU `torch.Generator` and are arguments of the mixing functions. Superpixels are
+padded to a common number per image. On a CPU the padding is what the batch needs; on a GPU
+finding that out would wait for the device, so pass the bounds that `superpixels.most_superpixels`
+gives.
+"""
+import torch
+from torch import Tensor
+
+
+def draw_segments(batch: int, low: int, high: int, generator: torch.Generator) -> Tensor:
+    """Wanted numbers of superpixels (batch,), uniform in low … high, both included."""
+    return torch.randint(low, high + 1, (batch,), generator=generator)
+
+
+def draw_chosen(batch: int, num_superpixels: int, p: float, generator: torch.Generator) -> Tensor:
+    """Which superpixels of the second image are pasted: (batch, num_superpixels), each with p."""
+    return torch.rand(batch, num_superpixels, generator=generator) < p
+
+
+def bound(labels: Tensor, num: int | None) -> int:
+    """`num`, or one more than the largest label (which waits for the device)."""
+    return int(labels.max()) + 1 if num is None else num
+
+
+def paste(images: Tensor, perm: Tensor, mask: Tensor) -> Tensor:
+    """images[perm] where `mask` (B, H, W), images elsewhere."""
+    return torch.where(mask[:, None], images[perm], images)
+
+
+@torch.no_grad()
+def superpixel_mix(images: Tensor, perm: Tensor, labels_a: Tensor, labels_b: Tensor,
+                   chosen: Tensor, *, num_a: int | None = None, trim: bool | None = None
+                   ) -> tuple[Tensor, Tensor, Tensor]:
+    """Pastes the chosen superpixels of images[perm] into images (LGCOAMix, SAFuse: section 3).
+
+    `images` (B, C, H, W) in any range; `perm` (B,); `labels_a`, `labels_b` (B, H, W) integer
+    superpixels of images and of images[perm], from 0; `chosen` (B, S) bool over labels_b < S.
+    One segmentation of each image may serve in both roles: labels_b = labels_a[perm].
+    Returns
+    mixed (B, C, H, W);
+    fused (B, H, W) int64: the superpixels of the mixed image from 0 without a gap, first what is
+    left of the first image's (possibly in pieces), then the pasted ones;
+    from_b (B, S') bool: which of them are pasted, False in the padding.
+    S' is num_a + S, or with `trim` (default: on a CPU) what the largest image of the batch needs;
+    `num_a` bounds labels_a (default: its maximum + 1, which waits for the device).
+    """
+    perm, chosen = (t.to(images.device, non_blocking=True) for t in (perm, chosen))
+    num_a = bound(labels_a, num_a)
+    mask = chosen.gather(1, labels_b.flatten(1).long()).view(labels_b.shape)
+    joint = torch.where(mask, labels_b.long() + num_a, labels_a.long()).flatten(1)
+    present = torch.zeros(len(images), num_a + chosen.shape[1], dtype=torch.bool,
+                          device=images.device).scatter_(1, joint, True)
+    number = present.cumsum(1)
+    count_a, count = number[:, num_a - 1:num_a], number[:, -1:]
+    if images.device.type == "cpu" if trim is None else trim:
+        present = present[:, :int(count.max())]
+    place = torch.arange(present.shape[1], device=images.device)
+    fused = (number - 1).gather(1, joint).view(labels_a.shape)
+    return paste(images, perm, mask), fused, (place >= count_a) & (place < count)
+
+
+def area_ratio(counts: Tensor, from_b: Tensor) -> Tensor:
+    """Share (B,) of the pixels that come from the second image; counts, from_b (B, S)."""
+    return (counts * from_b).sum(1) / counts.sum(1)
+
+
+def attention_ratio(weights: Tensor, counts: Tensor, from_b: Tensor) -> Tensor:
+    """Share (B,) of the second image in the attention: of weight times pixels; no gradient.
+
+    `weights` (B, S) >= 0 of the fused superpixels, their pixel `counts` (B, S), 0 in the padding;
+    `from_b` (B, S). SAFuse takes the mean of this and `area_ratio`.
+    """
+    return area_ratio(weights.detach().float() * counts, from_b).clamp(max=1)
+
+
+def top_superpixels(scores: Tensor, counts: Tensor, ratio: float, *, at_least_one: bool = True
+                    ) -> tuple[Tensor, Tensor]:
+    """The int(ratio·n) best of the n superpixels of each image.
+
+    `scores` and `counts` (B, S), padding having count 0. Where int(ratio·n) is 0, the best one
+    (LGCOAMix), or with at_least_one=False all (SAFuse). Returns index (B, T) in descending
+    order of the scores and kept (B, T) bool: False where an image has fewer than T.
+    """
+    present = counts > 0
+    n = present.sum(1)
+    wanted = (n.double() * ratio).floor().long()             # float64, as Python's int(ratio * n)
+    wanted = torch.where(wanted > 0, wanted, 1 if at_least_one else n)
+    most = scores.shape[1]
+    most = min(most, max(int(most * ratio), 1 if at_least_one else int(1 / ratio)))
+    order = scores.masked_fill(~present, -torch.inf).argsort(1, descending=True)[:, :most]
+    return order, torch.arange(most, device=scores.device) < wanted[:, None]
+
+
+@torch.no_grad()
+def occamix(images: Tensor, perm: Tensor, scores: Tensor, labels_b: Tensor, cells: int = 3, *,
+            num_b: int | None = None) -> tuple[Tensor, Tensor]:
+    """OcCaMix: pastes the superpixels of images[perm] that its most attentive cells belong to.
+
+    `images` (B, C, H, W) in any range; `scores` (B, h, w) attention over the grid of cells of
+    images (`network.attention_scores`); `labels_b` (B, H, W) superpixels of images[perm], from 0,
+    below `num_b` (default: the maximum + 1, which waits for the device). For each of the `cells`
+    best cells the superpixel with the largest share of its own area inside the cell is pasted,
+    of equal ones the lowest label. Returns the mixed images and ratio (B,), the share of pixels
+    that stay.
+    """
+    perm = perm.to(images.device, non_blocking=True)
+    scores = scores[perm]
+    batch, rows, columns = scores.shape
+    height, width = images.shape[2:]
+    num_b = bound(labels_b, num_b)
+    best = scores.flatten(1).argsort(dim=1, descending=True, stable=True)[:, :cells, None]
+    y, x = (torch.arange(side, device=images.device) * parts // side
+            for side, parts in ((height, rows), (width, columns)))
+    inside = ((y[:, None] * columns + x).view(1, 1, -1) == best).float()
+    spread = labels_b.flatten(1).long()[:, None].expand_as(inside)
+    overlap = torch.zeros(*best.shape[:2], num_b, device=images.device)
+    overlap.scatter_add_(2, spread, inside)
+    share = overlap / torch.zeros_like(overlap).scatter_add_(
+        2, spread, torch.ones_like(inside)).clamp(min=1)
+    number = torch.arange(num_b, device=images.device)
+    lowest = torch.where(share == share.amax(2, keepdim=True), number, num_b).amin(2, keepdim=True)
+    mask = (labels_b[:, None] == lowest[..., None]).any(1)
+    return paste(images, perm, mask), 1 - mask.float().mean((1, 2))

@@ -1,0 +1,317 @@
+"""Encoder, decoder and superpixel attention of SAFuse and LGCOAMix.
+
+The encoder is a ResNet or ViT; the decoder brings its features back to the size of the images,
+where they are averaged over superpixels, which attend to each other and are classified one by one.
+"""
+import pickle
+
+import torch
+from torch import Tensor, nn
+from torchvision import models
+from torchvision.models.resnet import BasicBlock, Bottleneck
+
+from common.models.parts import PreActBlock, conv, post_act_block
+from common.runtime import DataError, RunError
+
+# block, depths, options of the block, torchvision's ImageNet weights
+RESNETS = {
+    "resnet18": (BasicBlock, (2, 2, 2, 2), {}, "ResNet18_Weights.IMAGENET1K_V1"),
+    "resnet50": (Bottleneck, (3, 4, 6, 3), {}, "ResNet50_Weights.IMAGENET1K_V1"),
+    "resnext50": (Bottleneck, (3, 4, 6, 3), {"groups": 32, "base_width": 4},
+                  "ResNeXt50_32X4D_Weights.IMAGENET1K_V1")}
+VIT_WEIGHTS = "ViT_B_16_Weights.IMAGENET1K_V1"
+ARCHS = (*RESNETS, "deit_b16")
+DECODERS = ("joint", "local", "none")
+SCORES = ("post_norm", "pre_norm")
+
+
+def form_of(image_size: int) -> int:
+    """Form of the ResNets for images of this size: 32, 64 or 224."""
+    return 32 if image_size < 64 else 64 if image_size < 128 else 224
+
+
+# ------------------------------------------------------------------------------------- encoders
+
+class ResNet(nn.Module):
+    """ResNet stages x0 … x4 in three forms; parameters have torchvision's names.
+
+    32: 3×3 stem; 64: the same, but ResNets have pre-activation blocks and a bare stem; 224: 7×7
+    stem with stride 2 (x0), pooling, and a last stage with stride 1.
+    """
+
+    def __init__(self, arch: str, form: int, channels: int):
+        super().__init__()
+        kind, depths, options, _ = RESNETS[arch]
+        preact = form == 64 and arch != "resnext50"
+        self.conv1 = conv(3, channels, 7, 2) if form == 224 else conv(3, channels, 3)
+        self.bn1 = nn.Identity() if preact else nn.BatchNorm2d(channels)
+        self.relu = nn.Identity() if preact else nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(3, 2, 1) if form == 224 else nn.Identity()
+        self.widths = [channels, *(channels * 2 ** i * kind.expansion for i in range(4))]
+        strides = (1, 2, 2, 1 if form == 224 else 2)
+        before = channels
+        for stage, (width, depth) in enumerate(zip(self.widths[1:], depths, strict=True)):
+            blocks = []
+            for number in range(depth):
+                stride = 1 if number else strides[stage]
+                blocks.append(PreActBlock(before, width, stride, kind is Bottleneck) if preact
+                              else post_act_block(kind, before, width, stride, **options))
+                before = width
+            self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
+
+    def forward(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Stages [x0, …, x4] and the mean (B, features) of the last."""
+        stages = [self.relu(self.bn1(self.conv1(images)))]
+        x = self.maxpool(stages[0])
+        for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
+            x = layer(x)
+            stages.append(x)
+        return stages, x.mean((2, 3))
+
+
+class ViT(models.VisionTransformer):
+    """torchvision's ViT-B/16 (DeiT-B has the same architecture) with 12·channels features."""
+
+    def __init__(self, image_size: int, channels: int):
+        width = 12 * channels
+        super().__init__(image_size, 16, 12, width // 64, width, 4 * width)
+        self.heads = nn.Identity()
+        self.widths = [width]
+
+    def forward(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
+        """The patches' tokens as a map (B, features, h, w), in a list, and the class token."""
+        patches = self.conv_proj(images)
+        tokens = torch.cat([self.class_token.expand(len(images), -1, -1),
+                            patches.flatten(2).mT], 1)
+        tokens = self.encoder(tokens)
+        return [tokens[:, 1:].mT.reshape(patches.shape)], tokens[:, 0]
+
+
+# ------------------------------------------------------------------- decoder, pooling, attention
+
+class Decoder(nn.Module):
+    """Transposed convolutions, BatchNorm and ReLU (none at the end) back to the images' size.
+
+    `steps`: (channels, stride) of each; stride 1 is 1×1, stride 2 is 3×3. `skips`: channels of
+    the encoder's stages, the last first, that join the input of the second and later steps.
+    """
+
+    def __init__(self, channels: int, steps: list[tuple[int, int]], skips: tuple[int, ...] = ()):
+        super().__init__()
+        skips = [0, *skips] if skips else [0] * len(steps)
+        self.steps = nn.ModuleList()
+        for (out, stride), skip in zip(steps, skips, strict=True):
+            size = {"kernel_size": 3, "padding": 1, "output_padding": 1} if stride == 2 else \
+                {"kernel_size": 1}
+            self.steps.append(nn.Sequential(
+                nn.ConvTranspose2d(channels + skip, out, stride=stride, bias=False, **size),
+                nn.BatchNorm2d(out), nn.ReLU(inplace=True)))
+            channels = out
+        self.steps[-1].pop(2)
+        self.channels, self.skips = channels, any(skips)
+
+    def forward(self, stages: list[Tensor]) -> Tensor:
+        x, *before = reversed(stages)
+        for number, step in enumerate(self.steps):
+            if number and self.skips:
+                x = torch.cat([x, before[number - 1]], 1)
+            x = step(x)
+        return x
+
+
+def make_decoder(arch: str, form: int, encoder: nn.Module, channels: int, kind: str) -> Decoder:
+    """The paper's decoder for an encoder; `kind` as in `build`."""
+    c = channels
+    chain = {("deit_b16", 224): [(4 * c, 2), (2 * c, 2), (c, 2), (c, 2)]}
+    if kind == "local":                                      # LGCOAMix's ResNeXt has no skips
+        wide = [(8 * c, 2), (4 * c, 2)]
+        chain["resnext50", 64] = [(16 * c, 2), *wide, (c, 1), (c, 1)]
+        chain["resnext50", 224] = [(16 * c, 1), *wide, (c, 1), (c // 2, 2), (c // 2, 2)]
+    if (arch, form) in chain:
+        return Decoder(encoder.widths[-1], chain[arch, form])
+    strides = (1, 2, 2, 2, 2) if form == 224 else (2, 2, 2, 1, 1)
+    e = encoder.widths[1] // c                               # expansion
+    widths = (2 * c * e, c * e, c // 2 * e, c, c)
+    return Decoder(encoder.widths[-1], list(zip(widths, strides, strict=True)),
+                   tuple(encoder.widths[-2::-1]))
+
+
+def superpixel_pool(features: Tensor, fused: Tensor, num_superpixels: int
+                    ) -> tuple[Tensor, Tensor]:
+    """Mean features (B, S, C) of each superpixel and its pixels (B, S); S = num_superpixels.
+
+    `features` (B, C, H, W); `fused` (B, H, W) integer labels below S. Labels that an image lacks
+    have mean 0 and count 0. Sums are in float32.
+    """
+    batch, channels = features.shape[:2]
+    index = fused.flatten(1).long()
+    counts = torch.zeros(batch, num_superpixels, device=features.device)
+    counts.scatter_add_(1, index, torch.ones_like(index, dtype=torch.float32))
+    sums = torch.zeros(batch, channels, num_superpixels, device=features.device)
+    sums = sums.scatter_add(2, index[:, None].expand(-1, channels, -1),
+                            features.float().flatten(2))
+    return (sums / counts.clamp(min=1)[:, None]).mT, counts
+
+
+class SuperpixelAttention(nn.Module):
+    """One-head self-attention of the superpixels of each image, with residual and LayerNorm.
+
+    A superpixel's score is the sum over its channels: `post_norm` after LayerNorm, as the original
+    (always 0 while gain is 1 and bias is 0, as at initialisation), or `pre_norm` before it.
+    """
+
+    def __init__(self, dim: int, score: str = "post_norm"):
+        super().__init__()
+        if score not in SCORES:
+            raise ValueError(f"score must be one of {', '.join(SCORES)}, not {score}")
+        self.query, self.key, self.value = (nn.Linear(dim, dim) for _ in range(3))
+        self.norm = nn.LayerNorm(dim, eps=1e-12)
+        self.score = score
+
+    def forward(self, pooled: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+        """Attended features (B, S, C) and scores (B, S) of pooled (B, S, C), in float32.
+
+        Superpixels with count 0 are padding: nobody attends to them, their score is -inf, their
+        features are 0. sigmoid(score) is the weight.
+        """
+        with torch.autocast(pooled.device.type, enabled=False):
+            pooled, present = pooled.float(), counts > 0
+            similar = self.query(pooled) @ self.key(pooled).mT / pooled.shape[2] ** 0.5
+            attention = similar.masked_fill(~present[:, None], -torch.inf).softmax(2)
+            joined = attention @ self.value(pooled) + pooled
+            attended = self.norm(joined)
+            score = (attended if self.score == "post_norm" else joined).sum(2)
+            return attended * present[..., None], score.masked_fill(~present, -torch.inf)
+
+
+# --------------------------------------------------------------------------------- whole network
+
+class Network(nn.Module):
+    """Encoder and classifier, with decoder and local classifier unless decoder is None.
+
+    `joint`: the classifier sees the mean of the decoder's features as well, always (SAFuse).
+    """
+
+    def __init__(self, encoder: nn.Module, decoder: Decoder | None, num_classes: int, *,
+                 joint: bool = True, score: str = "post_norm"):
+        super().__init__()
+        self.encoder, self.decoder = encoder, decoder
+        self.joint = joint and decoder is not None
+        self.features = encoder.widths[-1]
+        extra = decoder.channels if self.joint else 0
+        self.fc = nn.Linear(self.features + extra, num_classes)
+        if decoder is not None:
+            self.attention = SuperpixelAttention(decoder.channels, score)
+            self.fc_local = nn.Linear(decoder.channels, num_classes)
+
+    def forward(self, images: Tensor, fused: Tensor | None = None, num_superpixels: int = 0):
+        """Logits (B, num_classes); with superpixels `fused` (B, H, W) of the images also
+        (logits of each superpixel (B, S, num_classes), attention scores (B, S), pixels (B, S)).
+        """
+        stages, mean = self.encoder(images)
+        decoded = self.decoder(stages) if self.joint or fused is not None else None
+        logits = self.fc(torch.cat([mean, decoded.mean((2, 3))], 1) if self.joint else mean)
+        if fused is None:
+            return logits
+        pooled, counts = superpixel_pool(decoded, fused, num_superpixels)
+        attended, scores = self.attention(pooled, counts)
+        return logits, self.fc_local(attended), scores, counts
+
+    def activation_maps(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (B, K) and class activation maps (B, K, h, w) >= 0 over the last stage.
+
+        max(0, w_k · x4) with the classifier's weights for the encoder's features (Zhou 2016).
+        """
+        stages, mean = self.encoder(images)
+        if self.joint:
+            mean = torch.cat([mean, self.decoder(stages).mean((2, 3))], 1)
+        return self.fc(mean), activation_maps(stages[-1], self.fc.weight[:, :self.features])
+
+
+def activation_maps(features: Tensor, weight: Tensor) -> Tensor:
+    """max(0, weight (K, C) · features (B, C, h, w)) for every class and position."""
+    return torch.einsum("kc,bchw->bkhw", weight, features).relu()
+
+
+@torch.no_grad()
+def attention_scores(net: Network, images: Tensor) -> Tensor:
+    """OcCaMix's attention (B, h, w): the largest class activation at each position.
+
+    The network is in evaluation mode meanwhile and in its former mode afterwards.
+    """
+    training = net.training
+    net.eval()
+    maps = net.activation_maps(images)[1]
+    net.train(training)
+    return maps.amax(1)
+
+
+# ---------------------------------------------------------------------------------------- build
+
+def build(arch: str, num_classes: int, image_size: int = 32, *, decoder: str = "joint",
+          initial_channels: int = 64, score: str = "post_norm", pretrained: str = "") -> Network:
+    """The network `arch` (one of ARCHS) for square images of `image_size` pixels.
+
+    `decoder`: joint (SAFuse: also feeds the classifier), local (LGCOAMix: only for superpixels) or
+    none (a plain classifier). `initial_channels` scales all widths (64: the papers'). `pretrained`:
+    "torchvision" loads its ImageNet weights into the encoder, anything else is a local file of
+    such weights.
+    Raises RunError for sizes the network cannot take, DataError for weights that are not there
+    or do not fit.
+    """
+    form = 224 if arch == "deit_b16" else form_of(image_size)
+    multiple = 16 if form == 224 else 8
+    if image_size % multiple:
+        raise RunError(f"{arch} takes images whose side is a multiple of {multiple} pixels, "
+                       f"not {image_size}")
+    if initial_channels < 16 or initial_channels % 16:
+        raise RunError(f"the number of channels must be a multiple of 16, not {initial_channels}")
+    encoder = ViT(image_size, initial_channels) if arch == "deit_b16" else \
+        ResNet(arch, form, initial_channels)
+    net = Network(encoder, None if decoder == "none" else
+                  make_decoder(arch, form, encoder, initial_channels, decoder),
+                  num_classes, joint=decoder == "joint", score=score)
+    for module in net.modules():
+        if isinstance(module, nn.ConvTranspose2d) or \
+                isinstance(module, nn.Conv2d) and arch != "deit_b16":
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    if pretrained:
+        load_pretrained(encoder, arch, pretrained)
+    return net
+
+
+def load_pretrained(encoder: nn.Module, arch: str, source: str):
+    """Loads ImageNet weights into an encoder: torchvision's, or those of a local file.
+
+    A file holds a state_dict in torchvision's names, possibly under the key state_dict or model
+    and with the prefix module.; its classifier is left out. Raises DataError naming the source.
+    """
+    if source == "torchvision":
+        weights = models.get_weight(VIT_WEIGHTS if arch == "deit_b16" else RESNETS[arch][3])
+        try:
+            state = weights.get_state_dict(progress=False, check_hash=True)
+        except (OSError, RuntimeError) as fault:
+            raise DataError(f"{weights.url} could not be downloaded ({fault}); fetch it elsewhere "
+                            "and give the file: --pretrained FILE") from fault
+    else:
+        try:
+            state = torch.load(source, map_location="cpu", weights_only=True)
+        except FileNotFoundError:
+            raise DataError(f"{source}: no such file of weights") from None
+        except (RuntimeError, EOFError, pickle.UnpicklingError, OSError, ValueError) as fault:
+            raise DataError(f"{source}: not a readable file of weights "
+                            f"({str(fault).splitlines()[0][:100]})") from fault
+        for key in ("state_dict", "model"):
+            state = state.get(key, state) if isinstance(state, dict) else {}
+        state = {name.removeprefix("module."): value for name, value in state.items()}
+    own = {name: value for name, value in encoder.state_dict().items()
+           if not name.endswith("num_batches_tracked")}
+    shape = {name: tuple(getattr(state.get(name), "shape", ())) for name in own}
+    wrong = [name for name, value in own.items() if shape[name] != tuple(value.shape)]
+    if wrong:
+        name = wrong[0]
+        theirs = shape[name] if name in state else "missing"
+        raise DataError(f"{source} does not fit {arch} at this image size: {len(wrong)} of "
+                        f"{len(own)} tensors, first {name}: {theirs}, {tuple(own[name].shape)} "
+                        "needed")
+    encoder.load_state_dict({name: state[name] for name in own}, strict=False)
