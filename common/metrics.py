@@ -69,6 +69,51 @@ def expected_calibration_error(logits: torch.Tensor, labels: torch.Tensor, bins:
     return float(((accuracy - confidence).abs() * count).sum() / count.sum())
 
 
+class StepSums:
+    """Loss and hits of one epoch's training steps, kept on the device without waiting for it.
+
+    saved: the `state` of a checkpoint inside the epoch.
+    """
+
+    def __init__(self, steps: int, device, saved=None):
+        self.losses = torch.zeros(steps, device=device)
+        self.hits = torch.zeros(2, dtype=torch.float64, device=device)      # right, seen
+        self.steps = self.checked = 0
+        if saved:                       # means and totals of all ranks
+            self.steps = self.checked = len(saved["losses"])
+            self.losses[:self.steps] = torch.tensor(saved["losses"])
+            self.hits[:] = torch.tensor(saved["hits"]) * (runtime.rank() == 0)
+
+    def add(self, step: int, loss: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor):
+        """Notes a step's loss and its hits on labels (B,) among logits (B, C)."""
+        self.steps = step + 1
+        self.losses[step] = loss.detach()
+        self.hits[0] += (logits.detach().argmax(1) == labels).sum()
+        self.hits[1] += len(labels)
+
+    def check(self, epoch: int):
+        """Raises RunError naming the first step whose loss is not a finite number."""
+        bad = (~torch.isfinite(self.losses[self.checked:self.steps])).nonzero()
+        if len(bad):
+            first = self.checked + int(bad[0])
+            raise runtime.RunError(
+                f"the loss became {self.losses[first].item()} at epoch {epoch}, step {first}; "
+                "nothing was saved after the last good checkpoint; a lower learning rate may help")
+        self.checked = self.steps
+
+    def state(self) -> dict:
+        """What a checkpoint inside the epoch keeps; every rank must ask at the same step."""
+        losses = runtime.total(self.losses[:self.steps]) / runtime.world()
+        return {"losses": losses.tolist(), "hits": runtime.total(self.hits).tolist()}
+
+    def result(self) -> dict:
+        """Mean loss and accuracy in % over the steps of all ranks."""
+        sums = torch.cat([self.losses[:self.steps].double().sum()[None], self.hits])
+        loss, right, seen = runtime.total(sums).tolist()
+        return {"train_loss": loss / (self.steps * runtime.world()),
+                "train_accuracy": 100 * right / max(seen, 1)}
+
+
 class EpochSums:
     """Loss and hits of one epoch's training steps, kept on the device without waiting for it."""
 

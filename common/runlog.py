@@ -9,13 +9,14 @@ import platform
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
 import torchvision
 from tqdm import tqdm
 
-from common import runtime
+from common import checkpoint, runtime
 from common.runtime import RunError
 
 # One colour a curve, in fixed order; readable for the colour-blind, on white.
@@ -43,6 +44,210 @@ def commit() -> str:
         head = git("rev-parse", "--short", "HEAD").strip()
         return head + ("+" if head and git("status", "--porcelain", "-uno") else "")
     return ""
+
+
+class Run:
+    """One run: its folder, its history, and the place it has come to (epoch, step).
+
+    name: parts of the folder's name, empty ones left out; identity: what a checkpoint must agree
+    in to be resumed (network, data); parts: what it keeps besides, by name, everything that has a
+    state_dict: `model` first of all. Serves the loop of a main.py, which owns the training.
+    """
+
+    def __init__(self, args, device, name, identity: dict, **parts):
+        self.args, self.device, self.identity, self.parts = args, device, identity, parts
+        self.folder = Path(args.root_dir).expanduser() / "_".join(str(p) for p in name if p)
+        self.keeps_files = not getattr(args, "log_off", False)
+        self.writes = self.keeps_files and runtime.rank() == 0
+        self.history, self.best, self.epoch, self.step, self.sums = [], -1.0, 0, 0, None
+        self.stop, self.events, self.steps_left = runtime.StopSignal(), None, args.max_steps
+
+    # ---- beginning
+
+    def load_weights(self):
+        """The weights that --evaluate (its own path, --resume's, best.pt) or --preview ask for."""
+        wish, path = self.args.evaluate, self.args.resume
+        if wish and wish != "auto":
+            path = wish
+        elif wish and path in ("", "auto"):
+            path = self.folder / checkpoint.BEST
+        if not path or path == "auto":
+            return
+        state = checkpoint.load(path)
+        checkpoint.check_identity(state, self.identity | {"data": state["identity"].get("data")})
+        self.parts["model"].load_state_dict(state["model"])
+        runtime.say(f"checkpoint: {path}, epoch {state['epoch']}")
+
+    def start(self, **facts):
+        """Takes the folder, goes on as --resume says, writes args.json with `facts`.
+
+        Raises RunError when the folder is not writable, held by another run, or already holds
+        one that --resume does not name.
+        """
+        wish = self.args.resume
+        state = checkpoint.resume(wish, self.folder) if wish or self.keeps_files else None
+        if state:
+            checkpoint.check_identity(state, self.identity)
+            for name, part in self.parts.items():
+                if state[name]:                             # a scaler that is off has no state
+                    part.load_state_dict(state[name])
+            for name in ("history", "best", "epoch", "step", "sums"):
+                setattr(self, name, state[name])
+            runtime.say(f"resumed at epoch {self.epoch}, step {self.step}")
+        if not self.writes:
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock = open(self.folder / ".lock", "w")    # held until the process ends
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(f"{self.folder}: another run is writing there; choose another "
+                           "--root_dir or wait for its end") from None
+        except OSError as fault:
+            raise RunError(f"{self.folder} cannot be written: {fault.strerror}") from None
+        on_gpu = self.device.type == "cuda"
+        facts |= {
+            "command": " ".join([Path(sys.executable).name, *sys.argv]), "args": vars(self.args),
+            "device": str(self.device), "processes": runtime.world(), "commit": commit(),
+            "gpu": torch.cuda.get_device_name(self.device) if on_gpu else None,
+            "threads": torch.get_num_threads(), "python": platform.python_version(),
+            "torch": torch.__version__, "torchvision": torchvision.__version__,
+            "resumed_at": [self.epoch, self.step] if state else None}
+        write_atomic(self.folder / "args.json", json.dumps(facts, indent=1, default=str) + "\n")
+        if self.args.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+            self.events = SummaryWriter(self.folder / "tensorboard", purge_step=self.epoch or None)
+
+    # ---- inside an epoch
+
+    def steps(self, loader):
+        """(step, batch) of the epoch from where the run stands, behind a progress bar."""
+        loader.set_epoch(self.epoch, self.step)
+        bar = tqdm(loader, total=len(loader), initial=self.step, desc=f"epoch {self.epoch}",
+                   leave=False, disable=runtime.rank() != 0,
+                   mininterval=0.2 if sys.stderr.isatty() else 60)
+        self.epoch_steps, self.started, self.first = len(loader), time.time(), self.step
+        try:
+            yield from enumerate(bar, self.step)
+        finally:
+            bar.close()
+
+    def ends(self, step: int, sums, print_every: int = 100) -> bool:
+        """To ask after each step: whether --max_steps ends the epoch here.
+
+        Every `print_every` steps the losses are looked at (RunError names the first that is not a
+        number) and the last is printed. After SIGTERM or Ctrl-C saves and leaves the program.
+        """
+        self.step = step + 1
+        if self.step % print_every == 0:
+            sums.check(self.epoch)
+            runtime.say(f"epoch {self.epoch} step {self.step}/{self.epoch_steps} "
+                        f"loss {sums.losses[step]:.5f}")
+        if self.stop.arrived(step):
+            sums.check(self.epoch)
+            self.save(sums.state())
+            self.stop.leave(f"stopped at epoch {self.epoch}, step {self.step}; "
+                            "go on with --resume auto")
+        if self.steps_left is not None:
+            self.steps_left -= 1
+        return self.steps_left == 0
+
+    def save(self, sums=None):
+        """Writes checkpoint.pt: all that the rest of the run depends on."""
+        if self.writes:
+            checkpoint.save(self.folder, {
+                **{name: part.state_dict() for name, part in self.parts.items()},
+                "epoch": self.epoch, "step": self.step, "sums": sums, "history": self.history,
+                "best": self.best, "identity": self.identity, "args": vars(self.args)})
+
+    # ---- the end of an epoch
+
+    def clock(self) -> dict:
+        """Seconds since the epoch began here, and images per second over all processes."""
+        seconds = time.time() - self.started
+        images = (self.step - self.first) * self.args.batch_size
+        return {"seconds": seconds, "images_per_second": images / seconds}
+
+    def end_epoch(self, row: dict, accuracy: float | None, sums):
+        """Logs the epoch's row, keeps best.pt if `accuracy` (None: not measured) is the best yet,
+        moves on to the next epoch unless this one was cut short, and saves."""
+        row = {"epoch": self.epoch} | row
+        self.history.append(row)
+        runtime.say(", ".join(f"{name} {value:.4g}" for name, value in row.items()))
+        self.write_log(row)
+        if accuracy is not None and accuracy > self.best:
+            self.best = accuracy
+            if self.writes:
+                checkpoint.save(self.folder, {
+                    "model": self.parts["model"].state_dict(), "identity": self.identity,
+                    "epoch": self.epoch, "accuracy": accuracy}, checkpoint.BEST)
+        if self.step < self.epoch_steps:
+            history, self.history = self.history, self.history[:-1]     # logged again when done
+            self.save(sums.state())
+            self.history = history
+        else:
+            self.epoch, self.step, self.sums = self.epoch + 1, 0, None
+            self.save()
+
+    @property
+    def over(self) -> bool:
+        """Whether all epochs, or all steps of a trial, are done."""
+        return self.epoch >= self.args.epochs or self.steps_left == 0
+
+    def write_log(self, row: dict):
+        """Rewrites log.csv from the history and sends the new row to TensorBoard."""
+        if not self.writes:
+            return
+        columns = list(dict.fromkeys(name for row in self.history for name in row))
+        text = io.StringIO()
+        writer = csv.DictWriter(text, columns, lineterminator="\n")
+        writer.writeheader()
+        for line in self.history:
+            writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in line.items()})
+        write_atomic(self.folder / "log.csv", text.getvalue())
+        if self.events:
+            for name, value in row.items():
+                self.events.add_scalar(name, value, row["epoch"])
+            self.events.flush()
+
+    # ---- the end
+
+    def report(self) -> str:
+        """The closing line: median of the last ten epochs' test accuracy, and the spread."""
+        values = [row["test_accuracy"] for row in self.history if "test_accuracy" in row]
+        seconds = statistics.mean(row["seconds"] for row in self.history)
+        last = values[-10:]
+        median = statistics.median(last)
+        spread = max(max(last) - median, median - min(last))
+        return (f"test accuracy, median of the last {len(last)} epochs: {median:.2f} % "
+                f"(± {spread:.2f}); best {max(values):.2f} %; last {values[-1]:.2f} %; "
+                f"{seconds:.1f} s of training an epoch")
+
+    def draw_curves(self, title: str) -> Path:
+        """curves.png: loss and accuracy of training and test over the epochs."""
+        import matplotlib
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+        figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+        for axis, what, heading in (
+                (axes[0], "loss", "loss (training: the method's own)"),
+                (axes[1], "accuracy", "accuracy, % (training: on mixed images)")):
+            for part, colour in (("train", ORANGE), ("valid", GREEN), ("test", BLUE)):
+                name = f"{part}_{what}"
+                points = [(row["epoch"], row[name]) for row in self.history if name in row]
+                if points:
+                    axis.plot(*zip(*points, strict=True), color=colour, linewidth=1.8, label=part,
+                              marker="o" if len(points) < 3 else None, markersize=4)
+            axis.set_title(heading, loc="left", fontsize=10, color=INK)
+            axis.set_xlabel("epoch", color=INK)
+            axis.grid(color=GRID, linewidth=0.8)
+            axis.spines[["top", "right"]].set_visible(False)
+            axis.xaxis.get_major_locator().set_params(integer=True)
+            axis.legend(frameon=False, fontsize=9)
+        figure.suptitle(title, x=0.01, ha="left", fontsize=10, color=INK)
+        path = self.folder / "curves.png"
+        save_figure(figure, path)
+        return path
 
 
 class RunLog:

@@ -11,6 +11,7 @@ import traceback
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 BOOLEANS = {"true": True, "yes": True, "y": True, "1": True,
             "false": False, "no": False, "n": False, "0": False}
@@ -188,9 +189,10 @@ def world() -> int:
 
 
 def say(message: str):
-    """Prints on the first process only."""
+    """Prints on the first process only, above a progress bar if there is one."""
     if rank() == 0:
-        print(message, flush=True)
+        tqdm.write(message)
+        sys.stdout.flush()
 
 
 def warn(message: str):

@@ -13,7 +13,6 @@ two machines      torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d \\
 import argparse
 import copy
 import sys
-import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 import torch.nn.functional as F
 
-from common import checkpoint, data, metrics, models, preview, runlog, runtime
+from common import data, metrics, models, preview, runlog, runtime
 from common.data.batches import to_uint8
 from common.mixing import (
     cutmix,
@@ -69,8 +68,8 @@ def parse_args(argv=None):
     add("--valid_labels_per_class", type=int, default=0,
         help="training images of each class set aside; best.pt is then chosen on these")
     add("--arch", choices=ARCHS, default="wrn28_10")
-    add("--initial_channels", type=runtime.positive, default=None,
-        help="channels of the first layer, scales all widths (default: the network's own)")
+    add("--initial_channels", type=runtime.positive, default=64,
+        help="64 is the network as published, 16 has a quarter of all its widths")
     add("--epochs", type=runtime.positive, default=300)
     add("--batch_size", type=runtime.positive, default=100, help="over all processes")
     add("--learning_rate", type=float, default=0.1)
@@ -142,8 +141,6 @@ def parse_args(argv=None):
     runtime.add_flags(parser)
 
     first, _ = parser.parse_known_args(argv)
-    if first.comix and first.method in (None, "comix"):
-        parser.set_defaults(dataset="cifar100")
     implied = ("comix" if first.comix else "puzzle" if first.graph else "cutmix" if first.box else
                {"mixup": "input", "mixup_hidden": "manifold", None: None}.get(first.train,
                                                                              first.train))
@@ -318,27 +315,22 @@ def training_step(net, model, images, labels, args, info, epoch, generator, scal
     return loss, torch.cat(parts)
 
 
-def train_one_epoch(net, model, loader, optimizer, scaler, args, info, epoch, first_step, sums,
-                    after_step):
-    """Runs the steps of an epoch from `first_step`; after_step(step) says whether to stop."""
+def train_one_epoch(net, model, loader, optimizer, scaler, args, info, run):
+    """The rest of the epoch that `run` stands in; returns its sums of loss and hits."""
     net.train()
-    loader.set_epoch(epoch, first_step)
-    bar = runlog.progress(loader, len(loader), first_step, f"epoch {epoch}")
-    for step, (images, labels) in enumerate(bar, first_step):
-        generator = runtime.step_generator(args.seed, epoch, step)
+    sums = metrics.StepSums(len(loader), run.device, run.sums)
+    for step, (images, labels) in run.steps(loader):
+        generator = runtime.step_generator(args.seed, run.epoch, step)
         optimizer.zero_grad(set_to_none=True)
-        loss, logits = training_step(net, model, images, labels, args, info, epoch, generator,
+        loss, logits = training_step(net, model, images, labels, args, info, run.epoch, generator,
                                      scaler)
         scaler.step(optimizer)
         scaler.update()
         sums.add(step, loss, logits, labels)
-        if (step + 1) % args.print_freq == 0:
-            sums.check(step, epoch)
-            bar.write(f"epoch {epoch} step {step + 1}/{len(loader)} loss {sums.losses[step]:.5f}")
-        if after_step(step):
-            bar.close()
-            return step + 1
-    return len(loader)
+        if run.ends(step, sums, args.print_freq):
+            break
+    sums.check(run.epoch)
+    return sums
 
 
 def fgsm(net, epsilon: float, info):
@@ -383,128 +375,66 @@ def main(argv=None):
     args = parse_args(argv)
     runtime.use_gpus(args.ngpu)
     device = runtime.setup(args)
-    stop = runtime.StopSignal()
 
     # Data, network, optimizer
     train, test, info = data.load(
         args.dataset, args.data_dir, batch_size=args.batch_size, device=device, seed=args.seed,
         loader=args.loader, image_size=args.image_size, labels_per_class=args.labels_per_class,
         valid_labels_per_class=args.valid_labels_per_class, workers=args.workers)
-    runtime.say(str(info))
     torch.manual_seed(args.seed)
     net, model = runtime.prepare(
-        models.build(args.arch, info.num_classes, info.image_size, dropout=0.5 * args.dropout,
-                     **({"initial_channels": args.initial_channels} if args.initial_channels
-                        else {})), args, device)
+        models.build(args.arch, info.num_classes, info.image_size,
+                     initial_channels=args.initial_channels, dropout=0.5 * args.dropout),
+        args, device)
     optimizer = torch.optim.SGD(net.parameters(), lr=args.learning_rate, momentum=args.momentum,
                                 weight_decay=args.decay, nesterov=args.momentum > 0)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     parameters = sum(p.numel() for p in net.parameters())
-    runtime.say(f"network: {args.arch}, {parameters:,} parameters; {len(train)} steps of "
+    runtime.say(f"{info}\nnetwork: {args.arch}, {parameters:,} parameters; {len(train)} steps of "
                 f"{args.batch_size} images an epoch; method {args.method}")
 
-    # The run's folder, and what it already holds
-    identity = {"arch": args.arch, "initial_channels": args.initial_channels,
-                "dataset": info.name, "classes": info.num_classes, "data": info.fingerprint}
-    name = [info.name, args.arch, args.method, f"seed{args.seed}", args.add_name,
-            str(args.job_id or "")]
-    folder = Path(args.root_dir).expanduser() / "_".join(part for part in name if part)
+    # The run: its folder, what it holds already, and the place to go on from
+    identity = {"arch": args.arch, "initial_channels": args.initial_channels, "dataset": info.name,
+                "classes": info.num_classes, "data": info.fingerprint}
+    run = runlog.Run(args, device, [info.name, args.arch, args.method, f"seed{args.seed}",
+                                    args.add_name, args.job_id], identity,
+                     model=net, optimizer=optimizer, scaler=scaler)
     if args.evaluate or args.preview:
-        path = args.evaluate if args.evaluate not in ("", "auto") else args.resume
-        if args.evaluate and path in ("", "auto"):
-            path = folder / checkpoint.BEST
-        if path and path != "auto":
-            state = checkpoint.load(path)
-            checkpoint.check_identity(state, identity | {"data": state["identity"].get("data")})
-            net.load_state_dict(state["model"])
+        run.load_weights()
         if args.evaluate:
-            runtime.say(f"checkpoint: {path}, epoch {state['epoch']}")
             evaluate(net, test, args, info)
         else:
             picture = draw_preview(args.preview, net, train, args, info, scaler)
             runtime.say(f"mixed images: {picture}")
         return net
-
-    writes = runtime.rank() == 0 and not args.log_off
-    state = checkpoint.resume(args.resume, folder) if args.resume or not args.log_off else None
-    history, best, epoch, step, saved = [], -1.0, args.start_epoch or 0, 0, None
-    if state:
-        checkpoint.check_identity(state, identity)
-        net.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        history, best, saved = state["history"], state["best"], state["sums"]
-        epoch, step = state["epoch"], state["step"]
-        if args.start_epoch is not None:
-            epoch, step = args.start_epoch, 0
-        runtime.say(f"resumed at epoch {epoch}, step {step}")
-    log = runlog.RunLog(folder if writes else None, args, device, history)
-    log.start(parameters=parameters, data=str(info), resumed_at=[epoch, step] if state else None)
-    autocast = lambda: runtime.autocast(args, device)       # noqa: E731
-
-    def save(epoch, step, sums):
-        """Everything that the rest of the run depends on; `sums` of an epoch not yet ended."""
-        if writes:
-            checkpoint.save(folder, {
-                "model": net.state_dict(), "optimizer": optimizer.state_dict(),
-                "scaler": scaler.state_dict(), "epoch": epoch, "step": step, "sums": sums,
-                "history": log.history, "best": best, "identity": identity, "args": vars(args)})
+    run.start(parameters=parameters, data=str(info))
+    if args.start_epoch is not None:
+        run.epoch, run.step, run.sums = args.start_epoch, 0, None
 
     # The epochs
-    steps_left = args.max_steps
-    while epoch < args.epochs:
-        started = time.time()
+    while not run.over:
         rate = args.learning_rate
         for start, gamma in zip(args.schedule, args.gammas, strict=True):
-            rate *= gamma if epoch >= start else 1
+            rate *= gamma if run.epoch >= start else 1
         for group in optimizer.param_groups:
             group["lr"] = rate
-        sums = metrics.EpochSums(len(train), device, saved)
-        last = None if steps_left is None else step + steps_left - 1
-
-        def after_step(step, last=last, sums=sums, epoch=epoch):
-            if stop.arrived(step):
-                sums.check(step, epoch)
-                save(epoch, step + 1, sums.state(step + 1))
-                stop.leave(f"stopped at epoch {epoch}, step {step + 1}; go on with --resume auto")
-            return step == last
-
-        done = train_one_epoch(net, model, train, optimizer, scaler, args, info, epoch, step, sums,
-                               after_step)
-        sums.check(done - 1, epoch)
-        seconds = time.time() - started
+        sums = train_one_epoch(net, model, train, optimizer, scaler, args, info, run)
+        row, timing = {"lr": rate} | sums.result(), run.clock()
         runtime.share_buffers(net)
-        loss, accuracy = sums.result(done)
-        row = {"epoch": epoch, "lr": rate, "train_loss": loss, "train_accuracy": accuracy}
         for part, batches in (("valid", info.valid), ("test", test)):
             if batches:
-                result = metrics.evaluate(net, batches, autocast=autocast,
-                                          max_steps=args.max_steps)
+                result = metrics.evaluate(net, batches, max_steps=args.max_steps,
+                                          autocast=lambda: runtime.autocast(args, device))
                 row |= {f"{part}_loss": result["loss"], f"{part}_accuracy": result["top1"],
                         f"{part}_top5": result["top5"]}
-        log.add(**row, seconds=seconds, images_per_second=(done - step) * args.batch_size / seconds)
-        runtime.say(", ".join(f"{name} {value:.4g}" for name, value in row.items())
-                    + f", {seconds:.1f} s")
-        chosen = row["valid_accuracy" if info.valid else "test_accuracy"]
-        if chosen > best:
-            best = chosen
-            if writes:
-                checkpoint.save(folder, {"model": net.state_dict(), "identity": identity,
-                                         "epoch": epoch, "accuracy": best}, checkpoint.BEST)
-        ended = done == len(train)
-        steps_left = None if steps_left is None else steps_left - (done - step)
-        save(epoch + 1 if ended else epoch, 0 if ended else done,
-             None if ended else sums.state(done))
-        epoch, step, saved = epoch + 1, 0, None
-        if steps_left == 0:
-            break
+        run.end_epoch(row | timing, row["valid_accuracy" if info.valid else "test_accuracy"], sums)
 
     # The report
-    runtime.say(runlog.report(log.column("test_accuracy"), log.column("seconds")))
-    if writes:
-        curves = log.draw_curves(f"{args.method}, {args.arch} on {info.name}")
-        mixed = draw_preview(folder / "mixed.png", net, train, args, info, scaler)
-        runtime.say(f"curves: {curves}\nmixed images: {mixed}\ncheckpoints: {folder}")
+    runtime.say(run.report())
+    if run.writes:
+        curves = run.draw_curves(f"{args.method}, {args.arch} on {info.name}")
+        mixed = draw_preview(run.folder / "mixed.png", net, train, args, info, scaler)
+        runtime.say(f"curves: {curves}\nmixed images: {mixed}\ncheckpoints: {run.folder}")
     return net
 
 

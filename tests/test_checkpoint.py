@@ -2,12 +2,13 @@
 import builtins
 import errno
 import fcntl
+import json
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from common import checkpoint, runlog
+from common import checkpoint, metrics, runlog
 from common.runtime import RunError
 
 CPU = torch.device("cpu")
@@ -82,33 +83,58 @@ def test_other_network_or_data_is_named():
     checkpoint.check_identity(state(1), {"arch": "a"})
 
 
+def make_run(root, **flags):
+    args = SimpleNamespace(**{"root_dir": str(root), "resume": "", "max_steps": None, "epochs": 3,
+                              "evaluate": "", "tensorboard": False, "batch_size": 10} | flags)
+    return runlog.Run(args, CPU, ["run", "", 0], {"arch": "a"}, model=torch.nn.Linear(2, 2))
+
+
 def test_run_folder_is_held_by_one_run(tmp_path):
-    log = runlog.RunLog(tmp_path / "run", SimpleNamespace(), CPU)
+    run = make_run(tmp_path)
+    run.start()
     with pytest.raises(RunError, match="another run is writing"):
-        runlog.RunLog(tmp_path / "run", SimpleNamespace(), CPU)
-    fcntl.flock(log.lock, fcntl.LOCK_UN)
-    runlog.RunLog(tmp_path / "run", SimpleNamespace(), CPU)
+        make_run(tmp_path).start()
+    fcntl.flock(run.lock, fcntl.LOCK_UN)
+    make_run(tmp_path).start()
 
 
 def test_unwritable_root_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="file/run cannot be written"):
-        runlog.RunLog(tmp_path / "file" / "run", SimpleNamespace(), CPU)
+        make_run(tmp_path / "file").start()
 
 
-def test_log_and_curves_follow_history(tmp_path):
-    log = runlog.RunLog(tmp_path, SimpleNamespace(tensorboard=True), CPU)
-    log.start(parameters=3)
-    for epoch in range(3):
-        log.add(epoch=epoch, train_loss=1 / (epoch + 1), test_accuracy=50.0 + epoch)
-    lines = (tmp_path / "log.csv").read_text().splitlines()
-    assert lines[0] == "epoch,train_loss,test_accuracy" and lines[3] == "2,0.333333,52"
-    assert log.draw_curves("title").stat().st_size > 5000
-    assert list((tmp_path / "tensorboard").iterdir())
-    again = runlog.RunLog(None, SimpleNamespace(), CPU, log.history)
-    assert again.column("test_accuracy") == [50, 51, 52]
+def test_run_logs_epochs_and_goes_on(tmp_path):
+    sums = metrics.StepSums(2, CPU)
+    run = make_run(tmp_path, tensorboard=True)
+    run.start(parameters=6)
+
+    class Loader(list):
+        def set_epoch(self, epoch, step):
+            self.place = epoch, step
+
+    loader = Loader([None, None])
+    for epoch in range(2):
+        for step, _ in run.steps(loader):
+            sums.add(step, torch.tensor(1.0), torch.eye(2), torch.tensor([0, 1]))
+            assert not run.ends(step, sums)
+        run.end_epoch({"train_loss": 1 / (epoch + 1), "test_accuracy": 50.0 + epoch,
+                       "seconds": 2.0}, 50.0 - epoch, sums)
+    assert loader.place == (1, 0) and not run.over
+    lines = (run.folder / "log.csv").read_text().splitlines()
+    assert lines == ["epoch,train_loss,test_accuracy,seconds", "0,1,50,2", "1,0.5,51,2"]
+    assert run.draw_curves("title").stat().st_size > 5000
+    assert list((run.folder / "tensorboard").iterdir())
+    assert json.loads((run.folder / "args.json").read_text())["parameters"] == 6
+    assert checkpoint.load(run.folder / "best.pt")["accuracy"] == 50    # the better of the two
+    fcntl.flock(run.lock, fcntl.LOCK_UN)
+    again = make_run(tmp_path, resume="auto")
+    again.start()
+    assert (again.epoch, again.step, again.best, again.history) == (2, 0, 50.0, run.history)
 
 
-def test_report_is_the_median_of_the_last_ten():
-    line = runlog.report([10.0] * 5 + [70.0, 71.0, 72.0, 73.0, 74.0] * 2, [2.0])
-    assert "median of the last 10 epochs: 72.00 % (± 2.00); best 74.00 %" in line
+def test_report_is_the_median_of_the_last_ten(tmp_path):
+    run = make_run(tmp_path)
+    run.history = [{"test_accuracy": value, "seconds": 2.0}
+                   for value in [10.0] * 5 + [70.0, 71.0, 72.0, 73.0, 74.0] * 2]
+    assert "median of the last 10 epochs: 72.00 % (± 2.00); best 74.00 %" in run.report()
