@@ -155,9 +155,8 @@ def choose_seed(args, device) -> int:
         return args.seed
     seed, wish = random.randrange(1001), args.resume or args.evaluate
     if wish == "auto":              # the newest run that these flags name
-        pattern = str(run_folder(args, "SEED"))
         runs = [Path(found) for found in glob.glob(
-            f"{glob.escape(pattern.removesuffix('SEED'))}*/{checkpoint.NEWEST}")]
+            f"{glob.escape(str(run_folder(args, '')))}[0-9]*/args.json")]
         if runs:
             newest = max(runs, key=lambda path: path.stat().st_mtime)
             seed = int(newest.parent.name.rpartition("seed")[2])

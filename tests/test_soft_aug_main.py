@@ -1,0 +1,418 @@
+"""Soft Augmentation's program as users run it: recipes, losses, resume, two ranks, evaluation."""
+import csv
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+
+from common import checkpoint, metrics, runtime
+from soft_aug import main as soft_aug
+from soft_aug.losses import soft_target_loss
+
+SMALL = ("--dataset digits --image_size 16 --labels_per_class 12 --batch_size 30 --net resnet18 "
+         "--initial_channels 4 --lr 0.05 --crop 5 --seed 0 --device cpu").split()
+RECIPE = "--da 2 --loss st --ra 1 --mixup 1"
+
+
+def command(*words, root):
+    return [sys.executable, str(ROOT / "soft_aug" / "main.py"), *SMALL, "--root_dir", str(root),
+            *map(str, words)]
+
+
+def program(*words, root, **options):
+    """Runs soft_aug/main.py in a process of its own."""
+    return subprocess.run(command(*words, root=root), capture_output=True, text=True, timeout=300,
+                          **options)
+
+
+def train(root, *words):
+    """Runs main() in this process; returns the run's folder."""
+    soft_aug.main([*SMALL, "--root_dir", str(root), *map(str, words)])
+    return next(folder for folder in root.iterdir())
+
+
+def weights(folder, name="checkpoint.pt"):
+    return checkpoint.load(folder / name)["model"]
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
+def table(path):
+    with open(path) as file:
+        return [{name: float(value) for name, value in row.items() if value}
+                for row in csv.DictReader(file)]
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Skips what takes most of a tiny run's time; test_recipes_train_and_close draws."""
+    for name in ("reliability_diagram", "occlusion_curve", "softening_curve"):
+        monkeypatch.setattr(soft_aug.plots, name, lambda *args: None)
+    monkeypatch.setattr(soft_aug, "draw_preview", lambda *args: None)
+    monkeypatch.setattr(soft_aug.runlog.RunLog, "draw_curves", lambda *args: None)
+
+
+@pytest.fixture(scope="module")
+def info_and_batch():
+    """Info, images and labels of 64 digits."""
+    batches, _, info = soft_aug.data.load("digits", "", batch_size=64, image_size=16, padding=0,
+                                          device=torch.device("cpu"))
+    return info, *next(iter(batches))
+
+
+def mix(words, batch, epoch=0, seed=1):
+    """(Mixed, args) of a batch under the flags `words`."""
+    args = soft_aug.parse_args([*SMALL, *words.split()])
+    generator = torch.Generator().manual_seed(seed)
+    return soft_aug.mix_batch(batch[1], args, batch[0], epoch, generator), args
+
+
+# ------------------------------------------------------------------------------------- whole runs
+
+@pytest.mark.parametrize("words", [
+    "--da -1", "--da 0 --loss ce --ra 0", "--da 1 --l 8 --ra 1",
+    "--da 2 --loss st --ra 1 --pcrop 2 --crop 12 --tensorboard"])
+def test_recipes_train_and_close(tmp_path, words, capsys):
+    folder = train(tmp_path, *words.split(), "--max_steps", 2)
+    printed, files = capsys.readouterr().out, {f.name for f in folder.iterdir()}
+    assert "median of the last 1 epochs" in printed and str(folder / "mixed.png") in printed
+    assert re.search(r"test: accuracy [\d.]+ %, .*ECE 0\.\d{4} \([\d.]+ %\) on 60 images", printed)
+    names = {"args.json", "log.csv", "curves.png", "mixed.png", "checkpoint.pt", "best.pt", ".lock",
+             "reliability.csv", "reliability.png", "occlusion.csv", "occlusion.png"}
+    if "--da 2" in words:
+        names |= {"softening.csv", "softening.png", "tensorboard"}
+    assert files == names
+    assert checkpoint.load(folder / "checkpoint.pt")["step"] == 2
+    row, = table(folder / "log.csv")
+    assert {"lr", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "test_ece"} <= set(
+        row)
+    before = soft_aug.models.build("resnet18", 10, 16, initial_channels=4)
+    assert not torch.equal(weights(folder)["fc.weight"], before.fc.weight)
+
+
+@pytest.mark.parametrize("words", [
+    "--da 2 --loss st --rw sample --other --mixup 1 --noise 0.5 --bgnoise 0.5 --pnoise 2",
+    "--da 2 --loss st --rw off --no-soften --no-nag --decay l --warm 1 --loader dali --ra 1",
+    "--da 0 --loss sce --max_p 0.9 --mixup 1 --a 0.2 --decay s --gamma 0.5",
+    "--da 2 --loss fl --g 1 --mixup 1 --epochs 3 --amp bf16 --channels_last False",
+    "--da 2 --loss ce --mixup 1 --nogpu --optimizer sgd --momentum 0"])
+def test_variants_train(tmp_path, words, no_pictures):
+    folder = train(tmp_path, *words.split(), "--max_steps", 2)
+    model = weights(folder)
+    assert torch.isfinite(model["fc.weight"]).all()
+    assert len(model["fc.weight"]) == 10 + ("--other" in words)
+
+
+@pytest.mark.parametrize("net", soft_aug.NETS[1:-1])
+def test_every_network_trains(tmp_path, net, no_pictures):
+    folder = train(tmp_path, "--net", net, *RECIPE.split(), "--batch_size", 4, "--max_steps", 1)
+    assert torch.isfinite(weights(folder)["fc.weight"]).all()
+
+
+def test_the_logs_follow_the_schedule(tmp_path, no_pictures):
+    folder = train(tmp_path, *RECIPE.split(), "--epochs", 7, "--ft", 0, "--tensorboard",
+                   "--batch_size", 60)
+    rows = table(folder / "log.csv")
+    assert [int(row["epoch"]) for row in rows if "test_ece" in row] == [0, 5, 6]
+    args = soft_aug.parse_args([*SMALL, "--epochs", "7"])
+    assert [row["lr"] for row in rows] == pytest.approx(
+        [soft_aug.step_rate(args, 2 * epoch, 2) for epoch in range(7)], rel=1e-4)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    logged = {tag: [event.value for event in events.Scalars(tag)]
+              for tag in ("learning/lr", "Train/loss", "Test/Average loss", "Test/Accuracy",
+                          "Test/ECE", "Test/Best Accuracy", "Test/Best Average loss",
+                          "Train/Best Accuracy", "Train/Best Average loss")}
+    assert len(logged["Train/loss"]) == 7 and len(logged["Test/ECE"]) == 3
+    tested = [row["test_accuracy"] for row in rows if "test_accuracy" in row]
+    assert logged["Test/Best Accuracy"] == pytest.approx(
+        [max(tested[:i]) for i in (1, 2, 3)], rel=1e-4)
+    assert checkpoint.load(folder / "best.pt")["accuracy"] == pytest.approx(max(tested), rel=1e-4)
+
+
+def test_killed_and_resumed_is_the_run_never_killed(tmp_path):
+    """Also without a seed: the run that was killed is found, and its seed."""
+    words = [*RECIPE.split(), "--epochs", 4, "--ft", 2, "--warm", 1, "--eval_every", 1]
+    for row in (1, 2):                                      # SIGKILL somewhere in epochs 1 and 2
+        child = subprocess.Popen(
+            command(*words, "--seed", -1, "--resume", "auto", root=tmp_path / "killed"),
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while child.poll() is None and not any(
+                len(log.read_text().splitlines()) > row
+                for log in (tmp_path / "killed").glob("*/log.csv")):
+            time.sleep(0.02)
+        child.kill()
+        assert child.wait() == -signal.SIGKILL
+    result = program(*words, "--seed", -1, "--resume", "auto", root=tmp_path / "killed")
+    assert result.returncode == 0 and "resumed at epoch" in result.stdout
+    folder, = (tmp_path / "killed").iterdir()
+    seed = checkpoint.load(folder / "checkpoint.pt")["args"]["seed"]
+    assert seed >= 0 and f"seed: {seed}\n" in result.stdout and folder.name.endswith(f"seed{seed}")
+    whole = train(tmp_path / "whole", *words, "--seed", seed)
+    one, two = checkpoint.load(whole / "checkpoint.pt"), checkpoint.load(folder / "checkpoint.pt")
+    assert same(one["model"], two["model"]) and one["best"] == two["best"]
+    momentum = [[state["momentum_buffer"] for state in c["optimizer"]["state"].values()]
+                for c in (one, two)]
+    assert all(torch.equal(a, b) for a, b in zip(*momentum, strict=True))
+    timed = {"seconds", "images_per_second"}
+    histories = [[{k: v for k, v in row.items() if k not in timed} for row in c["history"]]
+                 for c in (one, two)]
+    assert histories[0] == histories[1] and len(histories[0]) == 4
+    for name in ("reliability.csv", "occlusion.csv"):
+        assert (folder / name).read_text() == (whole / name).read_text()
+
+
+def test_a_signal_saves_inside_the_epoch(tmp_path):
+    words = [*RECIPE.split(), "--epochs", 2, "--labels_per_class", 120, "--print_freq", 1]
+    child = subprocess.Popen(command(*words, root=tmp_path), text=True, stdout=subprocess.PIPE,
+                             stderr=subprocess.DEVNULL)
+    for line in child.stdout:
+        if "epoch 0 step 3/" in line:
+            child.send_signal(signal.SIGTERM)
+            break
+    last = child.communicate()[0].splitlines()[-1]
+    assert child.returncode == 128 + signal.SIGTERM
+    step = re.fullmatch(r"SIGTERM: stopped at epoch 0, step (\d+); go on with --resume auto", last)
+    folder, = tmp_path.iterdir()
+    assert step and checkpoint.load(folder / "checkpoint.pt")["step"] == int(step[1])
+
+
+def test_two_ranks_measure_what_one_does(tmp_path):
+    """Also: both take the one seed that was drawn."""
+    result = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+         *command(*RECIPE.split(), "--epochs", 1, "--seed", -1, root=tmp_path)[1:]],
+        capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "2 processes" in result.stdout
+    folder, = tmp_path.iterdir()
+    row, = table(folder / "log.csv")
+    occlusion = (folder / "occlusion.csv").read_text()
+    alone = program(*RECIPE.split(), "--evaluate", folder / "checkpoint.pt", root=tmp_path)
+    found = re.search(r"accuracy ([\d.]+) %.* loss ([\d.]+), ECE ([\d.]+) .* on 355 images",
+                      alone.stdout)
+    assert float(found[1]) == pytest.approx(row["test_accuracy"], abs=0.01)
+    assert float(found[2]) == pytest.approx(row["test_loss"], abs=1e-3)
+    assert float(found[3]) == pytest.approx(row["test_ece"], abs=1e-3)
+    assert len(occlusion.splitlines()) == 1 + len(soft_aug.OCCLUDED)
+
+
+# ------------------------------------------------------------------------- flags and augmentation
+
+def test_flags_and_aliases():
+    args = soft_aug.parse_args("--task cifar100 --b 64 --n 3 --nogpu --learning_rate 0.2".split())
+    assert (args.dataset, args.batch_size, args.workers, args.device, args.lr) == (
+        "cifar100", 64, 3, "cpu", 0.2)
+    assert (args.epochs, args.seed, args.rw, args.eval_every) == (500, -1, "batch", 5)
+    assert soft_aug.parse_args("--sch 0.29".split()).epochs == 57
+    assert soft_aug.parse_args("--sch 0.29 --epochs 9".split()).epochs == 9
+    assert soft_aug.parse_args(["--rw"]).rw == "batch"
+    assert soft_aug.parse_args("--net pyramid272".split()).net == "pyramidnet272"
+
+
+def test_milestones_replace_the_originals():
+    words = "--lr 0.05 --decay s --gamma 0.1 --epochs 20".split()
+    args = soft_aug.parse_args([*words, "--milestones", "10", "15"])
+    rates = [soft_aug.step_rate(args, 7 * epoch + 6, 7) for epoch in range(20)]
+    assert rates == pytest.approx([0.05] * 10 + [0.005] * 5 + [0.0005] * 5)
+    rates = [soft_aug.step_rate(soft_aug.parse_args(words), 7 * e, 7) for e in range(20)]
+    assert rates == pytest.approx([0.05] * 10 + [0.005] * 5 + [0.0005] * 3 + [0.00005] * 2)
+
+
+def test_confidence_follows_what_is_hidden(info_and_batch):
+    images = info_and_batch[1]
+    mixed, _ = mix("--da 2 --crop 2", info_and_batch)
+    changed = (mixed.images != images).flatten(1).any(1)
+    assert changed.any() and (~changed).any()
+    assert (mixed.confidence[~changed] == 1).all() and (mixed.confidence[changed] < 1).all()
+    both, _ = mix("--da 2 --crop 2 --noise 1", info_and_batch)
+    assert (both.confidence < mixed.confidence).all() and both.confidence.min() >= 0.1
+    floored, _ = mix("--da 2 --noise 1e6", info_and_batch)
+    assert (floored.confidence == floored.confidence.clamp(min=0.1)).all()
+    for words in ("--da 2 --crop 2 --max_p 0.7", "--da 0 --noise 1e-9 --max_p 0.7"):
+        assert mix(words, info_and_batch)[0].confidence.max() == pytest.approx(0.7, abs=1e-4)
+    plain, _ = mix("--da 0", info_and_batch)
+    assert torch.equal(plain.images, images) and (plain.confidence == 1).all()
+    holes, _ = mix("--da 1 --l 8", info_and_batch)
+    assert (holes.images[:, :, 4:12, 4:12] == 0).flatten(1).any(1).all()
+    assert (holes.confidence == 1).all()
+
+
+def test_the_closing_epochs_augment_weakly(info_and_batch):
+    for words in ("--da 2", "--da 1 --l 8", "--da 2 --mixup 1"):
+        early, _ = mix(f"{words} --epochs 100", info_and_batch, epoch=79)
+        late, _ = mix(f"{words} --epochs 100", info_and_batch, epoch=80)
+        assert not torch.equal(early.images, info_and_batch[1])
+        assert torch.equal(late.images, info_and_batch[1]) and (late.confidence == 1).all()
+    strong, _ = mix("--da 2 --epochs 100 --ft 0", info_and_batch, epoch=99)
+    assert not torch.equal(strong.images, info_and_batch[1])
+
+
+def test_confidence_reaches_the_loss_also_through_mixup(info_and_batch):
+    info, _, labels = info_and_batch
+    logits = torch.randn(len(labels), 10, generator=torch.Generator().manual_seed(2))
+
+    def loss(words):
+        mixed, args = mix(words, info_and_batch)
+        return float(soft_aug.mixed_loss(logits, labels, mixed, args)), mixed
+
+    value, mixed = loss("--da 2 --loss st --rw sample")
+    assert value == pytest.approx(float(soft_target_loss(logits, labels, mixed.confidence,
+                                                         reweight="sample")))
+    value, mixed = loss("--da 2 --loss st --rw off --mixup 1")
+    lam, perm = float(mixed.lam), mixed.perm
+    assert 0 < lam < 1 and not torch.equal(perm, torch.arange(len(perm)))
+    parts = [float(soft_target_loss(logits, labels[order], mixed.confidence[order], reweight=None))
+             for order in (torch.arange(len(perm)), perm)]
+    assert value == pytest.approx(lam * parts[0] + (1 - lam) * parts[1], rel=1e-5)
+    values = {words: loss(f"--da 2 {words}")[0] for words in (
+        "--loss ce", "--loss fl", "--loss sce --max_p 0.9", "--loss st", "--loss st --other",
+        "--loss st --no-soften", "--loss st --rw off", "--loss ce --mixup 1")}
+    assert len({round(value, 5) for value in values.values()}) == len(values)
+
+
+def test_randaugment_works_on_the_loaders_pixels(tmp_path, monkeypatch, no_pictures):
+    seen = []
+    monkeypatch.setattr(soft_aug, "rand_augment", lambda images, ops, negative: seen.append(
+        (images.dtype, ops.shape)) or images)
+    train(tmp_path, "--ra", 1, "--max_steps", 2)
+    assert seen[:2] == [(torch.uint8, (2, 30))] * 2
+
+
+# ------------------------------------------------------------------- evaluation, preview, bad input
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Folder of a short run that has learned something."""
+    return train(tmp_path_factory.mktemp("trained"), "--da", 2, "--loss", "st", "--other",
+                 "--epochs", 8, "--ft", 2, "--labels_per_class", 60)
+
+
+def test_evaluation_alone(trained, capsys):
+    soft_aug.main([*SMALL, "--da", "2", "--loss", "st", "--other", "--root_dir",
+                   str(trained.parent), "--evaluate"])
+    printed = capsys.readouterr().out
+    best = checkpoint.load(trained / "best.pt")
+    accuracy = [float(value) for value in re.findall(r"accuracy ([\d.]+) %", printed)]
+    assert len(accuracy) == len(soft_aug.OCCLUDED)
+    assert accuracy[0] == pytest.approx(best["accuracy"], abs=0.01) and accuracy[0] > 40
+    for name in ("reliability", "occlusion", "softening"):
+        with Image.open(trained / f"best_{name}.png") as picture:
+            assert picture.width > 500 and len(picture.convert("RGB").getcolors(1 << 24)) > 10
+    rows = table(trained / "best_occlusion.csv")
+    assert [row["offset"] for row in rows] == [0, 2, 3, 5, 6, 8, 10, 11]
+    assert [row["visible"] for row in rows] == pytest.approx(
+        [(1 - row["offset"] / 16) ** 2 for row in rows], rel=1e-4)
+    assert rows[-1]["accuracy"] < rows[0]["accuracy"] - 20
+    # ECE by another way: the data's own classes, softmax over these
+    _, test, info = soft_aug.data.load("digits", "", batch_size=50, image_size=16,
+                                       device=torch.device("cpu"))
+    net = soft_aug.models.build("resnet18", 11, 16, initial_channels=4).eval()
+    net.load_state_dict(best["model"])
+    with torch.no_grad():
+        outputs = [(net(images)[:, :10], labels) for images, labels in test]
+    logits, labels = (torch.cat(part) for part in zip(*outputs, strict=True))
+    assert rows[0]["ece"] == pytest.approx(
+        metrics.expected_calibration_error(logits, labels), abs=1e-5)
+    bins = table(trained / "best_reliability.csv")
+    assert sum(row["count"] for row in bins) == info.num_test
+    assert sum(row["count"] * row["accuracy"] for row in bins) / info.num_test == pytest.approx(
+        accuracy[0] / 100, abs=1e-4)
+
+
+def test_occlusion_hides_what_it_says():
+    images = torch.ones(50, 3, 16, 16)
+    occluded = soft_aug.occlude(4)(images, None)
+    assert (occluded.mean((1, 2, 3)) == 0.75 ** 2).all()
+    assert len(occluded.unique(dim=0)) == 4                  # all four directions
+    assert torch.equal(occluded, soft_aug.occlude(4)(images, None))
+
+
+@pytest.mark.parametrize("words", ["--da 1 --l 8 --ra 1", "--da 2 --loss st --other --mixup 1",
+                                   "--da 0 --loss sce --max_p 0.8"])
+def test_previews_are_drawn(tmp_path, words):
+    path = tmp_path / "mixed.png"
+    soft_aug.main([*SMALL, *words.split(), "--preview", str(path),
+                   "--root_dir", str(tmp_path / "r")])
+    with Image.open(path) as picture:
+        assert picture.width > 800 and len(picture.convert("RGB").getcolors(1 << 24)) > 50
+    assert not (tmp_path / "r").exists()
+
+
+def test_preview_shows_the_targets_of_the_loss(info_and_batch):
+    labels = info_and_batch[2]
+    for words, outputs in ((RECIPE, 10), (RECIPE + " --other", 11), ("--da 2 --loss ce", 10),
+                           ("--loss sce --max_p 0.8", 10)):
+        mixed, args = mix(words, info_and_batch)
+        shares = soft_aug.target_shares(labels, mixed, args, outputs)
+        torch.testing.assert_close(shares.sum(1), torch.ones(len(labels)))
+    assert shares.max() == pytest.approx(0.8)
+    mixed, args = mix("--da 2 --loss st --other", info_and_batch)
+    shares = soft_aug.target_shares(labels, mixed, args, 11)
+    torch.testing.assert_close(shares[:, 10], 1 - mixed.confidence)
+
+
+@pytest.mark.parametrize("words, line", [
+    ("--da 3", "invalid choice: 3"), ("--net nonet", "invalid choice: 'nonet'"),
+    ("--loss ols", "invalid choice: 'ols'"), ("--max_p 0", "--max_p 0.0 is not above 0"),
+    ("--sch 0.001", "--sch 0.001 is less than one epoch"), ("--r 0", "--r 0.0 is not positive"),
+    ("--crop -1", "--crop -1.0 is negative"), ("--other", "--other is for --loss st"),
+    ("--milestones 1 2", "--milestones are for --decay s")])
+def test_bad_flags_are_one_line(words, line, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        soft_aug.parse_args(words.split())
+    faults = [text for text in capsys.readouterr().err.splitlines() if "error:" in text]
+    assert len(faults) == 1 and line in faults[0]
+
+
+@pytest.mark.parametrize("words, line", [
+    ("--labels_per_class 500", "class 0 has only 143"),
+    ("--resume none.pt --seed -1", "none.pt: no such checkpoint"),
+    ("--evaluate none.pt", "none.pt: no such checkpoint")])
+def test_bad_input_is_named(tmp_path, words, line):
+    with pytest.raises(runtime.RunError, match=line):
+        soft_aug.main([*SMALL, *words.split(), "--root_dir", str(tmp_path)])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_loss_that_is_no_number_is_one_line(tmp_path):
+    result = program("--epochs", 1, "--lr", 1e30, "--print_freq", 1, root=tmp_path)
+    faults = [text for text in result.stderr.splitlines() if "error:" in text]
+    assert result.returncode == 1 and len(faults) == 1 and "at epoch 0, step" in faults[0]
+    assert "Traceback" not in result.stderr and not list(tmp_path.rglob("*.pt"))
+
+
+def test_checkpoints_of_others_are_refused(trained):
+    before = (trained / "checkpoint.pt").read_bytes()
+    with pytest.raises(runtime.RunError, match=r"other True \(here False\)"):
+        soft_aug.main([*SMALL, "--da", "2", "--loss", "st", "--labels_per_class", "60", "--resume",
+                       str(trained / "checkpoint.pt"), "--root_dir", str(trained.parent)])
+    assert (trained / "checkpoint.pt").read_bytes() == before
+
+
+def test_commands_of_the_comparison():
+    from bench.compare_methods import COMMANDS
+    found = {name: line for name, line in COMMANDS.items() if name.startswith("softaug")}
+    assert set(found) == {f"softaug_{recipe}{ra}" for recipe in ("standard", "hard", "soft")
+                          for ra in ("", "_ra")}
+    for name, line in found.items():
+        line = line.format(data="s20.npz", epochs=20, schedule="10 15", seed=3)
+        args = soft_aug.parse_args(line.split()[1:])
+        assert (args.milestones, args.epochs, args.eval_every, args.ft) == ([10, 15], 20, 1, 0)
+        assert args.ra == name.endswith("_ra") and args.seed == 3
+        assert (args.loss == "st") == name.startswith("softaug_soft") and not args.no_nag
+        assert args.da == (0 if "standard" in name else 2)
+
+
+def test_every_flag_is_in_the_run(trained):
+    facts = json.loads((trained / "args.json").read_text())
+    assert facts["args"]["crop"] == 5 and facts["args"]["other"] is True
