@@ -14,6 +14,7 @@ from torch import Tensor
 LEAST_SIZE = 0.5               # of the mean cell; smaller components join a neighbour
 MERGE_ROUNDS = 2               # more change the explained colour by less than a hundredth
 CHUNK = 2 ** 19                # distances computed at once on a CPU: what its cache holds
+NONE = torch.iinfo(torch.int64).max          # in place of a region
 
 # sRGB to XYZ divided by the white point D65
 XYZ = ((0.412453 / 0.95047, 0.357580 / 0.95047, 0.180423 / 0.95047),
@@ -68,19 +69,24 @@ def nearest(centres: Tensor, points: Tensor) -> Tensor:
     The index replaces the lowest bits of the distance, whose order as an integer is that of the
     float: one minimum then finds both, where min with indices is ten times slower on a CPU.
     """
-    bits = 1 << (centres.shape[1] - 1).bit_length()
-    number = torch.arange(centres.shape[1], dtype=torch.int32, device=points.device)[:, None]
-    distances = torch.bmm(centres, points).view(torch.int32)
-    distances.bitwise_and_(-bits).bitwise_or_(number)
-    return distances.amin(1).bitwise_and_(bits - 1).long()
+    batch, count = centres.shape[:2]
+    bits = 1 << (count - 1).bit_length()
+    number = torch.arange(count, dtype=torch.int32, device=points.device)[:, None]
+    pieces = batch * count * points.shape[2] // CHUNK if points.device.type == "cpu" else 0
+    labels = []
+    for piece in points.tensor_split(max(1, pieces), 2):
+        distances = torch.bmm(centres, piece).view(torch.int32)
+        labels.append(distances.bitwise_and_(-bits).bitwise_or_(number).amin(1))
+    return torch.cat(labels, 1).bitwise_and_(bits - 1).long()
 
 
 def kmeans(colour: Tensor, first: Tensor, step: Tensor, cells: Tensor, height: int, width: int,
            iterations: int) -> Tensor:
-    """Clusters (B, N) of pixels by |difference of colour|² + |distance in steps|².
+    """Clusters (B, H, W) of pixels by |difference of colour|² + |distance in steps|².
 
     `colour` (B, 3, N), divided by the compactness; grid as `grid` returns it. The first of
-    the iterations is by position alone, as in scikit-image.
+    the iterations is by position alone, as in scikit-image. In images of 128 pixels and more the
+    centres are means over every second pixel in both directions.
     """
     batch, device = len(colour), colour.device
     count = int(cells.prod(1).max())
@@ -89,24 +95,25 @@ def kmeans(colour: Tensor, first: Tensor, step: Tensor, cells: Tensor, height: i
     place = [torch.arange(side, device=device) for side in (height, width)]
     row, column = (((p - first[:, i] + step[:, i] // 2) // step[:, i]).clamp(min=0)
                    .minimum(cells[:, i] - 1) for i, p in enumerate(place))
-    labels = (row[:, :, None] * cells[:, 1, None] + column[:, None, :]).flatten(1)
+    labels = row[:, :, None] * cells[:, 1, None] + column[:, None, :]
     scale = step.amax(1, keepdim=True)
     position = torch.stack(torch.meshgrid(*place, indexing="ij")).view(1, 2, -1) / scale
     points = torch.cat([colour, position, torch.ones_like(colour[:, :1])], 1)
     # 7 numbers a pixel: (p, 1, |p|²); 7 a centre: (-2c, |c|², 1); a little more than the
     # squared distance, so that rounding leaves it positive
     points = torch.cat([points, (points[:, :5] ** 2).sum(1, keepdim=True) + 1e-3], 1)
-    pieces = batch * count * height * width // CHUNK if device.type == "cpu" else 0
-    pieces = points.tensor_split(max(1, pieces), 2)
+    stride = 2 if min(height, width) >= 128 else 1
+    sample = points.view(batch, 7, height, width)[:, :, ::stride, ::stride].flatten(2)
     centres = colour.new_zeros(batch, 5, count)
-    for _ in range(iterations - 1):
+    for left in reversed(range(iterations - 1)):
+        index = (labels[:, ::stride, ::stride] if labels.ndim == 3 else labels).flatten(1)
         sums = colour.new_zeros(batch, 6, count)
-        sums.scatter_add_(2, labels[:, None].expand(-1, 6, -1), points[:, :6])
+        sums.scatter_add_(2, index[:, None].expand(-1, 6, -1), sample[:, :6])
         centres = torch.where(sums[:, 5:] > 0, sums[:, :5] / sums[:, 5:].clamp(min=1), centres)
         lengths = (centres ** 2).sum(1) + torch.where(exists, 0, 1e6)
         factors = torch.stack([*(-2 * centres).unbind(1), lengths, torch.ones_like(lengths)], 2)
-        labels = torch.cat([nearest(factors, piece) for piece in pieces], 1)
-    return labels
+        labels = nearest(factors, sample if left else points)
+    return labels.view(batch, height, width)
 
 
 def components(labels: Tensor) -> Tensor:
@@ -139,42 +146,38 @@ def components(labels: Tensor) -> Tensor:
 def merge(region: Tensor, root: Tensor, colour: Tensor) -> Tensor:
     """Joins components without a region to the touching region of the most similar mean colour.
 
-    `region` (B, H, W), -1 where none; `root` (B, N) as from `components`, regions being named by
-    roots; `colour` (B, 3, N). Components that touch no region stay without one.
+    `region` (B, H, W), NONE where there is none; `root` (B, N) as from `components`, regions being
+    named by roots; `colour` (B, 3, N). Components that touch no region stay without one.
     """
     batch, pixels = root.shape
-    spread = root[:, None].expand(-1, 4, -1)
     sums = colour.new_zeros(batch, 4, pixels).scatter_add_(
-        2, spread, torch.cat([colour, torch.ones_like(colour[:, :1])], 1))
+        2, root[:, None].expand(-1, 4, -1), torch.cat([colour, torch.ones_like(colour[:, :1])], 1))
     means = sums[:, :3] / sums[:, 3:].clamp(min=1)
-    nothing = torch.iinfo(torch.int64).max
     for _ in range(MERGE_ROUNDS):
-        owner = torch.where(region < 0, root.view(region.shape), region).flatten(1)
+        owner = torch.where(region == NONE, root.view(region.shape), region).flatten(1)
         shade = means.gather(2, owner[:, None].expand(-1, 3, -1)).view(batch, 3, *region.shape[1:])
-        best = torch.full_like(region, nothing)              # (difference, region) in one integer
+        best = torch.full_like(region, NONE)                 # (difference, region) in one integer
         for dim in (1, 2):
             length = region.shape[dim] - 1
             difference = shade.narrow(dim + 1, 0, length) - shade.narrow(dim + 1, 1, length)
             difference = difference.square().sum(1).view(torch.int32).long() << 32
-            for here, there in ((0, 1), (1, 0)):
-                touching = region.narrow(dim, there, length)
-                offer = torch.where(touching < 0, nothing, difference | touching)
+            for here, there in ((0, 1), (1, 0)):             # whatever | NONE is NONE
                 target = best.narrow(dim, here, length)
-                torch.minimum(target, offer, out=target)
-        best = torch.full_like(root, nothing).scatter_reduce(1, root, best.flatten(1), "amin")
+                torch.minimum(target, difference | region.narrow(dim, there, length), out=target)
+        best = torch.full_like(root, NONE).scatter_reduce(1, root, best.flatten(1), "amin")
         best = best.gather(1, root).view(region.shape)
-        found = torch.where(best == nothing, -1, best & 0xFFFFFFFF)
-        region = torch.where(region < 0, found, region)
+        best = torch.where(best == NONE, NONE, best & 0xFFFFFFFF)
+        region = torch.where(region == NONE, best, region)
     return region
 
 
 def fill(region: Tensor) -> Tensor:
-    """Continues regions (B, H, W) along rows, then columns, over the pixels at -1."""
+    """Continues regions (B, H, W) along rows, then columns, over the pixels at NONE."""
     for dim in (2, 1):
         place = torch.arange(region.shape[dim], device=region.device)
         place = place if dim == 2 else place[:, None]
         for _ in range(2):                                   # forwards, then backwards
-            last = torch.where(region < 0, 0, place).cummax(dim).values
+            last = torch.where(region == NONE, 0, place).cummax(dim).values
             region = region.gather(dim, last).flip(dim)
     return region
 
@@ -182,13 +185,13 @@ def fill(region: Tensor) -> Tensor:
 def connect(labels: Tensor, colour: Tensor, least: Tensor) -> Tensor:
     """Superpixels (B, H, W), numbered from 0 in each image, each of them 4-connected.
 
-    `labels` (B, H, W) clusters; `colour` (B, 3, N); `least` (B,) pixels: components at least
-    that large, and the largest in any case, stay and absorb the others.
+    `labels` (B, H, W) clusters; `colour` (B, 3, N); `least` (B,) pixels: components at least that
+    large, and the largest in any case, stay and absorb the others.
     """
     root = components(labels)
     sizes = torch.zeros_like(root).scatter_add_(1, root, torch.ones_like(root))
     kept = (sizes >= least[:, None]).scatter(1, sizes.argmax(1, keepdim=True), True)
-    region = torch.where(kept.gather(1, root), root, -1).view(labels.shape)
+    region = torch.where(kept.gather(1, root), root, NONE).view(labels.shape)
     region = fill(merge(region, root, colour))
     return (kept.cumsum(1) - 1).gather(1, region.flatten(1)).view(labels.shape)
 
@@ -216,7 +219,7 @@ def slic(images: Tensor, n_segments: int | Tensor, compactness: float = 10.0,
     finally:
         torch.set_float32_matmul_precision(precision)
     least = least_sizes(cells, height * width).to(images.device, non_blocking=True)
-    return connect(labels.view(batch, height, width), lab, least)
+    return connect(labels, lab, least)
 
 
 def slic_skimage(images: Tensor, n_segments: int | Tensor, compactness: float = 10.0,

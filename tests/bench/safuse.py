@@ -52,7 +52,7 @@ def plain_grid(images: torch.Tensor, n_segments: torch.Tensor, compactness: floa
     height, width = images.shape[2:]
     parts = superpixels.grid(n_segments, len(images), height, width)
     flat = torch.zeros(len(images), 3, height * width, device=images.device)
-    return superpixels.kmeans(flat, *parts, height, width, 1).view(-1, height, width)
+    return superpixels.kmeans(flat, *parts, height, width, 1)
 
 
 def timed(device, rounds: int, functions: dict) -> dict[str, str]:
