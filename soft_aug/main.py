@@ -16,7 +16,6 @@ import dataclasses
 import glob
 import random
 import sys
-import time
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -68,8 +67,8 @@ def parse_args(argv=None):
     add("--labels_per_class", type=runtime.positive, default=None,
         help="training images of each class (default: all)")
     add("--net", choices=NETS, default="resnet18")
-    add("--initial_channels", type=runtime.positive, default=None,
-        help="channels of the first layer, scales all widths (default: the network's own)")
+    add("--initial_channels", type=runtime.positive, default=64,
+        help="64 is the network as published, 16 has a quarter of all its widths")
     add("--sch", type=float, default=2.5, help="length of training, in 200 epochs")
     add("--epochs", type=runtime.positive, default=None, help="(default: 200 times --sch)")
     add("--batch_size", "--b", type=runtime.positive, default=128, help="over all processes")
@@ -139,11 +138,10 @@ def parse_args(argv=None):
     return args
 
 
-def run_folder(args, seed) -> Path:
-    """Where the run with this seed keeps its files."""
-    name = [args.dataset, args.net, f"da{args.da}", args.loss, "ra" * args.ra,
+def run_name(args, seed) -> list[str]:
+    """Parts of the name of the run's folder."""
+    return [args.dataset, args.net, f"da{args.da}", args.loss, "ra" * args.ra,
             "mixup" * args.mixup, args.prefix, f"seed{seed}"]
-    return Path(args.root_dir).expanduser() / "_".join(part for part in name if part)
 
 
 def choose_seed(args, device) -> int:
@@ -155,8 +153,8 @@ def choose_seed(args, device) -> int:
         return args.seed
     seed, wish = random.randrange(1001), args.resume or args.evaluate
     if wish == "auto":              # the newest run that these flags name
-        runs = [Path(found) for found in glob.glob(
-            f"{glob.escape(str(run_folder(args, '')))}[0-9]*/args.json")]
+        name = "_".join(part for part in run_name(args, "") if part)
+        runs = list(Path(args.root_dir).expanduser().glob(f"{glob.escape(name)}[0-9]*/args.json"))
         if runs:
             newest = max(runs, key=lambda path: path.stat().st_mtime)
             seed = int(newest.parent.name.rpartition("seed")[2])
@@ -254,45 +252,41 @@ def training_step(model, images, labels, args, info, epoch, generator, scaler):
     return loss, logits
 
 
-def train_one_epoch(net, model, loader, optimizer, scaler, args, info, epoch, first_step, sums,
-                    after_step):
-    """Runs the steps of an epoch from `first_step`; after_step(step) says whether to stop."""
+def train_one_epoch(net, model, loader, optimizer, scaler, args, info, run):
+    """The rest of the epoch that `run` stands in; returns its sums of loss and hits."""
     net.train()
-    loader.set_epoch(epoch, first_step)
-    bar = runlog.progress(loader, len(loader), first_step, f"epoch {epoch}")
-    for step, (images, labels) in enumerate(bar, first_step):
-        generator = runtime.step_generator(args.seed, epoch, step)
+    sums = metrics.StepSums(len(loader), run.device, run.sums)
+    for step, (images, labels) in run.steps(loader):
+        generator = runtime.step_generator(args.seed, run.epoch, step)
         for group in optimizer.param_groups:
-            group["lr"] = step_rate(args, epoch * len(loader) + step, len(loader))
+            group["lr"] = step_rate(args, run.epoch * len(loader) + step, len(loader))
         optimizer.zero_grad(set_to_none=True)
-        loss, logits = training_step(model, images, labels, args, info, epoch, generator, scaler)
+        loss, logits = training_step(model, images, labels, args, info, run.epoch, generator,
+                                     scaler)
         scaler.step(optimizer)
         scaler.update()
         sums.add(step, loss, logits, labels)
-        if (step + 1) % args.print_freq == 0:
-            sums.check(step, epoch)
-            bar.write(f"epoch {epoch} step {step + 1}/{len(loader)} loss {sums.losses[step]:.5f}")
-        if after_step(step):
-            bar.close()
-            return step + 1
-    return len(loader)
+        if run.ends(step, sums, args.print_freq):
+            break
+    sums.check(run.epoch)
+    return sums
 
 
-def write_events(log):
+def write_events(run):
     """The newest row under the tags of the paper's program, for TensorBoard."""
-    if not log.events:
+    if not run.events:
         return
-    row = log.history[-1]
+    row = run.history[-1]
     tags = {"learning/lr": row["lr"], "Train/loss": row["train_loss"]}
     if "test_loss" in row:
         tags |= {"Test/Average loss": row["test_loss"], "Test/Accuracy": row["test_accuracy"],
                  "Test/ECE": row["test_ece"]}
         for part in ("Test", "Train"):
-            tags[f"{part}/Best Average loss"] = min(log.column(f"{part.lower()}_loss"))
-            tags[f"{part}/Best Accuracy"] = max(log.column(f"{part.lower()}_accuracy"))
+            tags[f"{part}/Best Average loss"] = min(run.column(f"{part.lower()}_loss"))
+            tags[f"{part}/Best Accuracy"] = max(run.column(f"{part.lower()}_accuracy"))
     for tag, value in tags.items():
-        log.events.add_scalar(tag, value, row["epoch"])
-    log.events.flush()
+        run.events.add_scalar(tag, value, row["epoch"])
+    run.events.flush()
 
 
 # ------------------------------------------------------------------------------------- evaluation
@@ -398,7 +392,6 @@ def main(argv=None):
     args = parse_args(argv)
     device = runtime.setup(args)
     args.seed = choose_seed(args, device)
-    stop = runtime.StopSignal()
 
     # Data, network, optimizer
     mean, std = STATISTICS.get(args.dataset, (None, None))
@@ -413,8 +406,7 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     net, model = runtime.prepare(
         models.build(args.net, info.num_classes + args.other, info.image_size,
-                     **({"initial_channels": args.initial_channels} if args.initial_channels
-                        else {})), args, device)
+                     initial_channels=args.initial_channels), args, device)
     optimizer = torch.optim.SGD(net.parameters(), lr=args.lr, momentum=args.momentum,
                                 weight_decay=args.wd,
                                 nesterov=args.momentum > 0 and not args.no_nag)
@@ -428,100 +420,42 @@ def main(argv=None):
         runtime.warn(f"--ft {args.ft} leaves {args.epochs - weak} of {args.epochs} epochs with "
                      "the augmentation asked for; --ft 0 augments in all")
 
-    # The run's folder, and what it already holds
+    # The run: its folder, what it holds already, and the place to go on from
     identity = {"net": args.net, "initial_channels": args.initial_channels, "other": args.other,
                 "dataset": info.name, "classes": info.num_classes, "data": info.fingerprint}
-    folder = run_folder(args, args.seed)
-    writes = runtime.rank() == 0
+    run = runlog.Run(args, device, run_name(args, args.seed), identity,
+                     model=net, optimizer=optimizer, scaler=scaler)
     if args.evaluate or args.preview:
-        path = args.evaluate if args.evaluate not in ("", "auto") else args.resume
-        if args.evaluate and path in ("", "auto"):
-            path = folder / checkpoint.BEST
-        if path and path != "auto":
-            state = checkpoint.load(path)
-            checkpoint.check_identity(state, identity | {"data": state["identity"].get("data")})
-            net.load_state_dict(state["model"])
+        path = run.load_weights()
         if args.evaluate:
-            runtime.say(f"checkpoint: {path}, epoch {state['epoch']}")
-            path = Path(path)
-            evaluate(net, test, args, info, path.parent if writes else None, f"{path.stem}_")
+            evaluate(net, test, args, info, path.parent if run.writes else None, f"{path.stem}_")
         else:
             picture = draw_preview(args.preview, train, args, info)
             runtime.say(f"mixed images: {picture}")
         return net
-
-    state = checkpoint.resume(args.resume, folder)
-    history, best, epoch, step, saved = [], -1.0, 0, 0, None
-    if state:
-        checkpoint.check_identity(state, identity)
-        net.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        history, best, saved = state["history"], state["best"], state["sums"]
-        epoch, step = state["epoch"], state["step"]
-        runtime.say(f"resumed at epoch {epoch}, step {step}")
-    log = runlog.RunLog(folder if writes else None, args, device, history)
-    log.start(parameters=parameters, data=str(info), resumed_at=[epoch, step] if state else None)
-
-    def save(epoch, step, sums):
-        """Everything that the rest of the run depends on; `sums` of an epoch not yet ended."""
-        if writes:
-            checkpoint.save(folder, {
-                "model": net.state_dict(), "optimizer": optimizer.state_dict(),
-                "scaler": scaler.state_dict(), "epoch": epoch, "step": step, "sums": sums,
-                "history": log.history, "best": best, "identity": identity, "args": vars(args)})
+    run.start(parameters=parameters, data=str(info))
 
     # The epochs
-    steps_left = args.max_steps
-    while epoch < args.epochs:
-        started = time.time()
-        sums = metrics.EpochSums(len(train), device, saved)
-        last = None if steps_left is None else step + steps_left - 1
-
-        def after_step(step, last=last, sums=sums, epoch=epoch):
-            if stop.arrived(step):
-                sums.check(step, epoch)
-                save(epoch, step + 1, sums.state(step + 1))
-                stop.leave(f"stopped at epoch {epoch}, step {step + 1}; go on with --resume auto")
-            return step == last
-
-        done = train_one_epoch(net, model, train, optimizer, scaler, args, info, epoch, step, sums,
-                               after_step)
-        sums.check(done - 1, epoch)
-        seconds = time.time() - started
+    while not run.over:
+        epoch = run.epoch
+        sums = train_one_epoch(net, model, train, optimizer, scaler, args, info, run)
+        row = {"lr": step_rate(args, epoch * len(train), len(train))} | sums.result()
+        timing = run.clock()
         runtime.share_buffers(net)
-        loss, accuracy = sums.result(done)
-        row = {"epoch": epoch, "lr": step_rate(args, epoch * len(train), len(train)),
-               "train_loss": loss, "train_accuracy": accuracy}
-        ended = done == len(train)
-        steps_left = None if steps_left is None else steps_left - (done - step)
-        tested = epoch % args.eval_every == 0 or epoch + 1 == args.epochs or steps_left == 0
-        if tested:
+        if epoch % args.eval_every == 0 or epoch + 1 == args.epochs or run.steps_left == 0:
             result = measure(net, test, args, info)
             row |= {"test_loss": result["loss"], "test_accuracy": result["top1"],
                     "test_top5": result["top5"], "test_ece": result["ece"]}
-        log.add(**row, seconds=seconds, images_per_second=(done - step) * args.batch_size / seconds)
-        write_events(log)
-        runtime.say(", ".join(f"{name} {value:.4g}" for name, value in row.items())
-                    + f", {seconds:.1f} s")
-        if tested and row["test_accuracy"] > best:
-            best = row["test_accuracy"]
-            if writes:
-                checkpoint.save(folder, {"model": net.state_dict(), "identity": identity,
-                                         "epoch": epoch, "accuracy": best}, checkpoint.BEST)
-        save(epoch + 1 if ended else epoch, 0 if ended else done,
-             None if ended else sums.state(done))
-        epoch, step, saved = epoch + 1, 0, None
-        if steps_left == 0:
-            break
+        run.end_epoch(row | timing, row.get("test_accuracy"), sums)
+        write_events(run)
 
     # The report
-    runtime.say(runlog.report(log.column("test_accuracy"), log.column("seconds")))
-    evaluate(net, test, args, info, folder if writes else None)
-    if writes:
-        curves = log.draw_curves(f"--da {args.da} --loss {args.loss}, {args.net} on {info.name}")
-        mixed = draw_preview(folder / "mixed.png", train, args, info)
-        runtime.say(f"curves: {curves}\nmixed images: {mixed}\ncheckpoints: {folder}")
+    runtime.say(run.report())
+    evaluate(net, test, args, info, run.folder if run.writes else None)
+    if run.writes:
+        curves = run.draw_curves(f"--da {args.da} --loss {args.loss}, {args.net} on {info.name}")
+        mixed = draw_preview(run.folder / "mixed.png", train, args, info)
+        runtime.say(f"curves: {curves}\nmixed images: {mixed}\ncheckpoints: {run.folder}")
     return net
 
 
