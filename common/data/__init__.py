@@ -1,10 +1,15 @@
-"""`load` gives a main.py its training and test batches; sets.py reads, batches.py augments."""
+"""`load` gives a main.py its training and test batches.
+
+Sets that fit in memory: sets.py reads them, batches.py augments. imagenet: imagenet.py streams it.
+"""
+import hashlib
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
 from common import runtime
-from common.data import sets
+from common.data import imagenet, sets
 from common.data.batches import Batches
 
 NAMES = sets.NAMES
@@ -34,7 +39,8 @@ def load(dataset: str, data_dir: str, *, batch_size: int, device, seed: int = 0,
          loader: str = "auto", image_size: int | None = None, padding: int | None = None,
          flip: bool | None = None, labels_per_class: int | None = None,
          valid_labels_per_class: int = 0, mean=None, std=None, transform=None,
-         transform_first: bool = False, drop_last: bool = False, workers: int = 2):
+         transform_first: bool = False, drop_last: bool = False, workers: int = 2,
+         streaming: dict | None = None):
     """Training batches, test batches and Info of a data set.
 
     Batches yield images (B, 3, H, W) float32, normalised, and labels (B,) int64, on `device`.
@@ -43,8 +49,19 @@ def load(dataset: str, data_dir: str, *, batch_size: int, device, seed: int = 0,
     horizontal flips (default: all sets but digits). transform(images uint8, generator): a
     further augmentation of training batches, before normalisation and after the crop
     (transform_first: before flip and crop). workers: threads that decode files or run DALI.
+    streaming: of imagenet, which is read from disk as training goes and has its own crops, further
+    options of `imagenet.streaming`; what is said above from padding to drop_last is not for it.
     Raises DataError for data that are not there.
     """
+    runtime.per_rank(batch_size)                            # or RunError
+    if dataset == "imagenet":
+        if labels_per_class or valid_labels_per_class:
+            raise runtime.RunError("--labels_per_class is for sets that fit in memory, "
+                                   "not for imagenet")
+        mean, std = (mean, std) if mean else sets.STATISTICS[dataset]
+        return load_imagenet(data_dir, image_size or 224, mean, std, streaming or {},
+                             batch_size=batch_size, device=device, seed=seed, loader=loader,
+                             workers=max(1, workers))
     train, test, classes = sets.read(dataset, data_dir, image_size, max(1, workers))
     if mean is None:                    # of the whole set, also when training on a part of it
         mean, std = sets.STATISTICS.get(dataset) or statistics(train.images)
@@ -66,6 +83,35 @@ def load(dataset: str, data_dir: str, *, batch_size: int, device, seed: int = 0,
                 len(test.labels), sets.fingerprint(train, test),
                 Batches(valid.images, valid.labels, **common) if valid else None)
     return batches, Batches(test.images, test.labels, **common), info
+
+
+def load_imagenet(data_dir: str, image_size: int, mean, std, options: dict, **common):
+    """ImageNet, or any set like it: train and val (or test), each a .rec file or class folders.
+
+    Names of the classes are the folders', or those that make_recordio.py left beside the .rec
+    file; without any there are 1000.
+    """
+    place = Path(data_dir).expanduser()
+
+    def holds(part: str) -> bool:
+        return any((place / f"{part}{end}").exists() for end in ("", ".rec", ".idx"))
+
+    part = "test" if holds("test") and not holds("val") else "val"
+    common |= {"image_size": image_size, "mean": mean, "std": std, "rank": runtime.rank(),
+               "world": runtime.world()}
+    train = imagenet.streaming(place, split="train", train=True, **options, **common)
+    test = imagenet.streaming(place, split=part, train=False, **common)
+    if train.classes and test.classes and train.classes != test.classes:
+        odd = sorted(set(train.classes) ^ set(test.classes))
+        raise runtime.DataError(f"{place}: train and {part} differ in their classes"
+                                + (f": {odd[0]}" if odd else "' order"))
+    classes = train.classes or test.classes or [str(label) for label in range(1000)]
+    digest = hashlib.blake2b(digest_size=8)
+    for data in (train.data, test.data):        # places and names tell sets apart, contents do not
+        digest.update(data.offsets.tobytes() if data.path.suffix == ".rec" else
+                      "\n".join(name[len(str(data.path)):] for name in data.files).encode())
+    return train, test, Info("imagenet", len(classes), image_size, tuple(mean), tuple(std), classes,
+                             train.count, test.count, digest.hexdigest())
 
 
 def statistics(images):

@@ -16,7 +16,7 @@ from common import runtime
 from common.runtime import DataError
 
 IN_MEMORY = ("digits", "cifar10", "cifar100", "tiny-imagenet-200", "folder", "npz")
-NAMES = IN_MEMORY
+NAMES = (*IN_MEMORY, "imagenet")
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".gif", ".tif", ".tiff"}
 ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 
@@ -27,6 +27,7 @@ STATISTICS = {
     "cifar100": ((129.3 / 255, 124.1 / 255, 112.4 / 255), (68.2 / 255, 65.4 / 255, 70.4 / 255)),
     "tiny-imagenet-200": ((0.4802458, 0.44807219, 0.39754776),
                           (0.27698641, 0.26906449, 0.28208191)),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
 
 
