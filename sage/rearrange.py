@@ -90,5 +90,5 @@ def sage_mix(images: Tensor, saliency: Tensor, perm: Tensor, offsets: Tensor,
     shifted = second.view(batch, 1, -1).gather(2, source).view_as(second) * covered
     mask = first / (first + shifted).clamp(min=1e-16)
     partner = images[perm].flatten(2).gather(2, source.expand(-1, images.shape[1], -1))
-    weights = torch.stack([mask, (1 - mask) * covered]).to(images.dtype)[:, :, None]
-    return weights[0] * images + weights[1] * partner.view(images.shape), mask.mean((1, 2))
+    partner = partner.view(images.shape).mul_(((1 - mask) * covered).to(images.dtype)[:, None])
+    return partner.addcmul_(mask.to(images.dtype)[:, None], images), mask.mean((1, 2))

@@ -66,7 +66,8 @@ def main():
     own = parser.parse_args()
     flags = ("--dataset", own.dataset, "--data_dir", own.data_dir, "--arch", own.arch, "--device",
              own.device, "--amp", own.amp, "--solver", own.solver, "--batch_size",
-             str(own.batch_size), "--rand_pos", "0.01", "--upper_lambda", "0.5")
+             str(own.batch_size), "--rand_pos", "0.01", "--upper_lambda", "0.5",
+             "--update_ratio", "0.7")
     parsed = {method: sage.parse_args([*flags, "--method", method]) for method in own.methods}
     args = parsed.setdefault("vanilla", sage.parse_args([*flags, "--method", "vanilla"]))
     device = runtime.setup(args)
