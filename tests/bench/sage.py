@@ -56,6 +56,7 @@ def main():
     parser.add_argument("--dataset", default="digits")
     parser.add_argument("--data_dir", default="data")
     parser.add_argument("--arch", default="preactresnet18")
+    parser.add_argument("--initial_channels", type=int, default=64)
     parser.add_argument("--batch_size", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--methods", nargs="+", default=sage.METHODS, choices=sage.METHODS)
@@ -77,8 +78,8 @@ def main():
     train, _, info = data.load(args.dataset, args.data_dir, batch_size=args.batch_size,
                                device=device)
     images, labels = next(iter(train))
-    net, _ = runtime.prepare(models.build(args.arch, info.num_classes, info.image_size), args,
-                             device)
+    net, _ = runtime.prepare(models.build(args.arch, info.num_classes, info.image_size,
+                                          initial_channels=own.initial_channels), args, device)
     optimizer = torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9, nesterov=True)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
 
@@ -106,7 +107,8 @@ def main():
                 whole[method].append(seconds)
                 mixing[method].append(alone)
     vanilla = statistics.median(whole["vanilla"])
-    print(f"batch {own.batch_size}, {info.image_size}×{info.image_size}, {own.arch}, {own.amp}, "
+    print(f"batch {own.batch_size}, {info.image_size}×{info.image_size}, {own.arch} of "
+          f"{own.initial_channels} channels, precision {own.amp}, "
           f"solver {own.solver}, {own.rounds} rounds; the vanilla step took {1e3 * vanilla:.1f} ms"
           "\n| method | mixing, ms | mixing / vanilla step | whole step / vanilla step |\n"
           "|---|---|---|---|")
