@@ -83,12 +83,14 @@ def test_occamix_golden(path, device):
 
 def test_occamix_takes_lowest_label_of_equals(device):
     """Two superpixels lie wholly in the best cell: the lower label is pasted, and only it."""
-    labels = torch.tensor([[[2, 1, 0, 0], [2, 1, 0, 0], [0] * 4, [0] * 4]], device=device)
-    scores = torch.tensor([[[1.0, 0.0], [0.0, 0.0]]], device=device)
-    images = torch.rand(1, 3, 4, 4, device=device)
-    ratio = mixing.occamix(images, torch.tensor([0]), scores, labels, 1)[1]
-    assert ratio.item() == pytest.approx(1 - 2 / 16)
-    assert mixing.occamix(images, torch.tensor([0]), scores, labels.flip(2), 1)[1] == 1 - 12 / 16
+    labels = torch.tensor([[2, 1, 0, 0], [2, 1, 0, 0], [0] * 4, [0] * 4], device=device)
+    labels = torch.stack([labels, labels.flip(1)])
+    scores = torch.tensor([[1.0, 0.0], [0.0, 0.0]], device=device).expand(2, 2, 2)
+    images = torch.tensor([0.0, 1.0], device=device)[:, None, None, None].expand(2, 3, 4, 4)
+    mixed, ratio = mixing.occamix(images, torch.tensor([1, 0]), scores, labels, 1)
+    assert ratio.tolist() == [1 - 2 / 16, 1 - 12 / 16]
+    assert torch.equal(mixed[0, 0] == 1, labels[0] == 1)
+    assert torch.equal(mixed[1, 2] == 0, labels[1] == 0)
 
 
 def test_draws():

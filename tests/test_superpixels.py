@@ -146,6 +146,20 @@ def test_hard_pictures(size, device):
     assert len(components(same).unique()) == expected.max()
 
 
+def test_fragments_join_the_most_similar(device):
+    """A small component between two large ones joins that of its colour; what lies inside it
+    follows."""
+    labels = torch.zeros(1, 8, 10, dtype=torch.long, device=device)
+    labels[:, :, 6:] = 1
+    labels[:, 1:4, 3:6], labels[:, 2, 4] = 2, 0              # touches both, mostly label 0
+    colour = torch.zeros(1, 3, 8, 10, device=device)
+    colour[:, :, :, 6:], colour[:, :, 1:4, 3:6] = 1.0, 0.8
+    expected = labels.clone()
+    expected[:, 1:4, 3:6] = 1
+    least = torch.tensor([20], device=device)
+    assert torch.equal(superpixels.connect(labels, colour.flatten(2), least), expected)
+
+
 def test_components_against_scikit_image(device):
     labels = torch.randint(0, 3, (4, 41, 30), generator=torch.Generator().manual_seed(0))
     roots = components(labels.to(device)).cpu().view(labels.shape)
