@@ -54,7 +54,8 @@ def test_golden(path, solver, device):
     labels = ((1 - mask) * (some["n_labels"] - 1)).round().long()
     energy = graphcut.energy(labels, *terms(case, device)).cpu() * 1000 * block_num**2
     gap = energy / case.tensor("energy_optimum_f64") - 1
-    assert gap.max() <= 0.015 and (energy <= case.tensor("energy_f64") * 1.005).all()
+    assert (energy <= case.tensor("energy_f64") * 1.002).all()
+    assert gap.max() <= (0.02 if solver == "gco" else 0.002)
 
     noise = {"noise": case.tensor("noise", device)} if case["adv"] else {}
     mixed, ratio = puzzlemix.puzzle_mix(images, saliency, perm, lam, block_num, solver=solver,
@@ -81,7 +82,8 @@ def test_golden_mask_applied(path, device):
 @pytest.mark.parametrize("path", golden_cases("sage", "graphcut"))
 @pytest.mark.parametrize("solver", ["gco", "device"])
 def test_golden_graphcut(path, solver, device):
-    """gco: the recorded labels. device: at most 0.2 % above the optimum, 1.5 % at worst."""
+    """gco: the recorded labels. device: the optimum, but for 0.02 % on average and 0.2 % at worst
+    (a solver is acceptable at 0.2 % and 1.5 %)."""
     case = Golden(path)
     gaps, same = [], 0
     for i, n in enumerate(case["block_num"]):
@@ -95,7 +97,8 @@ def test_golden_graphcut(path, solver, device):
         gaps.append(float(graphcut.energy(labels, *whole)) / case["energy_optimum_f64"][i] - 1)
         same += bool((1 - labels[0] / (num_labels - 1) == case.tensor(f"mask_{i}", device)).all())
     assert min(gaps) > -1e-9
-    assert sum(gaps) / len(gaps) <= 0.002 and max(gaps) <= 0.015
+    worst = 0.015 if solver == "gco" else 0.002
+    assert sum(gaps) / len(gaps) <= worst / 10 and max(gaps) <= worst
     assert same >= (len(gaps) - 1 if solver == "gco" else len(gaps) / 2)
 
 
