@@ -1,0 +1,356 @@
+#!/usr/bin/env python3
+"""ResizeMix (Qin et al. 2020) and the methods it is compared with, in one program: Cutout,
+CutMix, RandAugment, AutoAugment, ResizeMix, and ResizeMix+ (with RandAugment).
+
+a CPU trial       python resizemix/main.py --dataset digits --net_name wresnet40_2 --epochs 12
+one GPU           python resizemix/main.py --config cifar100_wrs --data_dir data --amp bf16
+eight GPUs        torchrun --nproc_per_node=8 resizemix/main.py --config imagenet_res \\
+                      --data_dir imagenet --amp bf16
+two machines      torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d \\
+                      --rdzv_endpoint=HOST:29500 resizemix/main.py --config imagenet_res …
+
+--batch_size counts the images of a step over all processes.
+"""
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+import torch.nn.functional as F
+
+from common import data, metrics, models, preview, runlog, runtime
+from common.mixing import draw_lambda, draw_perm, soft_cross_entropy, soft_targets
+from common.runtime import RunError, add_boolean
+from resizemix import configs, mixing, randaugment
+from resizemix.augment import AutoAugment, cutout, draw_holes
+from resizemix.cost import latency, multiply_adds
+from resizemix.gradcam import find_layer, grad_cam
+from resizemix.schedule import learning_rate
+
+NETS = [name for names in models.NAMES.values() for name in names]
+METHODS = ["cutout", "randaugment", "autoaugment", "resizemix", "batch_aug"]    # on or off
+CIFAR = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2023, 0.1994, 0.2010)}
+
+
+# ------------------------------------------------------------------------------------------ flags
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument_group("run").add_argument
+    add("--config", default="cifar100_wrs", metavar="NAME", help=f"{', '.join(configs.CONFIGS)}: "
+        "sets the flags below, unless the command line does")
+    add("--data_dir", "--data_path", default="data", help="folder (or .npz file) of the data set")
+    add("--root_dir", "--save", default="experiments", help="where the run's folder is made")
+    add("--job_name", default="", help="suffix of the run's folder")
+    add("--print_freq", "--report_freq", type=runtime.positive, default=100,
+        help="steps between log lines")
+    add("--load_path", default="", help="the same as --resume PATH")
+    add("--tb_path", default="", help="if given, TensorBoard events (in the run's folder)")
+    add_boolean(parser, "--evaluation", False, "evaluate before training, too")
+    add_boolean(parser, "--meas_lat", False, "measure the network's latency before training")
+    add("--cam", default="", metavar="FILE.png",
+        help="draw what --target_layer looks at (Grad-CAM) in test images, and exit")
+    add("--launcher", choices=["none", "pytorch", "slurm"], default="none",
+        help="who must have started the processes: torchrun, srun; none: whoever did")
+    add("--port", type=runtime.positive, default=23333, help="MASTER_PORT under slurm")
+    add("--local_rank", "--local-rank", type=int, default=None,
+        help="GPU of this process, from launchers that set no LOCAL_RANK")
+    add("--workers", type=int, default=4, help="threads that decode image files")
+
+    add = parser.add_argument_group("data, network and schedule").add_argument
+    add("--dataset", choices=data.NAMES)
+    add("--labels_per_class", type=runtime.positive, default=None,
+        help="training images of each class (default: all)")
+    add("--padding", type=int, default=4, help="pixels around an image before its random crop")
+    add("--min_scale", type=float, default=0.08, help="imagenet: least area of a training crop")
+    add_boolean(parser, "--color_jitter", False, "imagenet: change colours at random")
+    add("--net_name", choices=NETS, metavar="NET", help=f"{', '.join(NETS)}")
+    add("--initial_channels", type=runtime.positive, default=64,
+        help="64 is the network as published, 16 has a quarter of all its widths")
+    add("--epochs", type=runtime.positive)
+    add("--batch_size", type=runtime.positive, help="over all processes")
+    add("--init_lr", type=float)
+    add("--min_lr", type=float, help="at the end of the cosine")
+    add("--warmup_epochs", type=int)
+    add("--warmup_start_lr", type=float)
+    add("--restart_epochs", type=int, nargs="*", default=[],
+        help="lengths of cosine cycles that begin after one another, instead of one cosine")
+    add("--lr_schedule", choices=["cosine", "step"], default="cosine")
+    add("--milestones", type=int, nargs="*", default=[], help="step: epochs of the LR changes")
+    add("--gamma", type=float, default=0.1, help="step: LR factor at these epochs")
+    add("--momentum", type=float)
+    add_boolean(parser, "--nesterov", False, "Nesterov's momentum")
+    add("--weight_decay", type=float)
+    add("--clip_grad", type=float, help="largest norm of the gradients; 0: not clipped")
+    add("--seed", type=int)
+
+    add = parser.add_argument_group("method").add_argument
+    add("--cutout", type=int, help="side of the erased square, pixels; 0: none")
+    add_boolean(parser, "--randaugment", None, "RandAugment of the loaded images")
+    add_boolean(parser, "--autoaugment", None, "AutoAugment of the loaded images")
+    add("--cutmix_prob", type=float, help="share of the batches mixed by CutMix")
+    add("--cutmix_beta", type=float, help="CutMix: Beta parameter")
+    add_boolean(parser, "--resizemix", None, "ResizeMix of all other batches")
+    add("--resizemix_low", type=float, help="ResizeMix: scales are uniform between the two")
+    add("--resizemix_high", type=float)
+    add_boolean(parser, "--batch_aug", None, "train on two RandAugments of each mixed batch")
+    add_boolean(parser, "--crop_test", None, "evaluate the whole image and its centre together")
+    add("--target_layer", metavar="layerN.M", help="--cam: block M of stage N")
+    runtime.add_flags(parser)
+
+    early = argparse.ArgumentParser(add_help=False)
+    early.add_argument("--config", default="cifar100_wrs")
+    early.add_argument("--dataset")
+    first, _ = early.parse_known_args(argv)
+    try:
+        config = configs.get(first.config)
+    except ValueError as fault:
+        parser.error(f"--config: {fault}")
+    if first.dataset not in (None, config["dataset"]):
+        del config["image_size"]                            # every data set has its own
+    parser.set_defaults(**config)
+    args = parser.parse_args(argv)
+    args.resume = args.resume or args.load_path
+    args.tensorboard |= bool(args.tb_path)
+    if args.cam:
+        args.evaluate = args.evaluate or "auto"             # draw with the weights of that
+    if args.randaugment and args.autoaugment:
+        parser.error("--randaugment and --autoaugment: choose one of them")
+    if not 0 < args.resizemix_low <= args.resizemix_high <= 1:
+        parser.error(f"--resizemix_low {args.resizemix_low} and --resizemix_high "
+                     f"{args.resizemix_high} are not in ascending order within (0, 1]")
+    if not 0 <= args.cutmix_prob <= 1:
+        parser.error(f"--cutmix_prob {args.cutmix_prob} is not between 0 and 1")
+    for name in ("padding", "cutout", "warmup_epochs", "clip_grad"):
+        if getattr(args, name) < 0:
+            parser.error(f"--{name} {getattr(args, name)} is negative")
+    if args.milestones and args.lr_schedule != "step":
+        parser.error("--milestones are for --lr_schedule step")
+    return args
+
+
+def method_name(args) -> str:
+    """The methods that are on, as in the table: 'cutout', 'resizemix-randaugment', 'baseline'."""
+    names = [name for name in METHODS if getattr(args, name)]
+    return "-".join(["cutmix"] * (args.cutmix_prob > 0) + names) or "baseline"
+
+
+def check_launcher(args):
+    """Raises RunError when --launcher did not start this process; completes its environment."""
+    if args.local_rank is not None:
+        os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
+    if args.launcher == "pytorch" and "RANK" not in os.environ:
+        raise RunError("--launcher pytorch: torchrun did not start this process")
+    if args.launcher == "slurm":
+        os.environ.setdefault("MASTER_PORT", str(args.port))
+        for name in ("SLURM_PROCID", "MASTER_ADDR"):
+            if name not in os.environ:
+                raise RunError(f"--launcher slurm: {name} is not set; "
+                               "resizemix/scripts/train_slurm.sh shows how")
+
+
+# ----------------------------------------------------------------------------------------- mixing
+
+class Mixed(NamedTuple):
+    """A batch ready for the network, and what the preview shows of its making."""
+    images: torch.Tensor            # (B, 3, H, W), or (2B, 3, H, W) under --batch_aug
+    targets: torch.Tensor           # (B, num_classes), or twice these
+    perm: torch.Tensor | None = None
+
+
+def mix_batch(images, labels, args, info, generator) -> Mixed:
+    """Mixes a batch by the methods that are on; every random number comes from `generator`."""
+    n, size, perm = len(images), tuple(images.shape[-2:]), None
+    targets = F.one_hot(labels, info.num_classes).float()
+    if args.cutout:
+        images = cutout(images, draw_holes(n, size, generator), args.cutout)
+    by_cutmix = torch.rand((), generator=generator) < args.cutmix_prob
+
+    if by_cutmix or args.resizemix:
+        perm = draw_perm(n, generator)
+        if by_cutmix:
+            lam = draw_lambda(args.cutmix_beta, generator)
+            centre = mixing.draw_cutmix_centre(size, generator)
+            images, ratio = mixing.cutmix(images, perm, centre, lam)
+        else:
+            scale = mixing.draw_scale(generator, args.resizemix_low, args.resizemix_high)
+            corners = mixing.draw_corners(n, size, scale, generator)
+            images, ratio = mixing.resize_mix(images, perm, scale, corners)
+        targets = soft_targets(labels, perm, ratio, info.num_classes)
+
+    if args.batch_aug:
+        images = randaugment.batch_aug(images, generator, mean=info.mean, std=info.std)
+        targets = torch.cat([targets, targets])
+    return Mixed(images, targets, perm)
+
+
+# --------------------------------------------------------------------------------------- training
+
+def step_rate(args, step: int, epoch_steps: int) -> float:
+    """Learning rate of training step `step`, counted from 0 over all epochs."""
+    in_steps = args.lr_schedule == "step"
+    rate = learning_rate(step, epoch_steps=epoch_steps, epochs=args.epochs, init_lr=args.init_lr,
+                         min_lr=args.init_lr if in_steps else args.min_lr,
+                         warmup_epochs=args.warmup_epochs, warmup_start_lr=args.warmup_start_lr,
+                         restart_epochs=tuple(args.restart_epochs))
+    return rate * args.gamma ** sum(step // epoch_steps >= epoch for epoch in args.milestones)
+
+
+def training_step(model, images, labels, args, info, generator, scaler):
+    """Leaves the gradients of one step in the parameters; returns the loss and the logits."""
+    mixed = mix_batch(images, labels, args, info, generator)
+    with runtime.autocast(args, images.device):
+        logits = model(mixed.images)
+    loss = soft_cross_entropy(logits, mixed.targets)
+    scaler.scale(loss).backward()
+    return loss, logits[:len(labels)]                       # of --batch_aug's first half
+
+
+def train_one_epoch(net, model, loader, optimizer, scaler, args, info, run):
+    """The rest of the epoch that `run` stands in; returns its sums of loss and hits."""
+    net.train()
+    sums = metrics.StepSums(len(loader), run.device, run.sums)
+    for step, (images, labels) in run.steps(loader):
+        generator = runtime.step_generator(args.seed, run.epoch, step)
+        for group in optimizer.param_groups:
+            group["lr"] = step_rate(args, run.epoch * len(loader) + step, len(loader))
+        optimizer.zero_grad(set_to_none=True)
+        loss, logits = training_step(model, images, labels, args, info, generator, scaler)
+        if args.clip_grad:
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip_grad)
+        scaler.step(optimizer)
+        scaler.update()
+        sums.add(step, loss, logits, labels)
+        if run.ends(step, sums, args.print_freq):
+            break
+    sums.check(run.epoch)
+    return sums
+
+
+class CropTest(torch.nn.Module):
+    """--crop_test: the logits of the image and of its central square, weighed by their areas."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net, self.training = net, net.training
+
+    def forward(self, images):
+        return mixing.crop_test(self.net, images)
+
+
+def measure(net, batches, args) -> dict:
+    """Loss, top1 and top5 (%) and count of `net` on `batches`."""
+    return metrics.evaluate(CropTest(net) if args.crop_test else net, batches,
+                            max_steps=args.max_steps,
+                            autocast=lambda: runtime.autocast(args, batches.device))
+
+
+def evaluate(net, test, args):
+    """--evaluate: accuracy on the test images."""
+    result = measure(net, test, args)
+    runtime.say(f"test: accuracy {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, "
+                f"loss {result['loss']:.4f} on {result['count']} images")
+
+
+def draw_cam(path, net, test, args, info):
+    """--cam: test images, their Grad-CAM, and both in one; predicted classes below."""
+    images = next(iter(test))[0][:8]
+    maps, predicted = grad_cam(net.eval(), find_layer(net, args.target_layer), images)
+    rows = {"image": images, "Grad-CAM": maps, "seen": images * maps[:, None]}
+    return preview.draw(path, f"{args.net_name} on {info.name}, {args.target_layer}", rows,
+                        predicted, info)
+
+
+def draw_preview(path, train, args, info):
+    """A picture of the first training batch, mixed by the method."""
+    train.set_epoch(0)
+    images, labels = next(iter(train))
+    mixed = mix_batch(images, labels, args, info, runtime.step_generator(args.seed, 0, 0))
+    partners = {} if mixed.perm is None else {"partner": images[mixed.perm]}
+    rows = {"image": images} | partners | {"mixed": mixed.images}
+    return preview.draw(path, f"{method_name(args)} on {info.name}", rows, mixed.targets, info)
+
+
+def main(argv=None):
+    """Trains (or evaluates, or draws a picture) as the flags say; returns the network."""
+    args = parse_args(argv)
+    check_launcher(args)
+    device = runtime.setup(args)
+
+    # Data, network, optimizer
+    policy, transform = (("randaugment", randaugment.transform) if args.randaugment else
+                         ("autoaugment", AutoAugment()) if args.autoaugment else (None, None))
+    train, test, info = data.load(
+        args.dataset, args.data_dir, batch_size=args.batch_size, device=device, seed=args.seed,
+        loader=args.loader, image_size=args.image_size, labels_per_class=args.labels_per_class,
+        workers=args.workers, padding=args.padding, drop_last=True, transform=transform,
+        transform_first=transform is not None, streaming={
+            "auto_augment": policy, "color_jitter": args.color_jitter,
+            "min_scale": args.min_scale},
+        **CIFAR if args.dataset in ("cifar10", "cifar100") else {})
+    torch.manual_seed(args.seed)
+    try:
+        net = models.build(args.net_name, info.num_classes, info.image_size,
+                           initial_channels=args.initial_channels)
+    except ValueError as fault:
+        raise RunError(str(fault)) from None
+    cost = multiply_adds(net, info.image_size)
+    net, model = runtime.prepare(net, args, device)
+    optimizer = torch.optim.SGD(net.parameters(), lr=args.init_lr, momentum=args.momentum,
+                                weight_decay=args.weight_decay, nesterov=args.nesterov)
+    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
+    parameters = sum(p.numel() for p in net.parameters())
+    runtime.say(f"{info}\nnetwork: {args.net_name}, {parameters:,} parameters, {cost / 1e6:,.1f} M "
+                f"multiply-adds; {len(train)} steps of {args.batch_size} images an epoch; method "
+                f"{method_name(args)}")
+
+    # The run: its folder, what it holds already, and the place to go on from
+    identity = {"net_name": args.net_name, "initial_channels": args.initial_channels,
+                "dataset": info.name, "classes": info.num_classes, "data": info.fingerprint}
+    run = runlog.Run(args, device, [info.name, args.net_name, method_name(args),
+                                    f"seed{args.seed}", args.job_name], identity,
+                     model=net, optimizer=optimizer, scaler=scaler)
+    if args.evaluate or args.preview:
+        run.load_weights()
+        if args.cam:
+            runtime.say(f"Grad-CAM: {draw_cam(args.cam, net, test, args, info)}")
+        elif args.evaluate:
+            evaluate(net, test, args)
+        else:
+            runtime.say(f"mixed images: {draw_preview(args.preview, train, args, info)}")
+        return net
+    run.start(parameters=parameters, multiply_adds=cost, data=str(info))
+    for place, count in (("cpu", 1), ("cuda", 32)):
+        if args.meas_lat and runtime.rank() == 0 and place in ("cpu", device.type):
+            seconds = latency(net, info.image_size, place, count)
+            runtime.say(f"latency: {1000 * seconds:.2f} ms for a batch of {count} ({place})")
+    if args.evaluation:
+        evaluate(net, test, args)
+
+    # The epochs
+    while not run.over:
+        sums = train_one_epoch(net, model, train, optimizer, scaler, args, info, run)
+        row, timing = {"lr": optimizer.param_groups[0]["lr"]} | sums.result(), run.clock()
+        runtime.share_buffers(net)
+        result = measure(net, test, args)
+        row |= {"test_loss": result["loss"], "test_accuracy": result["top1"],
+                "test_top5": result["top5"]}
+        run.end_epoch(row | timing, row["test_accuracy"], sums)
+
+    # The report
+    runtime.say(run.report())
+    if run.writes:
+        curves = run.draw_curves(f"{method_name(args)}, {args.net_name} on {info.name}")
+        mixed = draw_preview(run.folder / "mixed.png", train, args, info)
+        runtime.say(f"curves: {curves}\nmixed images: {mixed}\ncheckpoints: {run.folder}")
+    return net
+
+
+if __name__ == "__main__":
+    runtime.launch(main)
