@@ -6,7 +6,7 @@ BIN := .venv/bin
 demo: .venv/.ready
 	rm -rf runs/demo
 	$(BIN)/python sage/main.py --method sage --dataset digits --arch preactresnet18 \
-	  --initial_channels 16 --epochs 12 --schedule 7 10 --learning_rate 0.2 \
+	  --initial_channels 16 --epochs 16 --schedule 6 12 --learning_rate 0.2 \
 	  --rand_pos 0.01 --upper_lambda 0.5 --update_ratio 0.7 --seed 1 --root_dir runs/demo
 
 test: .venv/.ready
