@@ -1,0 +1,162 @@
+"""SAMix's Mixer (Li et al. 2021, section 3.3) and AutoMix's Mix Block (Liu et al., ECCV 2022).
+
+A small attention over the features of two images says, pixel by pixel, which of them to show.
+"""
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common.mixing import draw_perm, per_image
+
+MASK_LOSSES = ("l1_variance", "l1", "l2_variance", "sparsity")
+
+
+def draw_partners(n: int, generator: torch.Generator, no_repeat: bool = False) -> Tensor:
+    """Partners (n,), a permutation; with `no_repeat` none is its own partner (CUB, Aircraft).
+
+    As a fallback, after ten draws with fixed points, the images are shifted around the circle.
+    """
+    perm = draw_perm(n, generator)
+    if not no_repeat or n < 2:
+        return perm
+    index = torch.arange(n)
+    for _ in range(10):
+        if (perm != index).all():
+            return perm
+        perm = draw_perm(n, generator)
+    return index.roll(int(torch.randint(1, n, (), generator=generator)))
+
+
+def rescale_lambda(lam: Tensor, k: float) -> Tensor:
+    """Lambda as the features carry it: itself for k < 0, else a cubic through 0, 1/2 and 1.
+
+    The cubic is flat around 1/2 for k = 0 and nears the identity as k grows to its cap of 10.
+    """
+    if k < 0:
+        return lam
+    k = min(k, 10) + 1
+    return (4 / 3 * lam ** 3 - 2 * lam ** 2 + k * lam) / (k - 2 / 3)
+
+
+class MixBlock(nn.Module):
+    """Masks of image pairs from the features of a layer.
+
+    in_channels: channels C of the features; lam_mul_k: see `rescale_lambda`; mode: upsampling,
+    'bilinear' or 'nearest'; dropout: probability on the values. variant 'samix' multiplies lambda
+    into the features, lets query and key see both images, and has a non-linear value; 'automix'
+    appends lambda as a channel, its query sees the first image and its key, of the same weights,
+    the second, and its value is linear.
+    """
+
+    def __init__(self, in_channels: int, lam_mul_k: float = -1, mode: str = "bilinear",
+                 dropout: float = 0, variant: str = "samix"):
+        super().__init__()
+        half = in_channels // 2
+        self.lam_mul_k, self.mode, self.variant = lam_mul_k, mode, variant
+        if variant == "samix":
+            self.query = nn.Conv2d(2 * in_channels, half, 1)
+            self.key = nn.Conv2d(2 * in_channels, half, 1)
+            self.value = nn.Sequential(
+                nn.Conv2d(in_channels, half, 1, bias=False), nn.BatchNorm2d(half), nn.ELU(),
+                nn.Conv2d(half, 1, 1, bias=False), nn.Dropout(dropout))
+        else:
+            self.query = self.key = nn.Conv2d(in_channels + 1, half, 1)
+            self.value = nn.Sequential(nn.Conv2d(in_channels + 1, 1, 1), nn.Dropout(dropout))
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, std=0.01)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(self, features: Tensor, lam: float | Tensor, perm: Tensor, scale_factor: int, *,
+                partners: Tensor | None = None, mode: str | None = None) -> Tensor:
+        """Masks (B, 2, scale_factor·h, scale_factor·w) >= 0 that sum to 1, float32.
+
+        `features` (B, C, h, w); `lam` in [0, 1], a scalar or (B,), the wished share of the first
+        image; `perm` (B,): image i is mixed with image perm[i]. The partners' features come from
+        `partners`, where they are of another view. `mode` overrides the upsampling once.
+        """
+        perm = perm.to(features.device, non_blocking=True)
+        lam = per_image(lam, features).to(features.dtype).view(-1, 1, 1, 1)
+        # channels last: 1×1 convolutions and the attention's tokens are then the same memory
+        features = features.contiguous(memory_format=torch.channels_last)
+        second = features if partners is None else \
+            partners.contiguous(memory_format=torch.channels_last)
+        if self.variant == "samix":
+            share = rescale_lambda(lam, self.lam_mul_k)
+            first, second = features * (1 + share), second[perm] * (2 - share)
+            query, key = self.project(torch.cat([first, second], 1))
+        else:
+            size = (-1, -1, *features.shape[2:])
+            first = torch.cat([features, lam.expand(size)], 1)
+            second = torch.cat([second[perm], (1 - lam).expand(size)], 1)
+            query, key = (self.query(x).flatten(2).transpose(1, 2) for x in (first, second))
+
+        attention = (query @ key.transpose(1, 2) * query.shape[2] ** -0.5).softmax(2)
+        value = self.value(second).flatten(2).transpose(1, 2)
+        logits = (attention.to(value.dtype) @ value).transpose(1, 2).unflatten(
+            2, features.shape[2:])
+        logits = F.interpolate(logits.float(), scale_factor=scale_factor, mode=mode or self.mode)
+        share = logits.sigmoid()
+        return torch.cat([1 - share, share], 1)
+
+    def project(self, both: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys (B, h·w, C/2) of `both` (B, 2C, h, w), in one convolution."""
+        weight = torch.cat([self.query.weight, self.key.weight])
+        bias = torch.cat([self.query.bias, self.key.bias])
+        return F.conv2d(both, weight, bias).flatten(2).transpose(1, 2).chunk(2, 2)
+
+
+def mask_loss(mask: Tensor, lam: float | Tensor, margin: float = 0.1,
+              kind: str = "l1_variance") -> Tensor:
+    """How far the batch's mean mask is from lambda (section 3.3); a scalar.
+
+    `mask`: masks (B, 2, H, W), or the partners' share alone (B, H, W); `lam` a scalar. Deviations
+    up to `margin` are free. 'l1_variance' and 'l2_variance' reward contrast by twice the variance
+    over all pixels, so they can be negative; 'l1' is AutoMix's; 'sparsity' ignores lambda.
+    """
+    share = mask[:, -1] if mask.ndim == 4 else mask
+    if kind == "sparsity":
+        return ((share * (1 - share)).mean() - margin).clamp(min=0)
+    deviation = 1 - share.mean() - lam
+    if kind == "l2_variance":
+        loss = (deviation ** 2 - margin ** 2).clamp(min=0)
+    else:
+        loss = (deviation.abs() - margin).clamp(min=0)
+    return loss if kind == "l1" else loss - 2 * share.var(unbiased=False)
+
+
+def adjust_mask(mask: Tensor, lam: float | Tensor, margin: float = 0.0) -> Tensor:
+    """Masks (B, 2, H, W) rescaled so that the first one's mean is `lam`, image by image.
+
+    `lam` is the masks' own lambda, a scalar or (B,). A mask whose mean is within `margin` of it
+    stays as it is.
+    """
+    first = mask[:, 0].clamp(1e-8, 1 - 1e-8)
+    mean, lam = first.mean((1, 2), keepdim=True), per_image(lam, mask).view(-1, 1, 1)
+    lower, higher = first * (lam / mean), 1 - (1 - first) * ((1 - lam) / (1 - mean))
+    adjusted = torch.where(mean > lam, lower, higher)
+    if margin:
+        adjusted = torch.where((mean - lam).abs() > margin, adjusted, first)
+    return torch.stack([adjusted, 1 - adjusted], 1)
+
+
+def plain_near_ends(mask: Tensor, lam: Tensor, lam_margin: float = 0.08) -> Tensor:
+    """Mixup's constant masks (lam, 1 - lam) where `lam` is within `lam_margin` of 0 or 1.
+
+    `mask` (B, 2, H, W); `lam` a scalar or (B,). Elsewhere the masks stay.
+    """
+    lam = per_image(lam, mask).view(-1, 1, 1, 1)
+    near = torch.minimum(lam, 1 - lam) <= lam_margin
+    return torch.where(near, torch.cat([lam, 1 - lam], 1), mask)
+
+
+def mix(images: Tensor, mask: Tensor, perm: Tensor, partners: Tensor | None = None) -> Tensor:
+    """Images (B, C, H, W) mixed pixel by pixel: mask 0 shows image i, mask 1 image perm[i].
+
+    `mask` (B, 2, H, W) differentiable; the partners are taken from `partners` where these are
+    other views.
+    """
+    perm = perm.to(images.device, non_blocking=True)
+    others = (images if partners is None else partners)[perm]
+    return torch.lerp(others, images, mask[:, :1].to(images.dtype))

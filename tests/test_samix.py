@@ -1,0 +1,479 @@
+"""SAMix: masks, losses, momentum branch and one full step against the recorded original."""
+import contextlib
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import Golden, golden_cases
+from torch import nn
+
+from common.mixing import soft_targets
+from samix.losses import head_loss, mixed_accuracy
+from samix.mixblock import (
+    MixBlock,
+    adjust_mask,
+    draw_partners,
+    mask_loss,
+    mix,
+    plain_near_ends,
+    rescale_lambda,
+)
+from samix.momentum import Branch, cosine, ema_momentum, momentum_copy, momentum_update
+
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+
+
+# --------------------------------------------------------------------------------------- MixBlock
+
+def our_name(name: str) -> str:
+    """A recorded parameter's name in MixBlock."""
+    for theirs, ours in (("value.conv.0.conv", "value.0"), ("value.conv.0.bn", "value.1"),
+                         ("value.conv.1.conv", "value.3"), (".conv.", ".")):
+        name = name.replace(theirs, ours)
+    return name
+
+
+def recorded(case: Golden, prefix: str, device="cpu") -> dict:
+    """Arrays whose names begin with `prefix`, by our names."""
+    return {our_name(name[len(prefix):]): case.tensor(name, device)
+            for name in case if name.startswith(prefix)}
+
+
+def block_of(case: Golden, weights: dict, device, **options) -> MixBlock:
+    """A MixBlock with recorded weights; a number is missing only for num_batches_tracked."""
+    block = MixBlock(weights["value.0.weight"].shape[1], **options).to(device)
+    missing, unexpected = block.load_state_dict(weights, strict=False)
+    assert missing in ([], ["value.1.num_batches_tracked"]) and not unexpected
+    return block
+
+
+@pytest.mark.parametrize("path", golden_cases("samix", "f_mixblock"))
+def test_mixblock_golden(path, device):
+    case = Golden(path)
+    features, perm = case.tensor("feat", device), case.tensor("index")
+    scale = int(case["scale_factor"])
+    for k in (-1, 0.25):
+        for mode in ("bilinear", "nearest"):
+            for i, lam in enumerate(case["lams"]):
+                block = block_of(case, recorded(case, "w__", device), device, lam_mul_k=k,
+                                 mode=mode)
+                mask = block(features, float(lam), perm, scale)
+                assert mask.shape == (4, 2, 32, 32)
+                torch.testing.assert_close(mask[:, 1], case.tensor(f"mask_lam_k{k}_{mode}_l{i}",
+                                                                   device), **CLOSE)
+                torch.testing.assert_close(mask.sum(1), torch.ones_like(mask[:, 0]))
+    block = block_of(case, recorded(case, "w__", device), device, lam_mul_k=0.25).eval()
+    mask = block(features, case.tensor("lams")[0], perm, scale)
+    torch.testing.assert_close(mask[:, 1], case.tensor("mask_lam_eval_k0.25_bilinear_l0", device),
+                               **CLOSE)
+
+
+@pytest.mark.parametrize("path", golden_cases("samix", "f_mixblock"))
+def test_mask_loss_golden(path, device):
+    case = Golden(path)
+    names = {"L1": "l1", "L1_Variance": "l1_variance", "L2_Variance": "l2_variance",
+             "Sparsity": "sparsity"}
+    for theirs, kind in names.items():
+        for k in (-1, 0.25):
+            for i, lam in enumerate(case["lams"]):
+                share = case.tensor(f"mask_lam_k{k}_bilinear_l{i}", device)
+                expected = float(case[f"maskloss_{theirs}_k{k}_l{i}"])
+                for mask in (share, torch.stack([1 - share, share], 1)):
+                    assert mask_loss(mask, float(lam), kind=kind).item() == \
+                        pytest.approx(expected, rel=1e-4, abs=1e-6)
+    assert mask_loss(share, float(lam)) == mask_loss(share, float(lam), 0.1, "l1_variance")
+
+
+@pytest.mark.parametrize("path", golden_cases("samix", "f_mixblock"))
+def test_mixblock_gradients_golden(path, device):
+    case = Golden(path)
+    block = block_of(case, recorded(case, "w__", device), device, lam_mul_k=0.25)
+    mask = block(case.tensor("feat", device), case.tensor("lams")[0], case.tensor("index"), 4)
+    ramp = torch.linspace(-1, 1, 32, device=device)
+    ((mask[:, 1] * ramp).sum() / 100 + mask_loss(mask, case.tensor("lams")[0])).backward()
+    gradients = dict(block.named_parameters())
+    for name, expected in recorded(case, "g__", device).items():
+        torch.testing.assert_close(gradients.pop(name).grad, expected, rtol=1e-3, atol=1e-6)
+    assert not gradients
+
+
+@pytest.mark.parametrize("path", golden_cases("samix", "f_mixblock"))
+def test_rescale_lambda_golden(path):
+    case = Golden(path)
+    grid = case.tensor("rescale_lam_grid")
+    for k in (0.0, 0.25, 1.0, 10.0):
+        torch.testing.assert_close(rescale_lambda(grid, k), case.tensor(f"rescale_k{k}"), **CLOSE)
+    assert torch.equal(rescale_lambda(grid, -1), grid)
+    assert torch.equal(rescale_lambda(grid, 99), rescale_lambda(grid, 10))
+
+
+@pytest.mark.parametrize("path", golden_cases("samix", "f_maskadjust"))
+def test_mask_adjustment_golden(path, device):
+    case = Golden(path)
+    weights = recorded(case, "w__", device)
+    images = pixels(case, device)
+    block = block_of(case, weights, device, lam_mul_k=0.25).eval()
+    features = case.tensor("feat", device)
+    lam_mb, lam_bb = case.tensor("lam_mb"), case.tensor("lam_bb")
+    perm_mb, perm_bb = case.tensor("index_mb"), case.tensor("index_bb")
+
+    mask_mb = block(features, lam_mb, perm_mb, 4)
+    torch.testing.assert_close(mix(images, mask_mb, perm_mb), case.tensor("mix_mb", device),
+                               **CLOSE)
+    assert 0.1 * mask_loss(mask_mb, lam_mb).item() == \
+        pytest.approx(float(case["mask_loss_weighted"]), rel=1e-4, abs=1e-7)
+
+    mask = block(features, lam_bb, perm_bb, 4)
+    torch.testing.assert_close(mask[:, 1], case.tensor("raw_mask_bb", device), **CLOSE)
+    torch.testing.assert_close(mix(images, plain_near_ends(mask, lam_bb), perm_bb),
+                               case.tensor("mix_bb_noadjust", device), **CLOSE)
+    for lam, name in ((lam_bb, "correct"), (lam_mb, "ref_lam0_quirk")):
+        adjusted = adjust_mask(mask, lam)
+        # the recorded masks are the first image's or the partner's
+        torch.testing.assert_close(adjusted[:, 1], case.tensor(f"mask_bb_adjust_{name}", device),
+                                   **CLOSE)
+        torch.testing.assert_close(mix(images, adjusted, perm_bb),
+                                   case.tensor(f"mix_bb_adjust_{name}", device), **CLOSE)
+        torch.testing.assert_close(adjusted[:, 0].mean((1, 2)).cpu(),
+                                   lam.float().expand(4), **CLOSE)
+    plain = plain_near_ends(block(features, 0.05, perm_bb, 4), torch.tensor(0.05))
+    torch.testing.assert_close(mix(images, plain, perm_bb),
+                               case.tensor("mix_bb_margin_lam0.05", device), **CLOSE)
+
+
+def pixels(case: Golden, device="cpu"):
+    return case.tensor("img_u8", device).permute(0, 3, 1, 2).float() / 255
+
+
+def test_adjustment_margin():
+    """Within the margin a mask stays, outside it the mean becomes lambda."""
+    mask = torch.rand(3, 1, 6, 5) * torch.tensor([0.2, 1.0, 2.0]).view(3, 1, 1, 1)
+    mask = torch.cat([mask.clamp(max=1), 1 - mask.clamp(max=1)], 1)
+    adjusted = adjust_mask(mask, 0.5, margin=0.15)
+    means = mask[:, 0].mean((1, 2))
+    assert (means[1] - 0.5).abs() < 0.15 < (means[0] - 0.5).abs()
+    torch.testing.assert_close(adjusted[1], mask[1])
+    assert adjusted[0, 0].mean() == pytest.approx(0.5, abs=1e-5)
+    assert adjust_mask(mask[:1], 0.3)[:, 0].mean() == pytest.approx(0.3, abs=1e-5)   # a batch of 1
+
+
+def test_plain_mask_near_the_ends():
+    mask = torch.full((4, 2, 3, 3), 0.5)
+    lam = torch.tensor([0.05, 0.5, 0.95, 0.09])
+    plain = plain_near_ends(mask, lam)[..., 0, 0]
+    expected = torch.tensor([[0.05, 0.95], [0.5, 0.5], [0.95, 0.05], [0.5, 0.5]])
+    torch.testing.assert_close(plain, expected)
+
+
+def test_partners_of_another_view(device):
+    """The partner's features and images come from the second view, at the same index."""
+    torch.manual_seed(0)
+    block = MixBlock(8, lam_mul_k=0.25).to(device).eval()
+    nn.init.normal_(block.query.weight), nn.init.normal_(block.key.weight)
+    nn.init.normal_(block.value[0].weight), nn.init.normal_(block.value[3].weight)
+    first, second = torch.randn(2, 5, 8, 4, 4, device=device)
+    perm = torch.tensor([3, 0, 4, 1, 2])
+    mask = block(first, 0.3, perm, 2, partners=second)
+    identity = torch.arange(5)
+    torch.testing.assert_close(mask, block(first, 0.3, identity, 2, partners=second[perm]))
+    assert (mask - block(first, 0.3, perm, 2)).abs().max() > 1e-3
+    images, others = torch.randn(2, 5, 3, 8, 8, device=device)
+    torch.testing.assert_close(mix(images, mask, perm, others),
+                               images * mask[:, :1] + others[perm] * mask[:, 1:])
+
+
+@pytest.mark.parametrize("variant", ["samix", "automix"])
+def test_block_options(variant, device):
+    """lambda per image, mode override, channels-last input, dropout and non-square features."""
+    torch.manual_seed(1)
+    block = MixBlock(16, 0.25, dropout=0.5, variant=variant).to(device)
+    for parameter in block.parameters():
+        nn.init.normal_(parameter)
+    features = torch.randn(4, 16, 6, 4, device=device)
+    perm, lam = torch.tensor([1, 3, 0, 2]), torch.tensor([0.1, 0.4, 0.6, 0.9])
+    block.eval()
+    mask = block(features, lam, perm, 3)
+    assert mask.shape == (4, 2, 18, 12) and mask.dtype == torch.float32
+    last = block(features.contiguous(memory_format=torch.channels_last), lam, perm, 3)
+    torch.testing.assert_close(mask, last, **CLOSE)
+    for i in range(4):
+        torch.testing.assert_close(mask[i], block(features, lam[i], perm, 3)[i], **CLOSE)
+    nearest = block(features, lam, perm, 3, mode="nearest")
+    assert (nearest[..., ::3, ::3] == nearest[..., 1::3, 2::3]).all()
+    assert not (mask[..., ::3, ::3] == mask[..., 1::3, 2::3]).all()
+    block.train()
+    assert not torch.equal(block(features, lam, perm, 3), block(features, lam, perm, 3))
+    with torch.autocast(device.type, torch.bfloat16):
+        mask = block(features, lam, perm, 3)
+    assert mask.dtype == torch.float32 and mask.isfinite().all()
+    mask[:, 1].square().sum().backward()
+    assert all(p.grad.isfinite().all() for p in block.parameters())
+
+
+def test_parameter_counts():
+    """The recorded originals' numbers of parameters."""
+    for channels, count in ((256, 164_480), (384, 369_600), (768, 1_476_480), (1024, 2_624_000)):
+        assert sum(p.numel() for p in MixBlock(channels).parameters()) == count
+    block = MixBlock(64, variant="automix")
+    assert sum(p.numel() for p in block.parameters()) == 65 * 32 + 32 + 65 + 1
+    weights = {name: p for name, p in MixBlock(256).named_parameters() if "value.1" not in name}
+    assert all(p.std() < 0.012 for p in weights.values())
+
+
+def test_partners_without_repeat():
+    generator = torch.Generator().manual_seed(0)
+    for n in (2, 3, 16):
+        for _ in range(40):
+            perm = draw_partners(n, generator, no_repeat=True)
+            assert (perm != torch.arange(n)).all() and (perm.sort().values == torch.arange(n)).all()
+    assert any((draw_partners(4, generator) == torch.arange(4)).any() for _ in range(20))
+    assert draw_partners(1, generator, no_repeat=True).tolist() == [0]
+
+
+# ------------------------------------------------------------------------------ losses, schedules
+
+@pytest.mark.parametrize("path", golden_cases("samix", "g_losses"))
+def test_losses_golden(path, device):
+    case = Golden(path)
+    labels, perm, lam = case.tensor("y", device), case.tensor("index"), case.tensor("lam")
+    mixed = soft_targets(labels, perm, lam, 10)
+    for name, targets, options in [
+            ("one_q", labels, {}), ("mix_q", mixed, {}), ("mix_k_neg0", mixed, {}),
+            ("mix_k_neg0.5", mixed, {}), ("mix_k_neg1", mixed, {}),      # eta does nothing in CE
+            ("mix_bce_neg0.5", mixed, {"head": "bce", "neg_weight": 0.5}),
+            ("mix_bce_neg1", mixed, {"head": "bce"})]:
+        logits = case.tensor("logits", device).requires_grad_()
+        loss = head_loss(logits, targets, **options)
+        loss.backward()
+        assert loss.item() == pytest.approx(float(case[name]), rel=1e-4)
+        torch.testing.assert_close(logits.grad, case.tensor(f"g_{name}", device), **CLOSE)
+    logits = case.tensor("logits", device)
+    assert float(mixed_accuracy(logits, labels, perm, lam)) == \
+        pytest.approx(float(case["acc_mix_q"]), rel=1e-4)
+    torch.testing.assert_close(head_loss(logits, labels, head="bce"),
+                               head_loss(logits, F.one_hot(labels, 10).float(), head="bce"))
+
+
+def test_label_smoothing():
+    """y·0.9 + 0.1/K, for clean labels and for each term of a mixture."""
+    logits, labels = torch.randn(6, 5), torch.tensor([0, 3, 2, 4, 1, 1])
+    perm, lam = torch.tensor([5, 4, 3, 2, 1, 0]), 0.3
+    smooth = F.one_hot(labels, 5) * 0.9 + 0.1 / 5
+    log_p = logits.log_softmax(1)
+    one, two = -(smooth * log_p).sum(1).mean(), -(smooth[perm] * log_p).sum(1).mean()
+    torch.testing.assert_close(head_loss(logits, labels, smoothing=0.1), one)
+    torch.testing.assert_close(
+        head_loss(logits, soft_targets(labels, perm, torch.tensor(lam), 5), smoothing=0.1),
+        lam * one + (1 - lam) * two)
+
+
+@pytest.mark.parametrize("path", golden_cases("samix", "g_schedules"))
+def test_schedules_golden(path):
+    case = Golden(path)
+    for name in ("cifar", "imagenet", "vit"):
+        base, end, start, _, total = case[f"ema_{name}_cfg"]
+        ours = [ema_momentum(t, int(total), base, end, start) for t in range(int(total))]
+        torch.testing.assert_close(torch.tensor(ours, dtype=torch.float64),
+                                   case.tensor(f"ema_{name}"), rtol=0, atol=1e-9)
+    for total in (400, 2000):
+        ours = torch.tensor([0.1 * cosine(t, total) for t in range(total)], dtype=torch.float64)
+        torch.testing.assert_close(ours, case.tensor(f"mask_loss_intended_T{total}"), **CLOSE)
+
+
+# ---------------------------------------------------------------------- the momentum branch, a step
+
+class Tiny(nn.Module):
+    """The recorded backbone: three strided convolutions; features after the second and third."""
+
+    def __init__(self, widths=(8, 24, 32)):
+        super().__init__()
+        for i, (before, after) in enumerate(zip((3, *widths), widths, strict=False), 1):
+            setattr(self, f"c{i}", nn.Conv2d(before, after, 3, 2, 1, bias=False))
+            setattr(self, f"b{i}", nn.BatchNorm2d(after))
+
+    def forward(self, x):
+        maps = []
+        for i in (1, 2, 3):
+            x = getattr(self, f"b{i}")(getattr(self, f"c{i}")(x)).relu()
+            maps.append(x)
+        return maps[1], maps[2]
+
+
+class Step(nn.Module):
+    """One training step as main.py composes it: losses and mixed images from images and draws."""
+
+    without_graph = torch.no_grad       # of the masks that branch q learns from
+
+    def __init__(self, q, block):
+        super().__init__()
+        self.q, self.k, self.block = q, momentum_copy(q), block
+
+    def forward(self, images, labels, lam_mb, lam_bb, perm_mb, perm_bb, mask_weight=0.1):
+        num_classes = self.q.one.out_features
+        with torch.no_grad():
+            features = self.k.features(images)
+        scale = images.shape[-1] // features.shape[-1]
+        # the masks: one with a graph for the MixBlock's own lesson, one without for branch q
+        mask_mb = self.block(features, lam_mb, perm_mb, scale)
+        with self.without_graph():
+            mask_bb = plain_near_ends(self.block(features, lam_bb, perm_bb, scale), lam_bb)
+        mix_mb, mix_bb = mix(images, mask_mb, perm_mb), mix(images, mask_bb, perm_bb)
+        targets_mb, targets_bb = (soft_targets(labels, perm, lam, num_classes)
+                                  for perm, lam in ((perm_mb, lam_mb), (perm_bb, lam_bb)))
+        losses = {
+            "mix_k": head_loss(self.k(mix_mb, "mix"), targets_mb),       # -> MixBlock only
+            "mask": mask_weight * mask_loss(mask_mb, lam_mb),            # -> MixBlock only
+            "one_q": head_loss(self.q(images, "one"), labels),           # -> q, head one
+            "mix_q": head_loss(self.q(mix_bb, "mix"), targets_bb),       # -> q, head mix
+        }
+        return losses, mix_mb, mix_bb
+
+
+LOSSES = {"one_q": "loss_one_q", "mix_q": "loss_mix_q", "mix_k": "loss_mix_k",
+          "mask": "mask_loss_w"}
+ROUTES = {"one_q": {"q.backbone", "q.one"}, "mix_q": {"q.backbone", "q.mix"},
+          "mix_k": {"block.query", "block.key", "block.value"},
+          "mask": {"block.query", "block.key", "block.value"}}
+
+
+def state_of(case: Golden, prefix: str, device) -> dict:
+    """A recorded full state under the names of Step."""
+    out = {}
+    for name, tensor in recorded(case, prefix, device).items():
+        for theirs, ours in (("mix_block.", "block."), ("backbone_q.", "q.backbone."),
+                             ("backbone_k.", "k.backbone."), ("head_mix_q.fc", "q.mix"),
+                             ("head_one_q.fc", "q.one"), ("head_mix_k.fc", "k.mix"),
+                             ("head_one_k.fc", "k.one")):
+            name = name.replace(theirs, ours)
+        out[name] = tensor
+    return out
+
+
+def recorded_step(case: Golden, device):
+    """The network with the recorded state, and the arguments of the recorded step."""
+    step = Step(Branch(Tiny(), 32, 10), MixBlock(24, lam_mul_k=0.25)).to(device)
+    state = state_of(case, "w__", device) | state_of(case, "buf0__", device)
+    missing, unexpected = step.load_state_dict(state, strict=False)
+    assert not unexpected and all("num_batches_tracked" in name for name in missing)
+    mean, std = (case.tensor(f"norm_{v}", device).float().view(3, 1, 1) for v in ("mean", "std"))
+    return step, ((pixels(case, device) - mean) / std, case.tensor("y", device),
+                  case.tensor("lam_mb"), case.tensor("lam_bb"), case.tensor("index_mb"),
+                  case.tensor("index_bb"))
+
+
+def check_step(case: Golden, device, step, arguments):
+    """Fails unless losses, images, every gradient and every statistic are the recorded ones."""
+    losses, mix_mb, mix_bb = step(*arguments)
+    for name, theirs in LOSSES.items():
+        assert losses[name].item() == pytest.approx(float(case[f"loss__{theirs}"]), rel=1e-4,
+                                                    abs=1e-6)
+    torch.testing.assert_close(mix_mb, case.tensor("mix_mb", device), **CLOSE)
+    torch.testing.assert_close(mix_bb, case.tensor("mix_bb", device), **CLOSE)
+    total = sum(losses.values())
+    assert total.item() == pytest.approx(float(case["loss__total"]), rel=1e-4)
+    total.backward()
+    gradients = {name: p.grad for name, p in step.named_parameters() if p.grad is not None}
+    expected = state_of(case, "g__", device)
+    assert gradients.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(gradients[name], expected[name], rtol=1e-3, atol=1e-5,
+                                   msg=lambda text, name=name: f"{name}: {text}")
+    buffers = dict(step.named_buffers())
+    for name, after in state_of(case, "buf1__", device).items():
+        torch.testing.assert_close(buffers[name], after, **CLOSE)
+
+
+@pytest.mark.parametrize("path", golden_cases("samix", "g_fullstep"))
+def test_full_step_golden(path, device):
+    case = Golden(path)
+    check_step(case, device, *recorded_step(case, device))
+
+
+def reached(step, loss) -> set:
+    """Names of the modules that `loss` gives a gradient."""
+    step.zero_grad(set_to_none=True)
+    loss.backward(retain_graph=True)
+    return {".".join(name.split(".")[:2]) for name, p in step.named_parameters()
+            if p.grad is not None and p.grad.abs().sum() > 0}
+
+
+@pytest.mark.parametrize("path", golden_cases("samix", "g_fullstep_seed7"))
+def test_routing(path, device):
+    """Which loss reaches which parameters, as recorded; branch k never gets a gradient."""
+    step, arguments = recorded_step(Golden(path), device)
+    losses, *_ = step(*arguments)
+    for name, loss in losses.items():
+        assert reached(step, loss) == ROUTES[name], name
+    assert not any(p.requires_grad for p in step.k.parameters())
+
+
+def cut_mask_loss(step):
+    forward = step.forward
+
+    def cut(*arguments):
+        losses, *images = forward(*arguments)
+        return losses | {"mask": losses["mask"].detach()}, *images
+    step.forward = cut
+
+
+def swap_heads(step):
+    step.q.forward = lambda images, head: Branch.forward(
+        step.q, images, {"one": "mix", "mix": "one"}[head])
+
+
+WRONG_ROUTES = {
+    "mix_k reaches branch k": lambda step: step.k.requires_grad_(True),
+    "mix_k stops before the block": lambda step: setattr(
+        step.k, "forward", lambda images, head: Branch.forward(step.k, images.detach(), head)),
+    "mix_k through branch q": lambda step: setattr(step.k, "forward", step.q.forward),
+    "mix_q reaches the block": lambda step: setattr(
+        step, "without_graph", contextlib.nullcontext),
+    "one_q and mix_q swap heads": swap_heads,
+    "mask loss reaches nothing": cut_mask_loss,
+}
+
+
+@pytest.mark.parametrize("how", WRONG_ROUTES)
+@pytest.mark.parametrize("path", golden_cases("samix", "g_fullstep_seed7"))
+def test_wrong_routing_is_seen(path, how):
+    """The golden comparison fails for each loss that is routed wrongly."""
+    case = Golden(path)
+    step, arguments = recorded_step(case, "cpu")
+    WRONG_ROUTES[how](step)
+    with pytest.raises(AssertionError):
+        check_step(case, "cpu", step, arguments)
+
+
+def test_momentum_update(device):
+    """k moves to q by 1 - momentum; statistics are k's own after the start."""
+    torch.manual_seed(0)
+    q = Branch(Tiny(), 32, 10).to(device)
+    q(torch.randn(4, 3, 16, 16, device=device))                      # statistics worth copying
+    k = momentum_copy(q)
+    assert all(torch.equal(a, b) for a, b in zip(q.state_dict().values(),
+                                                 k.state_dict().values(), strict=True))
+    with torch.no_grad():
+        for parameter in q.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    q(torch.randn(4, 3, 16, 16, device=device))
+    before = copy.deepcopy(k)
+    momentum_update(k, q, 0.9)
+    for new, old, target in zip(k.parameters(), before.parameters(), q.parameters(), strict=True):
+        torch.testing.assert_close(new, 0.9 * old + 0.1 * target)
+        assert not new.requires_grad
+    for new, old in zip(k.buffers(), before.buffers(), strict=True):
+        assert torch.equal(new, old)
+    momentum_update(k, q, 0.0)
+    torch.testing.assert_close(list(k.parameters()), list(q.parameters()))
+
+
+def test_flat_features():
+    """A backbone whose last features are a vector (a class token) has heads as well."""
+    class Vector(nn.Module):
+        def forward(self, x):
+            return x, x.flatten(1)[:, :6]
+    branch = Branch(Vector(), 6, 3)
+    assert branch(torch.randn(2, 3, 4, 4), "mix").shape == (2, 3)
+    assert branch.features(torch.randn(2, 3, 4, 4)).shape == (2, 3, 4, 4)
+    assert branch.one.weight.std() < 0.03 and (branch.mix.bias == 0).all()
