@@ -38,6 +38,14 @@ COMMANDS |= {f"softaug_{recipe}{'_ra' * ra}": SOFT_AUG + f"{words} --ra {ra}" fo
              for recipe, words in (("standard", "--da 0 --loss ce"), ("hard", "--da 2 --loss ce"),
                                    ("soft", "--da 2 --loss st"))}
 
+RESIZEMIX = ("resizemix/main.py --dataset npz --data_dir {data} --net_name preactresnet18 "
+             "--initial_channels 16 --epochs {epochs} --lr_schedule step --milestones {schedule} "
+             "--gamma 0.1 --warmup_epochs 0 --init_lr 0.05 --weight_decay 1e-4 --nesterov True "
+             "--batch_size 100 --padding 2 --seed {seed} ")
+COMMANDS |= {"resizemix_baseline": RESIZEMIX + "--resizemix False",
+             "resizemix_cutmix": RESIZEMIX + "--resizemix False --cutmix_prob 1",
+             "resizemix": RESIZEMIX + "--resizemix True"}
+
 
 def run(method: str, seed: int, args) -> dict:
     """Trains one method with one seed, unless its log is complete; returns its table line."""
