@@ -12,6 +12,7 @@ two machines      torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d \\
 """
 import argparse
 import copy
+import os
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -167,6 +168,7 @@ def parse_args(argv=None):
         parser.error(f"--ngpu {args.ngpu} is negative")
     if args.ngpu == 0:
         args.device = "cpu"
+    args.mp = min(args.mp, os.cpu_count())
     return args
 
 
