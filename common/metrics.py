@@ -42,8 +42,10 @@ def evaluate(net, loader, *, autocast=None, max_steps=None, attack=None, keep_lo
     loss, top1, top5, count = runtime.total(sums).tolist()
     result = {"loss": loss / max(count, 1), "top1": 100 * top1 / max(count, 1),
               "top5": 100 * top5 / max(count, 1), "count": int(count)}
-    if keep_logits:
-        result["logits"], result["labels"] = (torch.cat(part) for part in zip(*kept, strict=True))
+    if keep_logits:                     # a rank may have had no image
+        empty = torch.empty(0, 1, device=device), torch.empty(0, dtype=torch.long, device=device)
+        result["logits"], result["labels"] = (
+            torch.cat(part) for part in zip(*(kept or [empty]), strict=True))
     return result
 
 

@@ -89,6 +89,9 @@ class Run:
         state = checkpoint.resume(wish, self.folder) if wish or self.keeps_files else None
         if state:
             checkpoint.check_identity(state, self.identity)
+            if "history" not in state:
+                raise RunError(f"{wish} holds weights alone, to evaluate; go on from the run's "
+                               f"{checkpoint.NEWEST}")
             for name, part in self.parts.items():
                 if state[name]:                             # a scaler that is off has no state
                     part.load_state_dict(state[name])

@@ -271,6 +271,7 @@ def test_checkpoints_of_others_are_refused(tmp_path):
         assert result.returncode == 1 and "is of another run" in result.stderr, result.stderr
         assert line in result.stderr and path.read_bytes() == before
     assert "already holds a run" in program("--max_steps", 1, root=tmp_path).stderr
+    assert "holds weights alone" in program("--resume", folder / "best.pt", root=tmp_path).stderr
     path.write_bytes(before[:len(before) // 2])
     path.with_name("checkpoint.prev.pt").write_bytes(before)
     result = program("--resume", path, root=tmp_path)
