@@ -1,0 +1,421 @@
+"""ResizeMix's program as users run it: every row of its table, ImageNet on two ranks, faults."""
+import importlib.util
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT
+from PIL import Image
+from test_imagenet import make_photos, pack
+
+from common import checkpoint, runtime
+from resizemix import augment, cost, gradcam
+from resizemix import main as resizemix
+
+TINY = "--net_name wrn16_8 --initial_channels 4 --init_lr 0.05 --warmup_epochs 0 --device cpu"
+SMALL = f"--dataset digits --image_size 16 --labels_per_class 12 --batch_size 30 {TINY}".split()
+STREAM = f"--dataset imagenet --image_size 32 --batch_size 16 --workers 1 {TINY}".split()
+ROWS = {"baseline": "--resizemix False", "cutout": "--resizemix False --cutout 8",
+        "cutmix": "--resizemix False --cutmix_prob 1",
+        "randaugment": "--resizemix False --randaugment True",
+        "autoaugment": "--resizemix False --autoaugment True",
+        "resizemix": "", "randaugment-resizemix": "--randaugment True",
+        "randaugment-resizemix-batch_aug": "--randaugment True --batch_aug True"}
+HAS_DALI = importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali")
+needs_dali = pytest.mark.skipif(not HAS_DALI, reason="DALI is not installed")
+
+
+def train(root, *words):
+    """Runs main() in this process; returns the run's folder."""
+    resizemix.main([*SMALL, "--root_dir", str(root), *map(str, words)])
+    return next(folder for folder in root.iterdir())
+
+
+def program(*words):
+    """Runs resizemix/main.py in a process of its own."""
+    return subprocess.run([sys.executable, str(ROOT / "resizemix" / "main.py"), *map(str, words)],
+                          capture_output=True, text=True, timeout=300)
+
+
+def arguments(words=""):
+    return resizemix.parse_args([*SMALL, *words.split()])
+
+
+def weights(folder, name="checkpoint.pt"):
+    return checkpoint.load(folder / name)["model"]
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
+def batch(n=6, side=16):
+    generator = torch.Generator().manual_seed(0)
+    return (torch.randn(n, 3, side, side, generator=generator),
+            torch.randint(10, (n,), generator=generator))
+
+
+class Ten:
+    num_classes, mean, std = 10, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2)
+
+
+# -------------------------------------------------------------------------------------- in memory
+
+@pytest.mark.parametrize("method", ROWS)
+def test_every_row_trains_and_closes(tmp_path, method, capsys):
+    folder = train(tmp_path, *ROWS[method].split(), "--max_steps", 2)
+    printed = capsys.readouterr().out
+    assert "median of the last 1 epochs" in printed and f"method {method}\n" in printed
+    assert re.search(r"[\d,]{6,} parameters, [\d.]+ M multiply-adds; 4 steps of 30", printed)
+    assert folder.name == f"digits_wrn16_8_{method}_seed0"
+    assert {f.name for f in folder.iterdir()} == {
+        "args.json", "log.csv", "curves.png", "mixed.png", "checkpoint.pt", "best.pt", ".lock"}
+    assert json.loads((folder / "args.json").read_text())["multiply_adds"] > 1e5
+    before = resizemix.models.build("wrn16_8", 10, 16, initial_channels=4)
+    assert not torch.equal(weights(folder)["fc.weight"], before.fc.weight)
+
+
+@pytest.mark.parametrize("words", [
+    "--clip_grad 0.1 --nesterov True --crop_test True --evaluation True",
+    "--lr_schedule step --milestones 1 --padding 2 --amp bf16 --cutout 4 --cutmix_prob 0.5",
+    "--loader dali --randaugment True --restart_epochs 1 2 --tb_path events --meas_lat True",
+    "--net_name shakeshake26_2x32d", "--net_name resnet50 --initial_channels 8",
+    "--config cifar10_ss.py --net_name preactresnet18"])
+def test_variants_train(tmp_path, words, capsys):
+    folder = train(tmp_path, *words.split(), "--max_steps", 1)
+    assert torch.isfinite(weights(folder)["fc.weight"]).all()
+    printed = capsys.readouterr().out
+    assert ("latency: " in printed) == ("meas_lat" in words) == (folder / "tensorboard").exists()
+    assert printed.count("on 355 images") + printed.count("on 30 images") == ("evaluation" in words)
+
+
+def test_configurations_and_overrides():
+    args = resizemix.parse_args(["--config", "cifar100_ss.py", "--init_lr", "0.3", "--resizemix",
+                                 "False", "--data_path", "d", "--save", "s", "--report_freq", "7"])
+    assert (args.net_name, args.epochs, args.init_lr) == ("shakeshake26_2x96d", 1800, 0.3)
+    assert (args.resizemix, args.weight_decay, args.image_size) == (False, 1e-4, 32)
+    assert (args.data_dir, args.root_dir, args.print_freq) == ("d", "s", 7)
+    args = resizemix.parse_args(["--config", "imagenet_res", "--load_path", "w.pt"])
+    assert (args.dataset, args.net_name, args.batch_size, args.resume) == (
+        "imagenet", "resnet101", 512, "w.pt")
+    assert resizemix.parse_args(["--dataset", "tiny-imagenet-200"]).image_size is None
+    config = set(resizemix.configs.get("imagenet_res")) | set(resizemix.configs.get("cifar10_ss"))
+    assert config <= set(vars(args))                        # every entry is a flag
+
+
+def test_every_command_of_the_readme_is_understood():
+    readme = (ROOT / "resizemix" / "README.md").read_text().replace("\\\n", " ").replace("…", "")
+    commands = [shlex.split(line, comments=True) for line in readme.splitlines()
+                if re.match(r"(python|torchrun).* resizemix/main.py", line)]
+    assert len(commands) > 10
+    for words in commands:
+        resizemix.parse_args(words[words.index("resizemix/main.py") + 1:])
+
+
+def test_learning_rates():
+    args = arguments("--lr_schedule step --milestones 10 15 --init_lr 0.05")
+    assert [resizemix.step_rate(args, epoch * 7, 7) for epoch in (0, 9, 10, 15, 19)] == \
+        pytest.approx([0.05, 0.05, 0.005, 0.0005, 0.0005])
+    args = arguments("--epochs 10 --warmup_epochs 2 --init_lr 0.2")
+    assert [resizemix.step_rate(args, step, 5) for step in (0, 5, 10, 30, 50)] == pytest.approx(
+        [1e-5, 0.100005, 0.2, 0.100005, 1e-5])
+
+
+# ----------------------------------------------------------------------------------------- mixing
+
+def mix(words, number=0):
+    images, labels = batch()
+    args = arguments(words)
+    return images, labels, resizemix.mix_batch(images, labels, args, Ten,
+                                               torch.Generator().manual_seed(number))
+
+
+def test_mixed_batches_and_their_targets():
+    images, labels, mixed = mix("--resizemix False")
+    assert torch.equal(mixed.images, images)
+    assert torch.equal(mixed.targets, F.one_hot(labels, 10).float())
+    for words in ("", "--resizemix False --cutmix_prob 1"):
+        images, labels, mixed = mix(words, 1)
+        stays = (mixed.images == images).all(1).float().mean((1, 2))
+        other = labels[mixed.perm] != labels
+        own = mixed.targets[torch.arange(6), labels]
+        assert other.any() and torch.allclose(own[other], stays[other], atol=1e-6)
+        assert torch.allclose(mixed.targets.sum(1), torch.ones(6)) and own[other].max() < 1
+    once, twice = mix("")[2], mix("--batch_aug True")[2]
+    assert twice.images.shape == (12, 3, 16, 16)
+    assert torch.equal(twice.targets, torch.cat([once.targets] * 2))
+    shares = {bool((mix("--cutmix_prob 0.5", n)[2].images == mix("", n)[2].images).all())
+              for n in range(12)}
+    assert len(shares) == 2                                 # some batches by the one, some not
+
+
+def test_loss_is_cross_entropy_with_two_labels():
+    images, labels, mixed = mix("", 1)
+    net = resizemix.models.build("wrn16_8", 10, 16, initial_channels=4)
+    args = arguments()
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    loss, logits = resizemix.training_step(net, images, labels, args, Ten,
+                                           torch.Generator().manual_seed(1), scaler)
+    own = mixed.targets[torch.arange(6), labels]
+    own = own[labels[mixed.perm] != labels][0]              # one ratio for all
+    expected = own * F.cross_entropy(logits, labels) + \
+        (1 - own) * F.cross_entropy(logits, labels[mixed.perm])
+    assert torch.allclose(loss, expected, atol=1e-6)
+
+
+def test_cutout():
+    images = torch.ones(3, 2, 10, 12)
+    holes = torch.tensor([[5, 5], [0, 11], [9, 0]])
+    cut = augment.cutout(images, holes, 6) == 0
+    assert cut.sum((1, 2, 3)).tolist() == [72, 2 * 3 * 4, 2 * 4 * 3]
+    assert cut[0, :, 2:8, 2:8].all() and cut[1, :, :3, 8:].all() and cut[2, :, 6:, :3].all()
+    holes = augment.draw_holes(4000, (10, 12), torch.Generator().manual_seed(0))
+    assert holes.min(0).values.tolist() == [0, 0] and holes.max(0).values.tolist() == [9, 11]
+
+
+def test_autoaugment_changes_each_image_by_its_own_policy():
+    images = torch.randint(256, (40, 3, 16, 16), dtype=torch.uint8)
+    transform = augment.AutoAugment()
+    changed = transform(images, torch.Generator().manual_seed(3))
+    generator = torch.Generator().manual_seed(3)
+    policy = torch.randint(25, (40,), generator=generator)
+    applied, negative = torch.rand(2, 40, 2, generator=generator)
+    for i, image in enumerate(images):                      # torchvision's own loop, image by image
+        for place, (name, probability, index) in enumerate(transform._policies[policy[i]]):
+            if applied[i, place] > probability:
+                continue
+            settings, signed = transform._AUGMENTATION_SPACE[name]
+            settings = settings(10, 16, 16)
+            setting = 0.0 if settings is None else float(settings[index])
+            image = transform._apply_image_or_video_transform(
+                image, name, -setting if signed and negative[i, place] < 0.5 else setting,
+                transform.interpolation, transform._fill)
+        assert torch.equal(changed[i], image)
+    assert (changed != images).flatten(1).any(1).float().mean() > 0.5
+
+
+# ----------------------------------------------------------------------------- network, pictures
+
+def test_costs():
+    net = resizemix.models.build("wresnet40_2", 100, 32)
+    assert cost.multiply_adds(net, 32) == pytest.approx(356.8e6, rel=0.01)
+    assert 0 < cost.latency(net, 8, "cpu", 1, seconds=0.01) < 10
+
+
+def test_grad_cam_finds_the_class():
+    """A network whose logit is the mean of one channel looks where this channel is large."""
+    net = resizemix.models.build("wrn16_8", 10, 16, initial_channels=4).eval()
+    layer = gradcam.find_layer(net, "layer3.1")
+    images, _ = batch()
+    kept = []
+    handle = layer.register_forward_hook(lambda module, inputs, output: kept.append(output))
+    net(images)
+    handle.remove()
+    maps, predicted = gradcam.grad_cam(net, layer, images)
+    assert maps.shape == (6, 16, 16) and maps.min() >= 0 and maps.max() <= 1
+    assert torch.allclose(predicted.sum(1), torch.ones(6))
+    features = kept[0].detach().requires_grad_()
+    logits = net.fc(net.tail(features).mean((2, 3)))
+    grad, = torch.autograd.grad(logits.max(1).values.sum(), features)
+    expected = torch.einsum("bchw,bc->bhw", features, grad.mean((2, 3))).relu()
+    expected = (expected / expected.amax((1, 2), keepdim=True)).nan_to_num()
+    assert torch.allclose(maps, F.interpolate(expected[:, None], (16, 16), mode="bilinear")[:, 0],
+                          atol=1e-5)
+    with pytest.raises(runtime.RunError, match="the network's last one is layer3.1"):
+        gradcam.find_layer(net, "layer3.2")
+    big = resizemix.models.build("resnet50", 10, 224)
+    assert gradcam.find_layer(big, "layer4.2") is big.layer4[2]
+
+
+def test_previews_evaluation_and_grad_cam(tmp_path, capsys):
+    for words in ("", "--resizemix False", "--cutmix_prob 1 --batch_aug True --autoaugment True"):
+        resizemix.main([*SMALL, *words.split(), "--preview", str(tmp_path / "mixed.png"),
+                        "--root_dir", str(tmp_path / "none")])
+        with Image.open(tmp_path / "mixed.png") as picture:
+            assert picture.width > 800 and len(picture.convert("RGB").getcolors(1 << 24)) > 50
+    assert not (tmp_path / "none").exists()
+    words = ["--epochs", 8, "--labels_per_class", 60, "--resizemix", "False", "--cutout", 2]
+    folder = train(tmp_path / "runs", *words)
+    best = checkpoint.load(folder / "best.pt")["accuracy"]
+    assert best > 60
+    capsys.readouterr()
+    train(tmp_path / "runs", *words, "--evaluate")
+    accuracy = re.search(r"accuracy ([\d.]+) %, top-5 ([\d.]+) %, loss", capsys.readouterr().out)
+    assert float(accuracy[1]) == pytest.approx(best, abs=0.01) and float(accuracy[2]) > best
+    for crop_test in (False, True):                         # the centre is 24 pixels wide
+        train(tmp_path / "runs", *words, "--image_size", 32, "--evaluate", "--crop_test", crop_test)
+    assert len(set(re.findall(r"loss [\d.]+", capsys.readouterr().out))) == 2
+    train(tmp_path / "runs", *words, "--cam", tmp_path / "cam.png", "--target_layer", "layer2.0")
+    assert "best.pt" in capsys.readouterr().out
+    with Image.open(tmp_path / "cam.png") as picture:
+        assert picture.width > 800
+
+
+def test_killed_and_resumed_is_the_run_never_killed(tmp_path):
+    words = ["--epochs", 6, "--autoaugment", "True", "--cutmix_prob", 0.5, "--warmup_epochs", 2]
+    whole = train(tmp_path / "whole", *words)
+    folder = tmp_path / "killed" / whole.name
+    child = subprocess.Popen(
+        [sys.executable, str(ROOT / "resizemix" / "main.py"), *SMALL, *map(str, words),
+         "--root_dir", str(tmp_path / "killed")],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while child.poll() is None and not (folder / "log.csv").exists():
+        time.sleep(0.01)
+    child.kill()
+    assert child.wait() == -signal.SIGKILL
+    assert checkpoint.load(folder / "checkpoint.pt")["epoch"] < 6
+    train(tmp_path / "killed", *words, "--resume", "auto")
+    assert same(weights(whole), weights(folder))
+    logs = [(place / "log.csv").read_text().splitlines() for place in (whole, folder)]
+    assert len(logs[0]) == 7 and [line.split(",")[:7] for line in logs[0]] == [
+        line.split(",")[:7] for line in logs[1]]
+
+
+@pytest.mark.parametrize("words, line", [
+    ("--config nothing", "no configuration 'nothing'; there are cifar10_wrs"),
+    ("--net_name nonet", "invalid choice: 'nonet'"),
+    ("--randaugment True --autoaugment True", "choose one of them"),
+    ("--resizemix_low 0.9", "--resizemix_low 0.9 and --resizemix_high 0.8"),
+    ("--cutmix_prob 2", "--cutmix_prob 2.0 is not between 0 and 1"),
+    ("--padding -1", "--padding -1 is negative"),
+    ("--milestones 3", "--milestones are for --lr_schedule step"),
+    ("--launcher pytorch", "torchrun did not start this process"),
+    ("--launcher slurm", "SLURM_PROCID is not set"),
+    ("--batch_size 500", "--batch_size 500 is more than the 120"),
+    ("--dataset imagenet", "is for sets that fit in memory"),
+    ("--net_name resnet50 --image_size 128", "resnet50 for 128 pixels has 64 initial channels"),
+    ("--target_layer layer3.3 --cam cam.png --resume none.pt", "none.pt: no such checkpoint"),
+    ("--init_lr 1e30 --lr_schedule step --print_freq 1", "at epoch 0, step")])
+def test_bad_input_is_one_line(tmp_path, words, line, capsys, monkeypatch):
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    with pytest.raises((SystemExit, runtime.RunError)) as fault:
+        resizemix.main([*SMALL, "--root_dir", str(tmp_path), *words.split()])
+    assert line in f"{fault.value} {capsys.readouterr().err}" and "\n" not in str(fault.value)
+    assert not list(tmp_path.rglob("*.pt"))
+
+
+# -------------------------------------------------------------------------------------- streaming
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """train and val of eight classes, as folders and as RecordIO."""
+    root = tmp_path_factory.mktemp("photos")
+    for part, count in (("train", 9), ("val", 3)):
+        make_photos(root / "folders" / part, count, (48, 80))
+        pack(root / "folders" / part, root / "records" / part)
+    return root
+
+
+@needs_dali
+@pytest.mark.parametrize("source", ["folders", "records"])
+def test_imagenet_trains_from_folders_and_records(photos, tmp_path, source, capsys):
+    resizemix.main([*STREAM, "--data_dir", str(photos / source), "--root_dir", str(tmp_path),
+                    "--epochs", "2", "--randaugment", "True"])
+    printed = capsys.readouterr().out
+    assert "8 classes, 32×32 pixels, 72 training and 24 test images" in printed
+    assert "5 steps of 16 images an epoch" in printed and "class 3" not in printed
+    folder = next(tmp_path.iterdir())
+    assert len((folder / "log.csv").read_text().splitlines()) == 3
+    assert (folder / "mixed.png").exists()
+
+
+def test_imagenets_parts_must_agree(photos, tmp_path):
+    shutil.copytree(photos / "folders", tmp_path / "set")
+    os.rename(tmp_path / "set" / "val" / "class 2", tmp_path / "set" / "val" / "class x")
+    with pytest.raises(runtime.DataError, match="train and val differ in their classes: class 2"):
+        resizemix.main([*STREAM, "--data_dir", str(tmp_path / "set")])
+    os.rename(tmp_path / "set" / "val", tmp_path / "set" / "other")
+    with pytest.raises(runtime.DataError, match="neither val.rec nor a folder val/"):
+        resizemix.main([*STREAM, "--data_dir", str(tmp_path / "set")])
+
+
+@needs_dali
+@pytest.mark.parametrize("source, damaged, line", [
+    ("folders", "train/class 4/3.jpg", r"train/class 4/3\.jpg: no readable image"),
+    ("records", "train.rec", r"train\.rec: record 71 .*truncated"),
+    ("records", "train.idx", r"train\.idx is missing")])
+def test_damaged_data_end_the_run_with_one_line(photos, tmp_path, source, damaged, line):
+    shutil.copytree(photos / source, tmp_path / "set")
+    words = [*STREAM, "--data_dir", str(tmp_path / "set"), "--root_dir", str(tmp_path / "runs")]
+    resizemix.main([*words, "--epochs", "1", "--warmup_epochs", "0"])
+    folder = next((tmp_path / "runs").iterdir())
+    before = weights(folder)
+    path = tmp_path / "set" / damaged
+    if damaged.endswith("idx"):
+        path.unlink()
+    else:
+        with path.open("r+b") as file:
+            file.truncate(path.stat().st_size * 2 // 3)
+    result = program(*words, "--epochs", 3, "--resume", "auto")
+    faults = [text for text in result.stderr.splitlines() if "error:" in text]
+    assert result.returncode == 1 and len(faults) == 1 and re.search(line, faults[0]), result.stderr
+    assert "Traceback" not in result.stderr
+    assert same(before, weights(folder)) and checkpoint.load(folder / "checkpoint.pt")["epoch"] == 1
+
+
+def children(pid: int) -> dict:
+    """Process ids of a process's children by their RANK."""
+    found = {}
+    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        rank = re.search(rb"\0RANK=(\d+)\0", Path(f"/proc/{child}/environ").read_bytes())
+        if rank:
+            found[int(rank[1])] = int(child)
+    return found
+
+
+@needs_dali
+def test_script_two_ranks_one_killed_and_resumed(photos, tmp_path):
+    words = ["sh", str(ROOT / "resizemix" / "scripts" / "train_dist.sh"), *STREAM]
+    options = {"text": True, "cwd": tmp_path, "env": os.environ | {
+        "DATA": str(photos / "records"), "OUT": "runs", "NPROC": "2", "PYTHON": sys.executable}}
+    with open(tmp_path / "stderr", "w") as errors:
+        run = subprocess.Popen([*words, "--epochs", "500"], stdout=subprocess.PIPE, stderr=errors,
+                               **options)
+        for text in run.stdout:
+            if text.startswith("epoch 0, lr"):
+                break
+        ranks = children(run.pid)
+        killed = time.time()
+        os.kill(ranks[1], signal.SIGKILL)
+        run.communicate(timeout=100)
+    assert run.returncode == 1 and time.time() - killed < 60
+    assert not Path(f"/proc/{ranks[0]}").exists()
+    assert "error: another process of this run is gone; start again with --resume auto" in \
+        (tmp_path / "stderr").read_text()
+    folder = tmp_path / "runs" / "imagenet_wrn16_8_resizemix_seed0"
+    done = checkpoint.load(folder / "checkpoint.pt")["epoch"]
+    assert done >= 1
+    result = subprocess.run([*words, "--epochs", str(done + 1)], capture_output=True, timeout=200,
+                            **options)
+    assert result.returncode == 0, result.stderr
+    assert f"resumed at epoch {done}, step 0" in result.stdout and "2 processes" in result.stdout
+    assert len((folder / "log.csv").read_text().splitlines()) == done + 2
+
+
+@needs_dali
+def test_slurm_script_starts_the_ranks(photos, tmp_path):
+    """srun and scontrol are stood in for: two tasks, with the variables that slurm sets."""
+    (tmp_path / "srun").write_text(
+        "#!/bin/sh\nfor id in 0 1; do SLURM_PROCID=$id SLURM_LOCALID=$id SLURM_NTASKS=2 "
+        '"$@" & pids="$pids $!"; done\nfor pid in $pids; do wait $pid || exit 1; done\n')
+    (tmp_path / "scontrol").write_text("#!/bin/sh\necho 127.0.0.1\necho 127.0.0.2\n")
+    for name in ("srun", "scontrol"):
+        (tmp_path / name).chmod(0o755)
+    result = subprocess.run(
+        ["sh", str(ROOT / "resizemix" / "scripts" / "train_slurm.sh"), *STREAM, "--max_steps", "1"],
+        text=True, capture_output=True, timeout=200, cwd=tmp_path, env=os.environ | {
+            "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "node[1-2]",
+            "SLURM_SUBMIT_DIR": str(ROOT), "DATA": str(photos / "folders"), "OUT": "runs",
+            "PYTHON": sys.executable, "MASTER_PORT": str(20000 + os.getpid() % 9000)})
+    assert result.returncode == 0, result.stderr
+    assert "2 processes" in result.stdout and "mixed images" in result.stdout
