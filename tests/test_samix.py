@@ -9,6 +9,7 @@ from conftest import Golden, golden_cases
 from torch import nn
 
 from common.mixing import soft_targets
+from samix import configs
 from samix.losses import head_loss, mixed_accuracy
 from samix.mixblock import (
     MixBlock,
@@ -477,3 +478,75 @@ def test_flat_features():
     assert branch(torch.randn(2, 3, 4, 4), "mix").shape == (2, 3)
     assert branch.features(torch.randn(2, 3, 4, 4)).shape == (2, 3, 4, 4)
     assert branch.one.weight.std() < 0.03 and (branch.mix.bias == 0).all()
+
+
+# --------------------------------------------------------------------------------- configurations
+
+ALIASES = ("imagenet_r18 imagenet_r34 imagenet_r50 imagenet_r101 imagenet_rx101 cifar100_r18 "
+           "cifar100_rx50 cifar100_wrn28_8 tiny_r18 tiny_rx50 cub_r18 cub_rx50 aircraft_r18 "
+           "inat2017_r50 places205_r50 cifar100_deit_s cifar100_swin_t cifar100_convnext_t").split()
+
+# The paper's table: arch, batch, epochs, lr, min, decay, block lr/momentum/min, k, dropout, EMA end
+TABLE = {
+    "imagenet_r18": ("resnet18", 256, 100, .1, 0, 1e-4, .1, .9, 1e-3, -1, .1, .99999),
+    "cifar100_r18": ("resnet18", 100, 400, .1, .05, 1e-4, .1, .9, .05, .25, 0, .999999),
+    "cifar100_wrn28_8": ("wrn28_8", 100, 400, .03, 1e-3, 1e-3, .03, 0, 1e-3, .25, 0, .999999),
+    "tiny_r18": ("resnet18", 100, 400, .2, .05, 1e-4, .1, .9, 1e-3, -1, 0, .999999),
+    "tiny_rx50": ("resnext50_32x4d", 100, 400, .2, .05, 1e-4, .1, .9, 1e-3, .25, 0, .999999),
+    "cub_rx50": ("resnext50_32x4d", 16, 200, 1e-3, 0, 5e-4, .01, .9, 5e-4, 1, .1, .99999),
+    "aircraft_r18": ("resnet18", 16, 200, 1e-3, 0, 5e-4, .01, .9, 5e-4, 1, .1, .99996),
+    "inat2017_r50": ("resnet50", 256, 100, .1, 0, 1e-4, .1, .9, 1e-4, -1, .1, .99999),
+    "cifar100_deit_s": ("deit_s", 100, 200, 7.5e-4, 1e-4, .05, 7.5e-4, .9, 1e-4, -1, .1, .99996),
+    "cifar100_swin_t": ("swin_t", 100, 200, 5e-4, 1e-4, .05, 5e-4, .9, 1e-4, -1, .1, .99996),
+    "cifar100_convnext_t": ("convnext_t", 100, 200, 1e-3, 1e-4, .05, 7.5e-4, .9, 1e-4, -1, .1,
+                            .99996),
+    "swin_t_l3_a2_near_bili_val_dp01_sz224_mlr2e_4_bs100_ep600":
+        ("swin_t", 100, 600, 5e-4, 2e-4, .05, 7.5e-4, .9, 1e-4, -1, .1, .99996),
+    "r50_l2_a2_bili_val_dp01_mul_mb_mlr1e_3_m0_bb_mlr0_4xb64_ep100":
+        ("resnet50", 256, 100, .1, 0, 1e-4, .1, 0, 1e-3, -1, .1, .99999),
+    "r50_l2_a2_bili_val_dp01_mul_mb_mlr1e_3_m09_bb_mlr0_4xb64_ep300":
+        ("resnet50", 256, 300, .1, 0, 1e-4, .1, .9, 1e-3, -1, .1, .99999),
+}
+COLUMNS = ("arch", "batch_size", "epochs", "lr", "min_lr", "weight_decay", "block_lr",
+           "block_momentum", "block_min_lr", "lam_mul_k", "dropout", "ema_end")
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_config_values(name):
+    values = configs.config(name)
+    assert tuple(values[column] for column in COLUMNS) == TABLE[name]
+
+
+def test_config_names():
+    """Aliases, and file names with and without path and .py, give the same values."""
+    assert set(ALIASES) <= set(configs.CONFIGS)
+    for name in (*ALIASES, *configs.FILES):
+        for method in configs.METHODS:
+            values = configs.config(name, method)
+            assert values.keys() == configs.COMMON.keys() | {"dataset", "arch", "variant"}
+    for path in configs.FILES:
+        assert configs.config(f"configs/classification/{path}.py") == configs.config(path)
+    stem = "r18_l2_a2_bili_val_dp01_mul_mb_mlr1e_3_bb_mlr0_4xb64"
+    assert configs.config(f"{stem}.py") == configs.config(stem) == configs.config("imagenet_r18")
+    assert {alias for alias, _ in configs.FILES.values()} == set(configs.CONFIGS)
+    ep800 = next(path for path in configs.FILES if path.endswith("ep800"))
+    assert (configs.config(ep800)["mask_adjust"], configs.config(ep800)["epochs"]) == (0.25, 800)
+    configs.config("imagenet_r18")["alpha"] = 7
+    assert configs.config("imagenet_r18")["alpha"] == 2
+
+
+def test_config_unknown():
+    with pytest.raises(ValueError, match="imagenet_r18"):
+        configs.config("imagnet_r18")
+    with pytest.raises(ValueError, match="ambiguous.*cub200.*aircrafts"):
+        configs.config("r18_l2_a2_bili_val_dp01_mb_mlr5e_4_1xb16_ep200.py")
+    assert configs.config("cub200/samix/r18_l2_a2_bili_val_dp01_mb_mlr5e_4_1xb16_ep200.py"
+                          )["dataset"] == "cub200"
+
+
+def test_config_methods():
+    samix, automix = configs.config("cifar100_r18"), configs.config("cifar100_r18", "automix")
+    assert (samix["variant"], samix["mask_loss_kind"]) == ("samix", "l1_variance")
+    assert (automix["variant"], automix["mask_loss_kind"]) == ("automix", "l1")
+    assert configs.config("cifar100_r18", "cutmix")["alpha"] == 0.2
+    assert configs.config("imagenet_r50", "mixup")["alpha"] == 0.2

@@ -1,0 +1,179 @@
+"""The published configurations, by alias and by the file names of the authors' collection.
+
+Keys are main.py's flags. `batch_size` counts the images of a step over all processes. The MixBlock
+reads the features behind `layer` (a stage, of DeiT a block, counted from 1); its masks are enlarged
+by image size / feature size.
+"""
+import difflib
+
+COMMON = {
+    # masks
+    "alpha": 2.0,                   # lambda ~ Beta(alpha, alpha)
+    "lam_mul_k": -1.0,              # how lambda scales the features, see mixblock.rescale_lambda
+    "mode": ("bilinear",),           # upsampling of the masks; of several, one is drawn each time
+    "dropout": 0.1,                 # of the MixBlock's values
+    "mask_adjust": 0.0,             # probability of moving a batch's mean masks to lambda
+    "mask_loss": 0.1,               # weight
+    "mask_loss_kind": "l1_variance",
+    "mask_margin": 0.1,             # deviation of the mean mask from lambda that costs nothing
+    "mask_anneal": True,            # the weight falls to 0 along a cosine
+    "lam_margin": 0.08,             # nearer to 0 or 1 branch q sees plain Mixup
+    "no_repeat": False,             # no image is its own partner
+    "switch_off": 0.0,              # the originals' ViTs say 1.0, which never took effect
+    # heads
+    "head": "ce", "neg_weight": 1.0, "label_smoothing": 0.0,
+    "one_weight": 1.0, "mix_q_weight": 1.0, "mix_k_weight": 1.0,
+    # momentum branch
+    "ema_base": 0.999, "ema_end": 0.99999, "ema_start": 0.1,
+    # optimizer and schedule; block_*: the MixBlock's group
+    "optimizer": "sgd", "lr": 0.1, "min_lr": 0.0, "momentum": 0.9, "weight_decay": 1e-4,
+    "block_lr": 0.1, "block_min_lr": 1e-3, "block_momentum": 0.9,
+    "lr_every": "epoch",            # or step: how often the cosine moves
+    "warmup_epochs": 0,             # linear, from warmup_ratio; never of the MixBlock
+    "warmup_ratio": 1e-5, "clip_grad": 0.0, "drop_path": 0.0, "amp": "off",
+    "batch_size": 256, "epochs": 100, "drop_last": False, "pretrained": False,
+    # data
+    "image_size": 224, "layer": 3, "crop": "resized", "crop_scale": 0.08, "randaugment": False,
+    "test_resize": 256,             # shorter side of test images before the central crop
+    "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225),
+}
+
+CIFAR = {
+    "dataset": "cifar100", "image_size": 32, "crop": "reflect", "test_resize": 32,
+    "mean": (0.4914, 0.4822, 0.4465), "std": (0.2023, 0.1994, 0.201), "neg_weight": 0.5,
+    "lam_mul_k": 0.25, "dropout": 0.0, "mask_anneal": False, "batch_size": 100, "epochs": 400,
+    "min_lr": 0.05, "block_min_lr": 0.05, "ema_end": 0.999999,
+}
+TINY = {
+    "dataset": "tiny-imagenet-200", "image_size": 64, "test_resize": 64, "neg_weight": 0.5,
+    "dropout": 0.0, "mask_anneal": False, "batch_size": 100, "epochs": 400, "lr": 0.2,
+    "min_lr": 0.05, "ema_end": 0.999999,
+}
+FINE_GRAINED = {                    # from ImageNet weights
+    "lam_mul_k": 1.0, "batch_size": 16, "drop_last": True, "epochs": 200, "pretrained": True,
+    "lr": 1e-3, "weight_decay": 5e-4, "block_lr": 0.01, "block_min_lr": 5e-4, "no_repeat": True,
+    "crop_scale": 0.5,
+}
+CUB = {"dataset": "cub200", **FINE_GRAINED}
+AIRCRAFT = {"dataset": "folder", **FINE_GRAINED, "ema_end": 0.99996}
+LARGE = {"dataset": "imagenet", "block_min_lr": 1e-4}        # image folders laid out like ImageNet
+VIT = {
+    "dataset": "cifar100", "optimizer": "adamw", "weight_decay": 0.05, "clip_grad": 20.0,
+    "lr_every": "step", "warmup_epochs": 20, "batch_size": 100, "epochs": 200,
+    "min_lr": 1e-4, "block_min_lr": 1e-4, "ema_end": 0.99996, "ema_start": 0.25,
+    "label_smoothing": 0.1, "crop_scale": 0.8, "randaugment": True, "test_resize": 224,
+    "mean": CIFAR["mean"], "std": CIFAR["std"],
+}
+
+CONFIGS = {
+    "imagenet_r18": {"dataset": "imagenet", "arch": "resnet18"},
+    "imagenet_r34": {"dataset": "imagenet", "arch": "resnet34"},
+    "imagenet_r50": {"dataset": "imagenet", "arch": "resnet50"},
+    "imagenet_r101": {"dataset": "imagenet", "arch": "resnet101"},
+    "imagenet_rx101": {"dataset": "imagenet", "arch": "resnext101_32x4d"},
+    "cifar100_r18": {**CIFAR, "arch": "resnet18"},
+    "cifar100_rx50": {**CIFAR, "arch": "resnext50_32x4d"},
+    "cifar100_wrn28_8": {**CIFAR, "arch": "wrn28_8", "layer": 2, "lr": 0.03, "min_lr": 1e-3,
+                         "weight_decay": 1e-3, "block_lr": 0.03, "block_min_lr": 1e-3,
+                         "block_momentum": 0.0},
+    "tiny_r18": {**TINY, "arch": "resnet18"},
+    "tiny_rx50": {**TINY, "arch": "resnext50_32x4d", "lam_mul_k": 0.25},
+    "cub_r18": {**CUB, "arch": "resnet18"},
+    "cub_rx50": {**CUB, "arch": "resnext50_32x4d"},
+    "aircraft_r18": {**AIRCRAFT, "arch": "resnet18"},
+    "aircraft_rx50": {**AIRCRAFT, "arch": "resnext50_32x4d"},
+    "inat2017_r50": {**LARGE, "arch": "resnet50"},
+    "places205_r50": {**LARGE, "arch": "resnet50"},
+    "cifar100_deit_s": {**VIT, "arch": "deit_s", "layer": 6, "mode": ("nearest",), "lr": 7.5e-4,
+                        "block_lr": 7.5e-4, "drop_path": 0.1},
+    "cifar100_swin_t": {**VIT, "arch": "swin_t", "mode": ("nearest",), "lr": 5e-4,
+                        "block_lr": 5e-4, "drop_path": 0.2},
+    "cifar100_convnext_t": {**VIT, "arch": "convnext_t", "image_size": 32, "test_resize": 32,
+                            "lr": 1e-3, "block_lr": 7.5e-4, "drop_path": 0.1},
+}
+
+# File -> alias and what the file has beside it. Of the file of Tiny's ResNeXt-50 that promises
+# mask_adjust 0.25, the value is 0, as in its table.
+IMAGENET, CIFAR_VITS = "imagenet/samix/basic/", "cifar100/samix/vits/"
+UNSAMPLING = "unsampling_modebilinear/"
+FILES = {
+    **{f"{IMAGENET}{net}_l2_a2_bili_val_dp01_mul_mb_mlr1e_3_bb_mlr0_4xb64": (f"imagenet_{net}", {})
+       for net in ("r18", "r34", "r50", "r101", "rx101")},
+    **{f"{IMAGENET}r50/{UNSAMPLING}r50_l2_a2_bili_val_dp01_mul_mb_mlr1e_3_{rest}":
+       ("imagenet_r50", options) for rest, options in (
+           ("m0_bb_mlr0_4xb64_ep100", {"block_momentum": 0.0}),
+           ("m0_bb_mlr0_4xb64_fp16_ep100", {"block_momentum": 0.0, "amp": "fp16"}),
+           ("m09_bb_mlr0_4xb64_ep300", {"epochs": 300}))},
+    "cifar100/samix/basic/r18_l2_a2_bili_val_dp0_mul_x_cat_L1_var_01_mlr5e_2":
+        ("cifar100_r18", {}),
+    f"cifar100/samix/basic/r18/{UNSAMPLING}r18_l2_a2_bili_val_dp0_mul_x_cat_L1_var_01_mlr5e_2_"
+    "lam_mul_k0_25_mask_adjust0_25_ep800":
+        ("cifar100_r18", {"epochs": 800, "mask_adjust": 0.25}),
+    "cifar100/samix/basic/rx50_l2_a2_bili_val_dp0_mul_x_cat_L1_var_01_mlr5e_2":
+        ("cifar100_rx50", {}),
+    "cifar100/samix/basic/wrn28_8_l1_a2_bili_val_dp0_mul_x_cat_L1_var_01_mlr1e_3":
+        ("cifar100_wrn28_8", {}),
+    "tiny_imagenet/samix/basic/r18_l2_a2_bili_val_dp0_mul_mb_mlr1e_3_bb_mlr5e_2": ("tiny_r18", {}),
+    f"tiny_imagenet/samix/basic/r18/{UNSAMPLING}"
+    "r18_l2_a2_bili_val_dp0_mul_mb_mlr1e_3_bb_mlr5e_2_ep400": ("tiny_r18", {}),
+    "tiny_imagenet/samix/basic/rx50_l2_a2_bili_val_dp0_mul_mb_mlr1e_3_bb_mlr5e_2_2xb50":
+        ("tiny_rx50", {}),
+    f"tiny_imagenet/samix/basic/rx50/{UNSAMPLING}rx50_l2_a2_bili_val_dp0_mul_mb_mlr1e_3_bb_mlr5e_2_"
+    "2xb50_lam_mul_k0_25_mask_adjust0_25_ep400": ("tiny_rx50", {}),
+    **{f"{folder}/samix/{net}_l2_a2_bili_val_dp01_mb_mlr5e_4_1xb16_ep200": (f"{alias}_{net}", {})
+       for folder, alias in (("cub200", "cub"), ("aircrafts", "aircraft"))
+       for net in ("r18", "rx50")},
+    **{f"{folder}/samix/r50_l2_a2_bili_val_dp01_mb_mlr1e_4_bb_mlr0_4xb64_ep100": (alias, {})
+       for folder, alias in (("inaturalist2017", "inat2017_r50"), ("place205", "places205_r50"))},
+    f"{CIFAR_VITS}deit_s_l6_a2_near_val_dp01_sz224_mlr1e_4_bs100_ep200": ("cifar100_deit_s", {}),
+    f"{CIFAR_VITS}deit_s_l6_a2_near_val_dp01_sz224_mlr1e_4_bs100_ep600":
+        ("cifar100_deit_s", {"epochs": 600}),
+    f"{CIFAR_VITS}swin_t_l3_a2_near_val_dp01_sz224_mlr1e_4_bs100_ep200": ("cifar100_swin_t", {}),
+    f"{CIFAR_VITS}swin_t_l3_a2_near_bili_val_dp01_sz224_mlr2e_4_bs100_ep600":
+        ("cifar100_swin_t", {"epochs": 600, "mode": ("bilinear", "nearest"), "min_lr": 2e-4,
+                             "block_lr": 7.5e-4}),
+    f"{CIFAR_VITS}convnext_t_l2_a2_bili_val_dp01_lr2e_3_mlr1e_4_bs100_ep200":
+        ("cifar100_convnext_t", {}),
+    f"{CIFAR_VITS}convnext_t_l2_a2_bili_val_dp01_lr2e_3_mlr1e_4_bs100_ep600":
+        ("cifar100_convnext_t", {"epochs": 600}),
+}
+
+# What --method changes: AutoMix's block, and the Beta parameters of the paper's tables
+METHODS = ("samix", "automix", "mixup", "cutmix", "vanilla")
+AUTOMIX = {"variant": "automix", "mask_loss_kind": "l1", "mode": ("nearest",), "dropout": 0.0,
+           "mask_adjust": 0.0}
+ALPHAS = {                          # mixup, cutmix
+    "imagenet": (0.2, 1.0), "cifar100": (1.0, 0.2), "tiny-imagenet-200": (1.0, 1.0),
+    "cub200": (0.2, 1.0), "folder": (0.2, 1.0),
+}
+
+
+def find(name: str) -> tuple[str, dict]:
+    """Alias and overrides of a configuration: an alias, or a file name, with or without its path
+    and `.py`. Raises ValueError, naming what comes near or what the name could mean.
+    """
+    if name in CONFIGS:
+        return name, {}
+    wish = name.removesuffix(".py").strip("/").split("configs/classification/")[-1]
+    hits = [path for path in FILES if f"/{path}".endswith(f"/{wish}")]
+    if len(hits) == 1:
+        return FILES[hits[0]]
+    if hits:
+        raise ValueError(f"configuration {name!r} is ambiguous: give the path, "
+                         + " or ".join(hits))
+    known = [*CONFIGS, *(path.split("/")[-1] for path in FILES)]
+    near = difflib.get_close_matches(wish.split("/")[-1], known, n=3, cutoff=0.5)
+    raise ValueError(f"unknown configuration {name!r}"
+                     + (f"; near it: {', '.join(near)}" if near else "")
+                     + f"; aliases: {', '.join(CONFIGS)}")
+
+
+def config(name: str, method: str = "samix") -> dict:
+    """Every value of configuration `name` (see `find`) under `method`, a fresh dict."""
+    alias, overrides = find(name)
+    values = {**COMMON, "variant": "samix", **CONFIGS[alias], **overrides}
+    if method == "automix":
+        values |= AUTOMIX
+    elif method in ("mixup", "cutmix"):
+        values["alpha"] = ALPHAS[values["dataset"]][method == "cutmix"]
+    return values
