@@ -71,8 +71,14 @@ class Ten:
 
 # -------------------------------------------------------------------------------------- in memory
 
+@pytest.fixture(scope="module")
+def trained():
+    """Last layers of the rows trained so far."""
+    return {}
+
+
 @pytest.mark.parametrize("method", ROWS)
-def test_every_row_trains_and_closes(tmp_path, method, capsys):
+def test_every_row_trains_and_closes(tmp_path, method, capsys, trained):
     folder = train(tmp_path, *ROWS[method].split(), "--max_steps", 2)
     printed = capsys.readouterr().out
     assert "median of the last 1 epochs" in printed and f"method {method}\n" in printed
@@ -81,8 +87,11 @@ def test_every_row_trains_and_closes(tmp_path, method, capsys):
     assert {f.name for f in folder.iterdir()} == {
         "args.json", "log.csv", "curves.png", "mixed.png", "checkpoint.pt", "best.pt", ".lock"}
     assert json.loads((folder / "args.json").read_text())["multiply_adds"] > 1e5
-    before = resizemix.models.build("wrn16_8", 10, 16, initial_channels=4)
-    assert not torch.equal(weights(folder)["fc.weight"], before.fc.weight)
+    torch.manual_seed(0)
+    start = resizemix.models.build("wrn16_8", 10, 16, initial_channels=4).fc.weight
+    ends = {"none": start} | trained
+    trained[method] = weights(folder)["fc.weight"]
+    assert not any(torch.equal(trained[method], end) for end in ends.values())  # no flag is idle
 
 
 @pytest.mark.parametrize("words", [
@@ -97,6 +106,16 @@ def test_variants_train(tmp_path, words, capsys):
     printed = capsys.readouterr().out
     assert ("latency: " in printed) == ("meas_lat" in words) == (folder / "tensorboard").exists()
     assert printed.count("on 355 images") + printed.count("on 30 images") == ("evaluation" in words)
+
+
+def test_gradients_are_clipped(tmp_path):
+    moved = []
+    for norm in ("1e-9", "0"):
+        folder = train(tmp_path / norm, "--clip_grad", norm, "--weight_decay", 0, "--max_steps", 1)
+        torch.manual_seed(0)
+        before = resizemix.models.build("wrn16_8", 10, 16, initial_channels=4).fc.weight
+        moved.append((weights(folder)["fc.weight"] - before).abs().max().item())
+    assert moved[0] < 1e-8 and moved[1] > 1e-4
 
 
 def test_configurations_and_overrides():
@@ -269,16 +288,19 @@ def test_killed_and_resumed_is_the_run_never_killed(tmp_path):
         [sys.executable, str(ROOT / "resizemix" / "main.py"), *SMALL, *map(str, words),
          "--root_dir", str(tmp_path / "killed")],
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while child.poll() is None and not (folder / "log.csv").exists():
+    while child.poll() is None and not (folder / "checkpoint.pt").exists():
         time.sleep(0.01)
     child.kill()
     assert child.wait() == -signal.SIGKILL
-    assert checkpoint.load(folder / "checkpoint.pt")["epoch"] < 6
+    assert len((folder / "log.csv").read_text().splitlines()) < 7
     train(tmp_path / "killed", *words, "--resume", "auto")
     assert same(weights(whole), weights(folder))
     logs = [(place / "log.csv").read_text().splitlines() for place in (whole, folder)]
     assert len(logs[0]) == 7 and [line.split(",")[:7] for line in logs[0]] == [
         line.split(",")[:7] for line in logs[1]]
+    args = arguments(" ".join(map(str, words)))             # the epochs' last steps, of 4
+    assert [float(line.split(",")[1]) for line in logs[0][1:]] == pytest.approx(
+        [resizemix.step_rate(args, 4 * epoch + 3, 4) for epoch in range(6)], rel=1e-5)
 
 
 @pytest.mark.parametrize("words, line", [
