@@ -4,12 +4,26 @@ import copy
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from conftest import Golden, golden_cases
 from torch import nn
 
 from common.mixing import soft_targets
 from samix import configs
+from samix.contrast import (
+    Encoder,
+    Queue,
+    draw_extension,
+    encode_keys,
+    extend,
+    gather,
+    info_nce,
+    mixed_nce,
+    mixed_pair,
+    shuffle,
+    unshuffle,
+)
 from samix.losses import head_loss, mixed_accuracy
 from samix.mixblock import (
     MixBlock,
@@ -550,3 +564,189 @@ def test_config_methods():
     assert (automix["variant"], automix["mask_loss_kind"]) == ("automix", "l1")
     assert configs.config("cifar100_r18", "cutmix")["alpha"] == 0.2
     assert configs.config("imagenet_r50", "mixup")["alpha"] == 0.2
+
+
+# -------------------------------------------------------------------------------- self-supervised
+
+def unit(*shape, seed=0, device="cpu"):
+    generator = torch.Generator().manual_seed(seed)
+    return F.normalize(torch.randn(*shape, generator=generator)).to(device)
+
+
+def test_contrastive_losses(device):
+    """InfoNCE, its mixture and the pair loss against cross entropies over written-out logits."""
+    query, first, second = (unit(6, 8, seed=i, device=device) for i in range(3))
+    query.requires_grad_()
+    negatives, lam, zero = unit(20, 8, seed=3, device=device), 0.3, torch.zeros(6).long().to(device)
+
+    def cross_entropy(key):
+        logits = torch.cat([(query * key).sum(1, keepdim=True), query @ negatives.T], 1) / 0.2
+        return F.cross_entropy(logits, zero)
+
+    pair = torch.stack([(query * key).sum(1) for key in (first, second)], 1) / 0.1
+    soft = torch.tensor([[lam, 1 - lam]], device=device).expand(6, 2)
+    for ours, plain in [
+            (info_nce(query, first, negatives), cross_entropy(first)),
+            (mixed_nce(query, first, second, lam, negatives),
+             lam * cross_entropy(first) + (1 - lam) * cross_entropy(second)),
+            (mixed_pair(query, first, second, lam, 0.1), F.cross_entropy(pair, soft))]:
+        torch.testing.assert_close(ours, plain)
+        gradients = (torch.autograd.grad(loss, query, retain_graph=True) for loss in (ours, plain))
+        torch.testing.assert_close(*gradients)
+
+
+def test_keys_get_no_gradient():
+    query, first, second = (unit(4, 8, seed=i).requires_grad_() for i in range(3))
+    negatives = unit(9, 8, seed=3).requires_grad_()
+    (info_nce(query, first, negatives) + mixed_nce(query, first, second, 0.4, negatives)
+     + mixed_pair(query, first, second, 0.4)).backward()
+    assert query.grad is not None
+    assert first.grad is None and second.grad is None and negatives.grad is None
+
+
+def test_queue(device):
+    """The newest keys stay, the position wraps around, and a checkpoint brings both back."""
+    torch.manual_seed(0)
+    queue = Queue(10, 4).to(device)
+    torch.testing.assert_close(queue.keys.norm(dim=1), torch.ones(10, device=device))
+    batches = [unit(4, 4, seed=i, device=device) for i in range(4)]
+    for batch in batches:
+        queue.enqueue(batch)
+    newest = torch.cat(batches)[-10:]
+    assert all((queue.keys == key).all(1).any() for key in newest)
+    assert queue.position == 6
+    other = Queue(10, 4).to(device)
+    other.load_state_dict(queue.state_dict())
+    for q in (queue, other):
+        q.enqueue(batches[0])
+    assert torch.equal(queue.keys, other.keys) and torch.equal(queue.keys[6:], batches[0])
+    with pytest.raises(ValueError, match="11 keys"):
+        queue.enqueue(unit(11, 4, device=device))
+    query = unit(2, 4, device=device).requires_grad_()
+    loss = info_nce(query, query.detach(), queue.keys)
+    queue.enqueue(batches[1])
+    with pytest.raises(RuntimeError, match="inplace"):      # before backward: seen, not silent
+        loss.backward()
+
+
+def test_extended_keys():
+    """Interpolated keys lie between the views' keys, extrapolated ones beyond the first."""
+    first, second = unit(50, 16, seed=0), unit(50, 16, seed=1)
+    generator = torch.Generator().manual_seed(2)
+    for extrapolate in (False, True):
+        weight = draw_extension(first.shape, extrapolate, generator)
+        assert weight.min() > extrapolate and weight.max() < 1 + extrapolate
+        assert weight.var() == pytest.approx(0.05, rel=0.2)      # Beta(2, 2)
+        key = extend(first, second, weight)
+        torch.testing.assert_close(key.norm(dim=1), torch.ones(50))
+        assert ((key * first).sum(1) > (key * second).sum(1)).float().mean() > 0.4 + extrapolate / 2
+    torch.testing.assert_close(extend(first, second, torch.ones(())), first)
+
+
+class ContrastStep(nn.Module):
+    """One step as pretrain.py composes it: losses and the new keys from two views and draws."""
+
+    def __init__(self, q, block):
+        super().__init__()
+        self.q, self.k, self.block = q, momentum_copy(q), block
+
+    def forward(self, view_q, view_k, lam_bb, lam_mb, perm_bb, perm_mb, order, weight, negatives):
+        (features_q, key_q), (features_k, key_k) = (encode_keys(self.k, view, order)
+                                                    for view in (view_q, view_k))
+        scale = view_q.shape[-1] // features_q.shape[-1]
+        with torch.no_grad():
+            mask_bb = self.block(features_q, lam_bb, perm_bb, scale, partners=features_k)
+            mask_bb = adjust_mask(mask_bb, lam_bb, margin=0.1)
+        mask_mb = self.block(features_q, lam_mb, perm_mb, scale, partners=features_k)
+        _, query = self.q(view_q)
+        _, mixed_q = self.q(mix(view_q, mask_bb, perm_bb, view_k))
+        _, mixed_k = self.k(mix(view_q, mask_mb, perm_mb, view_k))
+        more_q, more_k = extend(key_q, key_k, weight), extend(key_k, key_q, weight)
+        losses = {
+            "moco": info_nce(query, key_k, negatives),
+            "mix": mixed_nce(mixed_q, key_q, key_k[perm_bb], lam_bb, negatives),
+            "block": mixed_nce(mixed_k, key_q, key_k[perm_mb], lam_mb, negatives),
+            "extended": mixed_pair(mixed_k, more_q, more_k[perm_mb], lam_mb),
+            "mask": mask_loss(mask_mb, lam_mb),
+        }
+        return losses, key_k
+
+
+def contrast_step(device):
+    torch.manual_seed(0)
+    step = ContrastStep(Encoder(Tiny(), 32, 16), MixBlock(24, 0.25)).to(device)
+    generator = torch.Generator().manual_seed(1)
+    views = torch.randn(2, 6, 3, 32, 32, generator=generator).to(device)
+    perms = [draw_partners(6, generator, no_repeat=True) for _ in range(2)]
+    weight = draw_extension((6, 16), True, generator)
+    return step, Queue(24, 16).to(device), (*views, 0.3, 0.6, *perms, torch.randperm(6), weight)
+
+
+def test_contrast_routing(device):
+    """The encoder learns from its two losses, the MixBlock from its three, the keys' never."""
+    step, queue, arguments = contrast_step(device)
+    losses, keys = step(*arguments, queue.keys)
+    for name, loss in losses.items():
+        encoder = {"q.backbone", "q.projection"}
+        expected = encoder if name in ("moco", "mix") else ROUTES["mask"]
+        assert reached(step, loss) == expected, name
+    assert not keys.requires_grad and keys.shape == (6, 16)
+    queue.enqueue(keys)
+
+
+def test_contrast_partners_correspond(device):
+    """Features, pixels and keys of the partner are of the same image: permuting the second view,
+    and the partners back, changes nothing.
+    """
+    step, queue, (view_q, view_k, *draws) = contrast_step(device)
+    step.eval()
+    perm_bb, perm_mb, weight = draws[2], draws[3], draws[5]
+    order = torch.tensor([2, 0, 1, 5, 3, 4])                # view_k[order][back] is view_k
+    back = order.argsort()
+    losses, _ = step(view_q, view_k, *draws, queue.keys)
+    draws[2], draws[3], draws[5] = back[perm_bb], back[perm_mb], weight
+    others, _ = step(view_q, view_k[order], *draws, queue.keys)
+    for name in ("mix", "block", "mask"):
+        torch.testing.assert_close(others[name], losses[name], **CLOSE)
+
+
+def test_contrast_learns(device):
+    """Fifteen steps on one batch: the block's and the encoder's losses fall; k follows slowly."""
+    step, queue, arguments = contrast_step(device)
+    parameters = [p for p in step.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+    history = []
+    for _ in range(15):
+        losses, keys = step(*arguments, queue.keys)
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        optimizer.step()
+        momentum_update(step.k, step.q, 0.9)
+        history.append({name: loss.item() for name, loss in losses.items()})
+    assert history[-1]["moco"] < 0.7 * history[0]["moco"]
+    assert history[-1]["mix"] < history[0]["mix"]
+
+
+def two_ranks(rank, path):
+    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
+    images = torch.arange(12.0).view(4, 3) + 100 * rank
+    everything = torch.cat([torch.arange(12.0).view(4, 3) + 100 * r for r in range(2)])
+    order = torch.randperm(8, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(gather(images), everything)
+    shuffled = shuffle(images, order)
+    assert torch.equal(shuffled, everything[order[4 * rank:4 * rank + 4]])
+    assert torch.equal(unshuffle(shuffled, order), images)
+    torch.manual_seed(0)
+    queue = Queue(16, 3)
+    queue.enqueue(images)
+    assert torch.equal(queue.keys[:8], everything) and queue.position == 8
+
+    # BatchNorm of the shuffled keys saw other images than the queries' BatchNorm on this rank
+    norm = nn.BatchNorm1d(3, momentum=1)
+    encode_keys(lambda x: (norm(x), x), images, order)
+    torch.testing.assert_close(norm.running_mean, shuffled.mean(0))
+    dist.destroy_process_group()
+
+
+def test_two_ranks(tmp_path):
+    torch.multiprocessing.spawn(two_ranks, (str(tmp_path / "meet"),), nprocs=2)

@@ -66,6 +66,7 @@ def bench_block(args, device) -> dict:
         return torch.cat([1 - share, share], 1)
 
     def lesson(masks):
+        block.zero_grad()
         with runtime.autocast(args, device):
             mask = masks()
         (mask_loss(mask, lam) + mask[:, 1].mean()).backward()

@@ -1,0 +1,149 @@
+"""Self-supervised SAMix: MoCo v2 (Chen et al. 2020) with mixtures of two views (SAMix section 3.2).
+
+Keys, queries and embeddings are (B, dim) of length 1. The momentum encoder is `momentum_copy` of
+the encoder; of the MixBlock's second image, features and pixels are of the second view.
+"""
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common import runtime
+
+
+class Encoder(nn.Module):
+    """A backbone with MoCo v2's projection: images -> (middle feature map, embedding (B, dim)).
+
+    backbone: images -> (middle, last) features, as in `momentum.Branch`; width: last's channels.
+    """
+
+    def __init__(self, backbone: nn.Module, width: int, dim: int = 128):
+        super().__init__()
+        self.backbone = backbone
+        self.projection = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, dim))
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        middle, last = self.backbone(images)
+        pooled = last.mean((2, 3)) if last.ndim == 4 else last
+        return middle, F.normalize(self.projection(pooled).float())
+
+
+class Queue(nn.Module):
+    """The keys of past images, (size, dim), the negatives of all losses; the same on all ranks.
+
+    Its state_dict is all of its state. Keep it outside what DistributedDataParallel wraps, which
+    would send it around at every step.
+    """
+
+    def __init__(self, size: int = 65536, dim: int = 128):
+        super().__init__()
+        self.register_buffer("keys", F.normalize(torch.randn(size, dim)))
+        self.register_buffer("position", torch.zeros((), dtype=torch.long))
+
+    @torch.no_grad()
+    def enqueue(self, keys: Tensor):
+        """Replaces the oldest keys by `keys` (B, dim) of every rank; call it after backward().
+
+        Raises ValueError for more keys than the queue holds.
+        """
+        keys = gather(keys).to(self.keys.dtype)
+        if len(keys) > len(self.keys):
+            raise ValueError(f"{len(keys)} keys do not fit into a queue of {len(self.keys)}")
+        place = torch.arange(len(keys), device=keys.device) + self.position
+        self.keys[place % len(self.keys)] = keys
+        self.position.add_(len(keys)).remainder_(len(self.keys))
+
+
+# ------------------------------------------------------------------------------- many processes
+
+def gather(tensor: Tensor) -> Tensor:
+    """The ranks' tensors (B, ...), all of one shape, one behind the other; without gradient."""
+    if runtime.world() == 1:
+        return tensor
+    parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format)
+             for _ in range(runtime.world())]
+    dist.all_gather(parts, tensor.detach().contiguous())
+    return torch.cat(parts)
+
+
+def shuffle(images: Tensor, order: Tensor) -> Tensor:
+    """This rank's part of all ranks' images in `order`, so that BatchNorm sees a random batch.
+
+    `order`: a permutation of all ranks' images together, drawn alike on every rank. Without it
+    the keys' and queries' common statistics would give a positive pair away (MoCo section 3.3). One
+    process has nothing to shuffle.
+    """
+    if runtime.world() == 1:
+        return images
+    mine = order.view(runtime.world(), -1)[runtime.rank()].to(images.device, non_blocking=True)
+    return gather(images)[mine]
+
+
+def unshuffle(outputs: Tensor, order: Tensor) -> Tensor:
+    """Brings what was computed from `shuffle`d images back to this rank's own images."""
+    return shuffle(outputs, order.argsort())
+
+
+@torch.no_grad()
+def encode_keys(encoder: nn.Module, images: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+    """Features and keys of this rank's images by the momentum encoder, BatchNorm shuffled."""
+    return tuple(unshuffle(output, order) for output in encoder(shuffle(images, order)))
+
+
+# ---------------------------------------------------------------------------------------- losses
+
+def info_nce(query: Tensor, key: Tensor, negatives: Tensor, temperature: float = 0.2) -> Tensor:
+    """MoCo's loss (equation 1): find each query's key among the `negatives` (size, dim); a scalar.
+
+    Only the query gets a gradient.
+    """
+    others = crowd(query, negatives, temperature)
+    return F.softplus(others - agreement(query, key, temperature)).mean()
+
+
+def mixed_nce(mixed: Tensor, first: Tensor, second: Tensor, lam: float | Tensor,
+              negatives: Tensor, temperature: float = 0.2) -> Tensor:
+    """lam·InfoNCE(mixed, first) + (1 - lam)·InfoNCE(mixed, second); a scalar.
+
+    mixed: the mixture's embedding; first, second: keys of its two images; `lam` a scalar. It is
+    the encoder's loss and, through the frozen momentum encoder, the MixBlock's.
+    """
+    others = crowd(mixed, negatives, temperature)
+    one, two = (F.softplus(others - agreement(mixed, key, temperature)) for key in (first, second))
+    return (lam * one + (1 - lam) * two).mean()
+
+
+def mixed_pair(mixed: Tensor, first: Tensor, second: Tensor, lam: float | Tensor,
+               temperature: float = 0.2) -> Tensor:
+    """Binary cross entropy of which of its two images a mixture shows, at ratio lam; a scalar.
+
+    The two keys are contrasted with each other, without a queue: the local part of the mixing
+    objective (section 3.2).
+    """
+    difference = agreement(mixed, first, temperature) - agreement(mixed, second, temperature)
+    return (lam * F.softplus(-difference) + (1 - lam) * F.softplus(difference)).mean()
+
+
+def agreement(query: Tensor, key: Tensor, temperature: float) -> Tensor:
+    """Scalar product / temperature of each pair, (B,); `key` gets no gradient."""
+    return (query * key.detach()).float().sum(1) / temperature
+
+
+def crowd(query: Tensor, negatives: Tensor, temperature: float) -> Tensor:
+    """Log of the summed exponentials of the negatives' agreement with each query, (B,)."""
+    return ((query @ negatives.detach().T).float() / temperature).logsumexp(1)
+
+
+def draw_extension(shape, extrapolate: bool, generator: torch.Generator) -> Tensor:
+    """Weights of `extend`: Beta(2, 2) for each element, one more for extrapolation."""
+    pairs = torch.full((*shape, 2), 2.0, dtype=torch.float64)
+    return torch._sample_dirichlet(pairs, generator)[..., 0].float() + extrapolate
+
+
+def extend(first: Tensor, second: Tensor, weight: Tensor) -> Tensor:
+    """Keys between the views' keys, or beyond the first, by `weight` (B, dim); of length 1 again.
+
+    Extended positives for the MixBlock's auxiliary loss.
+    """
+    weight = weight.to(first.device, non_blocking=True)
+    return F.normalize(weight * first + (1 - weight) * second)
