@@ -147,7 +147,7 @@ class Run:
             sums.check(self.epoch)
             runtime.say(f"epoch {self.epoch} step {self.step}/{self.epoch_steps} "
                         f"loss {sums.losses[step]:.5f}")
-        if self.stop.arrived(step):
+        if self.stop.arrived(step, last=self.step == self.epoch_steps):
             sums.check(self.epoch)
             self.save(sums.state())
             self.stop.leave(f"stopped at epoch {self.epoch}, step {self.step}; "

@@ -259,11 +259,11 @@ class StopSignal:
         self.number = number
         signal.signal(number, signal.SIG_DFL)
 
-    def arrived(self, step: int) -> bool:
+    def arrived(self, step: int, last: bool = False) -> bool:
         """Whether to stop after this step; all ranks get the same answer at the same step."""
         if world() == 1:
             return self.number != 0
-        if (step + 1) % self.CHECK_EVERY:
+        if (step + 1) % self.CHECK_EVERY and not last:
             return False
         device = "cuda" if dist.get_backend() == "nccl" else "cpu"
         number = torch.tensor(self.number, device=device)
