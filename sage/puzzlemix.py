@@ -199,7 +199,7 @@ def _block_saliency(saliency: Tensor, blocks) -> Tensor:
     pooled = F.avg_pool2d(saliency.float().unsqueeze(1), blocks).squeeze(1)
     total = pooled.sum((1, 2), keepdim=True)
     uniform = torch.full_like(pooled, 1 / pooled[0].numel())
-    return torch.where(total > 0, pooled / total, uniform)
+    return torch.where((total > 0) & total.isfinite(), pooled / total, uniform)
 
 
 # --------------------------------------------------------------------------------- transport

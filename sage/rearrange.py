@@ -77,7 +77,7 @@ def sage_mix(images: Tensor, saliency: Tensor, perm: Tensor, offsets: Tensor,
     perm, offsets = (t.to(images.device, non_blocking=True) for t in (perm, offsets))
     saliency = saliency[:, 0].float()
     total = saliency.sum((1, 2), keepdim=True)
-    share = torch.where(total > 0, saliency / total, 1 / (height * width))
+    share = torch.where((total > 0) & total.isfinite(), saliency / total, 1 / (height * width))
     alpha = per_image(alpha, images)[:, None, None]
     first, second = share * alpha.clamp(min=1e-12), share[perm] * (1 - alpha).clamp(min=1e-12)
 
