@@ -2,12 +2,16 @@
 
 Parameter and multiply-add counts are those of the papers' own programs.
 """
+import copy
+
 import pytest
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.ops import StochasticDepth
 
 from common import mixing, models
+from common.models.features import Backbone
 from common.models.parts import Scale
 from common.models.pyramidnet import ShakeDrop
 from common.models.shakeshake import ShakeBlock
@@ -33,9 +37,18 @@ PARAMETERS = [                 # name, image size, {classes: parameters}
     ("shakeshake26_2x96d", 32, {10: 26777546, 100: 26812196}),
     ("shakeshake26_2x112d", 32, {100: 36475812}),
     ("shakeshake26_2x96d_next", 32, {100: 22809956}),
+    ("resnet18", 224, {1000: 11689512}),
     ("resnet50", 224, {1000: 25557032}),
     ("resnet101", 224, {1000: 44549160}),
     ("resnet200", 224, {1000: 64673832}),
+    ("wrn28_8", 32, {100: 23401012}),
+    ("resnext50_32x4d", 32, {100: 23177124}),
+    ("resnext50_32x4d", 224, {1000: 25028904}),
+    ("resnext101_32x4d", 224, {1000: 44177704}),
+    ("deit_s", 224, {1000: 22050664}),
+    ("swin_t", 224, {1000: 28288354}),
+    ("convnext_t", 224, {1000: 28589128}),
+    ("convnext_t", 32, {100: 27895012}),
 ]
 MULTIPLY_ADDS = [              # name, classes, image size, of convolutions (biases too) and fc
     ("resnet18", 100, 32, 555468800),
@@ -60,6 +73,13 @@ BUFFERS = {                    # of the norms
 }
 SMALL = ["preactresnet18", "preactresnet50", "wrn16_8", "wideresnet28", "resnext29_4_24",
          "resnet18", "resnet50", "pyramidnet272", "shakeshake26_2x32d", "shakeshake26_2x96d_next"]
+BACKBONES = [                  # name, built for, images, layer, middle features, width
+    ("resnet18", 32, 32, 3, (64, 8, 8), 128), ("resnet18", 32, 64, 3, (64, 16, 16), 128),
+    ("resnet50", 32, 32, 1, (64, 32, 32), 512), ("resnext50_32x4d", 32, 32, 3, (256, 8, 8), 512),
+    ("wrn28_8", 32, 32, 2, (64, 16, 16), 128), ("resnet18", 224, 64, 3, (256, 4, 4), 512),
+    ("deit_s", 64, 64, 6, (96, 4, 4), 96), ("swin_t", 64, 64, 3, (192, 2, 2), 192),
+    ("convnext_t", 32, 32, 3, (96, 8, 8), 192), ("convnext_t", 64, 64, 2, (48, 8, 8), 192),
+]
 MANIFOLD = ["preactresnet18", "wrn16_8", "resnext29_4_24_new"]
 
 
@@ -178,6 +198,61 @@ def test_manifold(name, lam, device):
     for i in range(4):
         for j in range(i):
             assert not torch.allclose(outputs[i], outputs[j], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name, form, size, layer, middle, width", BACKBONES)
+def test_backbone(name, form, size, layer, middle, width, device):
+    """The middle features are of the layer named, and the classifier's input is the last ones."""
+    torch.manual_seed(0)
+    channels = {} if form == 224 else {"initial_channels": 16}
+    network = models.build(name, 5, form, **channels).to(device).eval()
+    images = torch.randn(3, 3, size, size, device=device)
+    seen = []
+    place = {"deit_s": f"encoder.layers.encoder_layer_{layer - 1}",
+             "swin_t": f"features.{2 * layer}",
+             "convnext_t": f"features.{2 * layer - 1}"}.get(
+        name, f"layer{layer}" if form == 224 else f"stages.{layer - 1}")
+    hook = network.get_submodule(place).register_forward_hook(lambda *args: seen.append(args[2]))
+    with torch.no_grad():
+        logits = network(images)
+        hook.remove()
+        backbone = Backbone(network, layer, size)
+        assert backbone.training and (backbone.channels, backbone.width) == (middle[0], width)
+        features, last = copy.deepcopy(backbone).eval()(images)
+        head = [m for m in network.modules() if isinstance(m, nn.Linear)][-1]
+        torch.testing.assert_close(head(last.mean((2, 3)) if last.ndim == 4 else last), logits)
+    assert features.shape == (3, *middle)
+    expected = {"deit_s": lambda x: x[:, 1:].transpose(1, 2).reshape(3, *middle),
+                "swin_t": lambda x: x.permute(0, 3, 1, 2)}.get(name, lambda x: x)(seen[0])
+    torch.testing.assert_close(features, expected)
+    assert not any(parameter is weight for parameter in backbone.parameters()
+                   for weight in head.parameters())
+    with pytest.raises(ValueError, match=f"no layer {99} before the last"):
+        Backbone(network, 99, size)
+
+
+@pytest.mark.parametrize("name", models.NAMES["transformer"])
+def test_transformers_train(name, device):
+    """Every weight learns; drop path grows to its probability, and draws in training only."""
+    torch.manual_seed(0)
+    network = models.build(name, 5, 32, initial_channels=16, dropout=0.5, drop_path=0.4).to(device)
+    images = torch.randn(4, 3, 32, 32, device=device)
+    network(images).square().sum().backward()
+    assert all(p.grad.isfinite().all() for p in network.parameters())
+    rates = [m.p for m in network.modules() if isinstance(m, StochasticDepth)]
+    assert rates == sorted(rates) and rates[0] == 0 and rates[-1] == pytest.approx(0.4)
+    assert sum(isinstance(m, nn.Dropout) and m.p == 0.5 for m in network.modules()) == 1
+    with torch.no_grad():
+        assert not torch.equal(network(images), network(images))
+        network.eval()
+        assert torch.equal(network(images), network(images))
+    blocks = models.build(name, 5, 32, initial_channels=16, drop_path=1.0).to(device).train()
+    last = blocks.encoder.layers[-1] if name == "deit_s" else blocks.features[7][-1]
+    shape = {"deit_s": (4, 5, 96), "swin_t": (4, 1, 1, 192), "convnext_t": (4, 192, 4, 4)}[name]
+    x = torch.randn(shape, device=device)
+    assert torch.equal(last(x), x)                  # both paths of the last block are dropped
+    with pytest.raises(ValueError, match="multiple of 16 pixels, not 40"):
+        models.build("deit_s", 5, 40)
 
 
 def coefficients(layer, x):

@@ -1,20 +1,30 @@
 """Networks: build(name, …); one file a family."""
 from torch import nn
 
-from common.models import preactresnet, pyramidnet, resnet, resnext29, shakeshake, wideresnet
+from common.models import (
+    preactresnet,
+    pyramidnet,
+    resnet,
+    resnext29,
+    shakeshake,
+    transformer,
+    wideresnet,
+)
 
 FAMILIES = {"preactresnet": preactresnet, "wideresnet": wideresnet, "resnext29": resnext29,
-            "resnet": resnet, "pyramidnet": pyramidnet, "shakeshake": shakeshake}
+            "resnet": resnet, "pyramidnet": pyramidnet, "shakeshake": shakeshake,
+            "transformer": transformer}
 NAMES = {family: tuple(module.SPECS) for family, module in FAMILIES.items()}
 
 
 def build(name: str, num_classes: int, image_size: int = 32, **options) -> nn.Module:
     """The network `name` for square RGB images of about `image_size` pixels a side.
 
-    Any size runs, since all pool globally; `image_size` chooses the stem's stride and, for ResNets,
-    ImageNet's form from 128 pixels on. Options of every network: `initial_channels` (64 is the
-    network as published; 16 has a quarter of all its widths), `dropout` (probability before the
-    last layer). Raises ValueError for a name that is not in NAMES.
+    Any size runs, since all pool globally (but deit_s takes `image_size` alone); `image_size`
+    chooses the stem's stride and, for ResNets, ImageNet's form from 128 pixels on. Options of every
+    network: `initial_channels` (64 is the network as published; 16 has a quarter of all its
+    widths), `dropout` (probability before the last layer); of the transformers: `drop_path`.
+    Raises ValueError for a name that is not in NAMES.
     """
     for module in FAMILIES.values():
         if name in module.SPECS:

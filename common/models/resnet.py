@@ -1,4 +1,5 @@
-"""ResNet and its bottleneck form (He et al. 2016), stride on the 3×3 convolution, post-activation.
+"""ResNet and its bottleneck form (He et al. 2016), stride on the 3×3 convolution, post-activation;
+ResNeXt 32×4d (Xie et al. 2017).
 
 Up to 64 pixels: torchvision's blocks behind a 3×3 stem, PyTorch's default initialisation. From 128
 pixels on: torchvision's whole network, whose state_dict takes pretrained weights (without dropout).
@@ -24,21 +25,28 @@ SPECS = {                      # block, blocks per stage
     "resnet101": (Bottleneck, (3, 4, 23, 3)),
     "resnet152": (Bottleneck, (3, 8, 36, 3)),
     "resnet200": (Bottleneck, (3, 24, 36, 3)),
+    "resnext50_32x4d": (Bottleneck, (3, 4, 6, 3)),
+    "resnext101_32x4d": (Bottleneck, (3, 4, 23, 3)),
 }
 
 
 def build(name: str, num_classes: int, image_size: int = 32, *, initial_channels: int = 64,
           dropout: float = 0.0) -> nn.Module:
     block, depths = SPECS[name]
+    groups, width = (32, 4) if "32x4d" in name else (1, 64)
     if image_size >= 128:
         if initial_channels != 64:
             raise ValueError(f"{name} for {image_size} pixels has 64 initial channels")
-        network = ResNet(block, depths, num_classes=num_classes)
+        network = ResNet(block, depths, num_classes, groups=groups, width_per_group=width)
         if dropout:
             network.fc = nn.Sequential(nn.Dropout(dropout), network.fc)
         return network
     widths = [initial_channels * 2 ** stage * block.expansion for stage in range(4)]
     stem = nn.Sequential(conv(3, initial_channels, 3, stem_stride(image_size)),
                          *norm_relu(initial_channels))
-    stages = make_stages(partial(post_act_block, block), initial_channels, widths, depths)
+    if groups > 1:
+        block = partial(post_act_block, block, groups=groups, base_width=width)
+    else:
+        block = partial(post_act_block, block)
+    stages = make_stages(block, initial_channels, widths, depths)
     return Network(stem, stages, nn.Identity(), widths[-1], num_classes, dropout)

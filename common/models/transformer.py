@@ -1,0 +1,54 @@
+"""Torchvision's transformers and what competes with them: DeiT-S (Touvron et al. 2021), Swin-T
+(Liu et al. 2021), ConvNeXt-T (Liu et al. 2022), with drop path.
+
+Patches have 16 pixels a side (DeiT) or 4; for images below 64 pixels ConvNeXt begins with a 3×3
+convolution of stride 1 instead. DeiT-S is torchvision's ViT in the published sizes, without the
+distillation token. `drop_path`: probability of the last block, growing linearly from 0.
+"""
+from torch import nn
+from torchvision.models.convnext import CNBlockConfig, ConvNeXt
+from torchvision.models.swin_transformer import SwinTransformer
+from torchvision.models.vision_transformer import VisionTransformer
+from torchvision.ops import StochasticDepth
+
+from common.models.parts import conv
+
+SPECS = {                      # blocks, width of the (first) stage at 64 initial channels
+    "deit_s": (12, 384),
+    "swin_t": ([2, 2, 6, 2], 96),
+    "convnext_t": ([3, 3, 9, 3], 96),
+}
+
+
+def build(name: str, num_classes: int, image_size: int = 224, *, initial_channels: int = 64,
+          dropout: float = 0.0, drop_path: float = 0.0) -> nn.Module:
+    depths, width = SPECS[name]
+    width = width * initial_channels // 64
+    if name == "deit_s":
+        if image_size % 16:
+            raise ValueError(f"deit_s takes images of a multiple of 16 pixels, not {image_size}")
+        network = VisionTransformer(image_size, 16, depths, 6, width, 4 * width,
+                                    num_classes=num_classes)
+        for number, block in enumerate(network.encoder.layers):      # behind both residual paths
+            p = drop_path * number / (depths - 1)
+            block.dropout = StochasticDepth(p, "row")
+            block.mlp.append(StochasticDepth(p, "row"))
+        nn.init.trunc_normal_(network.heads.head.weight, std=0.02)   # torchvision's is 0
+        head = network.heads, "head"
+    elif name == "swin_t":
+        network = SwinTransformer([4, 4], width, depths, [3, 6, 12, 24], [7, 7],
+                                  stochastic_depth_prob=drop_path, num_classes=num_classes)
+        head = network, "head"
+    else:
+        widths = [width * 2 ** stage for stage in range(4)]
+        network = ConvNeXt([CNBlockConfig(*stage) for stage in zip(
+            widths, [*widths[1:], None], depths, strict=True)], drop_path,
+            num_classes=num_classes)
+        if image_size < 64:
+            network.features[0][0] = conv(3, width, 3, bias=True)
+            nn.init.trunc_normal_(network.features[0][0].weight, std=0.02)
+            nn.init.zeros_(network.features[0][0].bias)
+        head = network.classifier, "2"
+    if dropout:
+        setattr(*head, nn.Sequential(nn.Dropout(dropout), getattr(*head)))
+    return network
