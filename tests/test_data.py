@@ -5,10 +5,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms import RandomResizedCrop
+from torchvision.transforms import functional as TF
 
 from common import data, runtime
 from common.data import sets
-from common.data.batches import Batches, to_uint8
+from common.data.batches import Batches, ResizedCrop, draw_boxes, resize_boxes, to_uint8
 
 CPU = torch.device("cpu")
 
@@ -275,6 +277,80 @@ def test_partial_training_batch_keeps_ranks_in_step(tmp_path, monkeypatch):
         monkeypatch.setattr(runtime, "rank", lambda rank=rank: rank)
         sizes.append([len(labels) for _, labels in load("npz", place, batch_size=15)[0]])
     assert sizes == [[5, 5, 5, 1]] * 3
+
+
+def test_reflected_padding():
+    images, labels = make_arrays(50, 1)
+    for first in (False, True):
+        train = Batches(images, labels, batch_size=50, device=CPU, mean=(0.5,) * 3, std=(0.25,) * 3,
+                        seed=0, padding=4, reflect=True, transform_first=first,
+                        transform=lambda images, generator: images)
+        batch = to_uint8(next(iter(train))[0], (0.5,) * 3, (0.25,) * 3)
+        padded = np.pad(images, ((0, 0), (4, 4), (4, 4), (0, 0)), "reflect")
+        for i, (y, x), image in zip(train.order.tolist(), train.shifts.T.tolist(), batch,
+                                    strict=True):
+            assert np.array_equal(padded[i, y:y + 32, x:x + 32], image.permute(1, 2, 0))
+
+
+@pytest.mark.parametrize("filter", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("size", [(20, 20), (32, 32), (75, 75)])
+def test_resized_crops_are_torchvisions(filter, size):
+    images = torch.from_numpy(make_arrays(6, 1, size=32)[0]).permute(0, 3, 1, 2)
+    boxes = torch.tensor([[0, 3, 5, 0, 20, 9], [0, 8, 1, 31, 0, 3], [32, 20, 27, 1, 12, 10],
+                          [32, 20, 9, 1, 30, 29]])
+    ours = resize_boxes(images, boxes, size, filter)
+    mode = TF.InterpolationMode(filter)
+    for image, box, one in zip(images, boxes.T.tolist(), ours, strict=True):
+        expected = TF.resized_crop(image.float(), *box, size, mode, antialias=True)
+        assert (expected.clamp(0, 255) - one).abs().max() <= 0.51
+
+
+def test_drawn_boxes_are_torchvisions_in_distribution():
+    crop = ResizedCrop((0.3, 0.9), (0.6, 1.5))
+    for height, width in ((40, 40), (40, 10)):
+        ours = draw_boxes(4000, (height, width), crop, torch.Generator().manual_seed(0)).double()
+        image = torch.empty(3, height, width)
+        theirs = torch.tensor([RandomResizedCrop.get_params(image, crop.scale, crop.ratio)
+                               for _ in range(4000)]).double().T
+        assert torch.allclose(ours.mean(1), theirs.mean(1), atol=0.06 * height ** 0.5)
+        assert torch.allclose(ours.std(1), theirs.std(1), rtol=0.08, atol=0.02)
+        assert (ours[:2] >= 0).all() and (ours[0] + ours[2]).max() <= height
+        assert (ours[1] + ours[3]).max() <= width and ours[2:].min() > 0
+
+
+def test_resized_crops_of_a_set(tmp_path):
+    place, crop = save_npz(tmp_path / "a.npz"), ResizedCrop((0.3, 0.9), filter="bicubic")
+    train, test, info = load("npz", place, image_size=48, resized_crop=crop, flip=False)
+    images, labels = next(iter(train))
+    assert images.shape == (10, 3, 48, 48) and info.image_size == 48
+    stored = torch.from_numpy(make_arrays()[0]).permute(0, 3, 1, 2)
+    for place_of, image in enumerate(to_uint8(images, info.mean, info.std)):
+        box = train.boxes[:, place_of].tolist()
+        expected = TF.resized_crop(stored[train.order[place_of]].float(), *box, [48, 48],
+                                   TF.InterpolationMode.BICUBIC, antialias=True)
+        assert (expected.clamp(0, 255) - image).abs().max() <= 0.51
+    whole = to_uint8(next(iter(test))[0], info.mean, info.std)
+    pixels = torch.from_numpy(make_arrays(3, 4, seed=1)[0][:10]).permute(0, 3, 1, 2).float()
+    expected = TF.resize(pixels, [48, 48], TF.InterpolationMode.BICUBIC, antialias=True)
+    assert (expected.clamp(0, 255) - whole).abs().max() <= 0.51
+    assert not torch.equal(train_images(train, 0), train_images(train, 1))
+    unsized = load("npz", place, resized_crop=crop)[0]
+    assert next(iter(unsized))[0].shape[2:] == (32, 32)
+
+
+@pytest.mark.parametrize("options", [{"reflect": True}, {"image_size": 24, "resized_crop": True}],
+                         ids=["reflect", "resized_crop"])
+def test_dali_makes_these_crops_too(tmp_path, options):
+    pytest.importorskip("nvidia.dali")
+    ramp = np.arange(32, dtype=np.uint8) * 7                # smooth: filters differ in rounding
+    images = np.broadcast_to((ramp[:, None] // 2 + ramp // 2)[..., None], (48, 32, 32, 3)).copy()
+    place = save_npz(tmp_path / "a.npz", train_images=images)
+    for filter in ("bilinear", "bicubic"):
+        crop = ResizedCrop((0.2, 1), filter=filter) if "resized_crop" in options else None
+        one, two = (train_images(load("npz", place, loader=loader, mean=(0, 0, 0),
+                                      std=(1 / 255,) * 3, **options | {"resized_crop": crop})[0])
+                    for loader in ("torch", "dali"))
+        assert (one - two).abs().max() <= (0 if not crop else 2.01)
 
 
 def test_normalisation_round_trip():

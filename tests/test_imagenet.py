@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from common import data
 from common.data import imagenet
 from common.data.recordio import RecordFile
 from common.runtime import DataError, RunError
@@ -157,11 +158,7 @@ def test_evaluation_of_both_loaders_agrees(photos, source, image_size):
 def test_training_crops(tmp_path, loader):
     """A ramp shows which crop was taken: areas and aspects as drawn, half of them mirrored."""
     width, height = 200, 150
-    ramp = np.zeros((height, width, 3), np.uint8)
-    ramp[..., 0], ramp[..., 1] = np.arange(width), np.arange(height)[:, None]
-    (tmp_path / "train" / "ramp").mkdir(parents=True)
-    for number in range(64):
-        Image.fromarray(ramp).save(tmp_path / "train" / "ramp" / f"{number}.png")
+    ramps(tmp_path, width, height)
     batches = stream(tmp_path, loader, batch_size=64, mean=(0, 0, 0), std=(1 / 255,) * 3)
     images = torch.cat([epoch(batches, number)[0][0] for number in range(4)])
     across = (images[:, 0, 16, 28] - images[:, 0, 16, 3]) * 32 / 25
@@ -188,6 +185,248 @@ def test_further_augmentation(photos, loader, options):
     assert not same(plain, changed) and same(changed, epoch(batches))
     assert torch.equal(torch.cat([labels for _, labels in plain]),
                        torch.cat([labels for _, labels in changed]))
+
+
+RAW = {"mean": (0, 0, 0), "std": (1 / 255,) * 3}
+
+
+def ramps(root, width=200, height=150, count=64):
+    """PNGs whose first channel is the column, the second the row, as a set of one class."""
+    ramp = np.zeros((height, width, 3), np.uint8)
+    ramp[..., 0], ramp[..., 1] = np.arange(width), np.arange(height)[:, None]
+    (root / "train" / "ramp").mkdir(parents=True)
+    for number in range(count):
+        Image.fromarray(ramp).save(root / "train" / "ramp" / f"{number}.png")
+    return root
+
+
+def extents(images):
+    """Width and height (N, 2) of what 56×56 images of ramps show, in pixels of the file."""
+    across = (images[:, 0, 28, 50] - images[:, 0, 28, 5]) * 56 / 45
+    return torch.stack([across.abs(), (images[:, 1, 50, 28] - images[:, 1, 5, 28]) * 56 / 45], 1)
+
+
+@LOADERS
+def test_crop_after_resizing(tmp_path, loader):
+    """Of 200×150 pixels made 64×64 (square) or 85×64 (shorter), 56×56 are shown."""
+    ramps(tmp_path)
+    for resize, shown in (("square", (200 * 56 / 64, 150 * 56 / 64)),
+                          ("shorter", (200 * 56 / 85, 150 * 56 / 64))):
+        batches = stream(tmp_path, loader, batch_size=64, image_size=56, crop="random",
+                         resize=resize, filter="bilinear", **RAW)
+        images = epoch(batches)[0][0]
+        assert torch.allclose(extents(images), torch.tensor(shown).expand(64, 2), atol=2)
+        corner = torch.stack([images[:, 0].amin((1, 2)), images[:, 1].amin((1, 2))])
+        slack = torch.tensor([200 - shown[0], 150 - shown[1]])
+        assert corner.amin(1).max() < 4 and (corner.amax(1) > slack - 4).all()  # all places occur
+        assert (corner.amax(1) < slack + 2).all()
+    with pytest.raises(ValueError, match="resize"):
+        stream(tmp_path, loader, crop="random")
+
+
+@LOADERS
+@pytest.mark.parametrize("resize", ["", "shorter"])
+def test_range_of_crops(tmp_path, loader, resize):
+    ramps(tmp_path)
+    batches = stream(tmp_path, loader, batch_size=64, image_size=56, scale=(0.4, 0.6),
+                     aspect=(1, 1.3), resize=resize, filter="bicubic", **RAW)
+    sides = extents(torch.cat([epoch(batches, number)[0][0] for number in range(4)]))
+    area, aspect = sides.prod(1) / (200 * 150), sides[:, 0] / sides[:, 1]
+    assert 0.38 < area.min() < 0.43 and 0.57 < area.max() < 0.62
+    assert 0.97 < aspect.min() < 1.04 and 1.25 < aspect.max() < 1.34
+
+
+@LOADERS
+def test_evaluation_of_the_whole_image(tmp_path, loader):
+    ramps(tmp_path, count=2)
+    for test_crop, shown in (("whole", (200, 150)), ("centre", (200 * 56 / 85, 150 * 56 / 64))):
+        batches = stream(tmp_path, loader, train=False, image_size=56, test_crop=test_crop,
+                         filter="bilinear", **RAW)
+        images = epoch(batches)[0][0]
+        assert torch.allclose(extents(images), torch.tensor(shown).float().expand(2, 2), atol=2)
+        assert abs(images[0, 0].mean() - 99.5) < 1.5 and abs(images[0, 1].mean() - 74.5) < 1.5
+
+
+@pytest.mark.skipif(not HAS_DALI, reason="DALI is not installed")
+@pytest.mark.parametrize("filter", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("image_size", [40, 224])
+def test_filters_of_both_loaders_agree(photos, filter, image_size):
+    options = {"train": False, "image_size": image_size, "filter": filter, "test_crop": "whole"}
+    dali, pillow = (epoch(stream(photos / "folders", loader, **options, **RAW))
+                    for loader in ("dali", "torch"))
+    for (images, _), (others, _) in zip(dali, pillow, strict=True):
+        assert (images - others).abs().mean((1, 2, 3)).max() < 1.5
+
+
+# ----------------------------------------------------------------------------------- fine-grained
+
+def make_cub(place, classes=3, per_class=6, boxes=True):
+    """CUB_200_2011/ as it comes: photographs, each with a red box where its object is said to be;
+    of each class every third is for testing."""
+    root = place / "CUB_200_2011"
+    rng = np.random.default_rng(0)
+    tables = {name: [] for name in ("images", "image_class_labels", "train_test_split",
+                                    "bounding_boxes", "classes")}
+    for label, photo in enumerate(photographs()[:classes], 1):
+        name = f"{label:03}.Some_Bird_{label}"
+        tables["classes"].append(f"{label} {name}")
+        (root / "images" / name).mkdir(parents=True)
+        for number in range(per_class):
+            key = len(tables["images"]) + 1
+            width, height = rng.integers(70, 130, 2)
+            x, y, w, h = 10 + number, 20, width // 2, height // 2
+            picture = photo.crop((50, 50, 50 + width, 50 + height))
+            picture.paste((255, 0, 0), (x, y, x + w, y + h))
+            file = f"{name}/Bird_{key:04}.jpg"
+            picture.save(root / "images" / file, quality=95, subsampling=0)
+            tables["images"].append(f"{key} {file}")
+            tables["image_class_labels"].append(f"{key} {label}")
+            tables["train_test_split"].append(f"{key} {int(number % 3 != 2)}")
+            tables["bounding_boxes"].append(f"{key} {x}.0 {y}.0 {w}.0 {h}.0")
+    for name, lines in tables.items():
+        if boxes or name != "bounding_boxes":
+            (root / f"{name}.txt").write_text("\n".join(lines) + "\n")
+    return root
+
+
+def make_dogs(place, classes=3, per_class=4):
+    """Stanford Dogs as it comes: Images/, train_list.mat and test_list.mat."""
+    from scipy.io import savemat
+    lists = {"train": ([], []), "test": ([], [])}
+    for label, photo in enumerate(photographs()[:classes], 1):
+        name = f"n0{label}-Some_dog{label}"
+        (place / "Images" / name).mkdir(parents=True)
+        for number in range(per_class):
+            file = f"{name}/{number}.jpg"
+            photo.crop((10 * number, 0, 100 + 10 * number, 80)).save(place / "Images" / file)
+            names, labels = lists["test" if number == per_class - 1 else "train"]
+            names.append(file)
+            labels.append(label)
+    for part, (names, labels) in lists.items():
+        cells = np.empty((len(names), 1), object)
+        cells[:, 0] = names
+        savemat(place / f"{part}_list.mat", {
+            "file_list": cells, "labels": np.array(labels, float)[:, None]})
+    return place
+
+
+def load_set(name, place, loader="torch", **streaming):
+    return data.load(name, str(place), batch_size=4, device=torch.device("cpu"), seed=1,
+                     image_size=64, loader=loader, workers=1, streaming=streaming, **RAW)
+
+
+@LOADERS
+@pytest.mark.parametrize("test_crop", ["whole", "centre"])
+def test_cub_with_its_boxes(tmp_path, loader, test_crop):
+    root = make_cub(tmp_path)
+    for place in (tmp_path, root):
+        train, test, info = load_set("cub200", place, loader, crop="random", resize="square",
+                                     test_crop=test_crop, filter="bilinear")
+    assert info.classes == ["Some Bird 1", "Some Bird 2", "Some Bird 3"]
+    assert (info.num_train, info.num_test, info.image_size, info.name) == (12, 6, 64, "cub200")
+    assert torch.cat([labels for _, labels in epoch(train)]).bincount().tolist() == [4] * 3
+    images, labels = (torch.cat(part) for part in zip(*epoch(test), strict=True))
+    assert labels.tolist() == [0, 0, 1, 1, 2, 2]
+    boxes = test.boxes()
+    assert boxes.shape == (6, 4) and boxes.dtype == torch.float32
+    for image, box in zip(images, boxes, strict=True):      # the red box is where it is said to be
+        red = (image[0] > 200) & (image[1:].amax(0) < 60)
+        rows, columns = red.any(1).nonzero().ravel(), red.any(0).nonzero().ravel()
+        seen = torch.tensor([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]).float()
+        assert (box - seen).abs().max() < 1.6
+    shards = [imagenet.streaming(test.data, split="", image_size=64, batch_size=4, device="cpu",
+                                 rank=rank, world=2, train=False, test_crop=test_crop,
+                                 mean=MEAN, std=STD).boxes() for rank in range(2)]
+    assert torch.equal(torch.cat(shards), boxes)
+    make_cub(tmp_path / "without", boxes=False)
+    assert load_set("cub200", tmp_path / "without")[1].boxes() is None
+    assert info.fingerprint != load_set("cub200", make_cub(tmp_path / "b", 2))[2].fingerprint
+
+
+@LOADERS
+def test_stanford_dogs_in_its_forms(tmp_path, loader):
+    make_dogs(tmp_path / "mat")
+    train, test, info = load_set("stanford_dogs", tmp_path / "mat", loader, test_crop="whole")
+    assert info.classes == ["Some dog1", "Some dog2", "Some dog3"]
+    assert (info.num_train, info.num_test) == (9, 3) and test.boxes() is None
+    images, labels = epoch(test)[0]
+    assert labels.tolist() == [0, 1, 2] and images.shape == (3, 3, 64, 64)
+    (tmp_path / "mat" / "lists").mkdir()
+    for part in ("train", "test"):
+        shutil.move(tmp_path / "mat" / f"{part}_list.mat", tmp_path / "mat" / "lists")
+        for name in sorted((tmp_path / "mat" / "Images").iterdir()):
+            for file in sorted(name.iterdir())[3:] if part == "test" else sorted(
+                    name.iterdir())[:3]:
+                (tmp_path / "dirs" / part / name.name).mkdir(parents=True, exist_ok=True)
+                shutil.copy(file, tmp_path / "dirs" / part / name.name)
+    moved = load_set("stanford_dogs", tmp_path / "mat", loader)
+    folders = load_set("stanford_dogs", tmp_path / "dirs", loader)
+    assert moved[2].fingerprint == info.fingerprint
+    assert same(epoch(moved[0]), epoch(folders[0]))
+    assert folders[2].classes == [f"n0{i}-Some_dog{i}" for i in (1, 2, 3)]
+
+
+def replace(file, before, after):
+    file.write_text(file.read_text().replace(before, after, 1))
+
+
+CUB_FAULTS = {
+    "images.txt": [(None, "No such file"), ("", "empty"), (("1 001.Some_Bird_1/Bird_0001.jpg", "1"),
+                                                           "nothing beside 1")],
+    "classes.txt": [(None, "No such file"), (("3 003.", "4 003."), "classes.txt lacks")],
+    "image_class_labels.txt": [(None, "No such file"), (("5 1\n", ""), "image 5 is missing")],
+    "train_test_split.txt": [(("5 1\n", "5 2\n"), "image 5 has 2"),
+                             (("18 0", "19 0"), "image 18 is missing")],
+    "bounding_boxes.txt": [(("1 10.0 20.0", "1 10.0"), "image 1 has no x"),
+                           (("1 10.0", "1 left"), "image 1 has no x")]}
+
+
+@pytest.mark.parametrize("name, number", [(name, number) for name, faults in CUB_FAULTS.items()
+                                          for number in range(len(faults))])
+def test_faults_in_cubs_tables_name_the_file(tmp_path, name, number):
+    change, match = CUB_FAULTS[name][number]
+    file = make_cub(tmp_path) / name
+    if change is None:
+        file.unlink()
+    elif change == "":
+        file.write_text("\n")
+    else:
+        replace(file, *change)
+    with pytest.raises(DataError, match=match) as fault:
+        load_set("cub200", tmp_path)
+    named = "image_class_labels.txt" if "lacks" in match else name
+    assert named in str(fault.value) and "\n" not in str(fault.value)
+
+
+def test_faults_of_fine_grained_sets(tmp_path):
+    def fault(name, place, match):
+        with pytest.raises(DataError, match=match):
+            load_set(name, place)
+
+    fault("cub200", tmp_path / "absent", "absent: no such folder")
+    fault("cub200", tmp_path, r"images\.txt: No such file")
+    root = make_cub(tmp_path / "cub")
+    split = root / "train_test_split.txt"
+    lines = split.read_text()
+    split.write_text(lines.replace(" 0", " 1"))
+    fault("cub200", root, "lists no test images")
+    split.write_text(lines)
+    shutil.rmtree(root / "images" / "001.Some_Bird_1")
+    fault("cub200", root, r"Bird_0001\.jpg: listed, but there is no such file")
+    fault("stanford_dogs", tmp_path, r"train_list\.mat: no such file \(nor folders train/")
+    dogs = make_dogs(tmp_path / "dogs")
+    whole = (dogs / "test_list.mat").read_bytes()
+    (dogs / "test_list.mat").write_bytes(whole[:200])
+    fault("stanford_dogs", dogs, r"test_list\.mat: damaged")
+    from scipy.io import savemat
+    savemat(dogs / "test_list.mat", {"labels": np.ones((3, 1))})
+    fault("stanford_dogs", dogs, r"test_list\.mat: holds no file_list")
+    savemat(dogs / "test_list.mat", {"file_list": np.array([["a"]], object),
+                                     "labels": np.ones((3, 1))})
+    fault("stanford_dogs", dogs, r"test_list\.mat: 1 files, 3 labels")
+    with pytest.raises(RunError, match="--labels_per_class .* not for cub200"):
+        data.load("cub200", str(root), batch_size=4, device=torch.device("cpu"),
+                  labels_per_class=3)
 
 
 # ----------------------------------------------------------------------------------------- faults

@@ -1,6 +1,7 @@
 """`load` gives a main.py its training and test batches.
 
-Sets that fit in memory: sets.py reads them, batches.py augments. imagenet: imagenet.py streams it.
+Sets that fit in memory: sets.py reads them, batches.py augments. imagenet, cub200, stanford_dogs:
+imagenet.py streams them from disk.
 """
 import hashlib
 from dataclasses import dataclass, field
@@ -9,8 +10,8 @@ from pathlib import Path
 import torch
 
 from common import runtime
-from common.data import imagenet, sets
-from common.data.batches import Batches
+from common.data import fine_grained, imagenet, sets
+from common.data.batches import Batches, ResizedCrop
 
 NAMES = sets.NAMES
 
@@ -40,29 +41,35 @@ def load(dataset: str, data_dir: str, *, batch_size: int, device, seed: int = 0,
          flip: bool | None = None, labels_per_class: int | None = None,
          valid_labels_per_class: int = 0, mean=None, std=None, transform=None,
          transform_first: bool = False, drop_last: bool = False, workers: int = 2,
-         streaming: dict | None = None):
+         streaming: dict | None = None, reflect: bool = False,
+         resized_crop: ResizedCrop | None = None):
     """Training batches, test batches and Info of a data set.
 
     Batches yield images (B, 3, H, W) float32, normalised, and labels (B,) int64, on `device`.
-    batch_size counts the images of one step over all processes. padding: zero pixels around
-    the image before a random crop (default 2 up to 32 pixels a side, else 4); flip: random
-    horizontal flips (default: all sets but digits). transform(images uint8, generator): a
-    further augmentation of training batches, before normalisation and after the crop
-    (transform_first: before flip and crop). workers: threads that decode files or run DALI.
-    streaming: of imagenet, which is read from disk as training goes and has its own crops, further
-    options of `imagenet.streaming`; what is said above from padding to drop_last is not for it.
+    batch_size counts the images of one step over all processes. padding: zero pixels (reflect: its
+    reflection) around the image before a random crop (default 2 up to 32 pixels a side, else 4);
+    resized_crop: instead of padding random crops resized to image_size, to which test images are
+    resized whole; flip: random horizontal flips (default: all sets but digits). transform(images
+    uint8, generator): a further augmentation of training batches, before normalisation and after
+    the crop (transform_first: before flip and crop). workers: threads that decode files or run
+    DALI.
+    streaming: of the sets that are read from disk as training goes and have their own crops
+    (imagenet, cub200, stanford_dogs), further options of `imagenet.streaming`; what is said above
+    from padding to drop_last is not for them.
     Raises DataError for data that are not there.
     """
     runtime.per_rank(batch_size)                            # or RunError
-    if dataset == "imagenet":
+    if dataset in sets.STREAMED:
         if labels_per_class or valid_labels_per_class:
             raise runtime.RunError("--labels_per_class is for sets that fit in memory, "
-                                   "not for imagenet")
-        mean, std = (mean, std) if mean else sets.STATISTICS[dataset]
-        return load_imagenet(data_dir, image_size or 224, mean, std, streaming or {},
-                             batch_size=batch_size, device=device, seed=seed, loader=loader,
-                             workers=max(1, workers))
-    train, test, classes = sets.read(dataset, data_dir, image_size, max(1, workers))
+                                   f"not for {dataset}")
+        mean, std = (mean, std) if mean else sets.STATISTICS["imagenet"]
+        return load_streaming(dataset, data_dir, image_size or 224, mean, std, streaming or {},
+                              batch_size=batch_size, device=device, seed=seed, loader=loader,
+                              workers=max(1, workers))
+    crop_later = resized_crop and dataset not in ("digits", "folder")   # whose files differ in size
+    train, test, classes = sets.read(dataset, data_dir, None if crop_later else image_size,
+                                     max(1, workers))
     if mean is None:                    # of the whole set, also when training on a part of it
         mean, std = sets.STATISTICS.get(dataset) or statistics(train.images)
     generator = torch.Generator().manual_seed(runtime.seed_of(seed, "subset"))
@@ -72,21 +79,24 @@ def load(dataset: str, data_dir: str, *, batch_size: int, device, seed: int = 0,
                                      "--valid_labels_per_class")
     if labels_per_class:
         train, _ = sets.balanced(train, labels_per_class, classes, generator, "--labels_per_class")
-    size = train.images.shape[1]
+    size = crop_later and image_size or train.images.shape[1]
     padding = (2 if size <= 32 else 4) if padding is None else padding
     flip = dataset != "digits" if flip is None else flip
-    common = {"batch_size": batch_size, "device": device, "mean": mean, "std": std}
+    common = {"batch_size": batch_size, "device": device, "mean": mean, "std": std,
+              "resized_crop": resized_crop, "size": size}
     batches = Batches(train.images, train.labels, seed=seed, padding=padding, flip=flip,
                       transform=transform, transform_first=transform_first, drop_last=drop_last,
-                      loader=loader, workers=max(1, workers), **common)
+                      loader=loader, workers=max(1, workers), reflect=reflect, **common)
     info = Info(dataset, len(classes), size, tuple(mean), tuple(std), classes, len(train.labels),
                 len(test.labels), sets.fingerprint(train, test),
                 Batches(valid.images, valid.labels, **common) if valid else None)
     return batches, Batches(test.images, test.labels, **common), info
 
 
-def load_imagenet(data_dir: str, image_size: int, mean, std, options: dict, **common):
-    """ImageNet, or any set like it: train and val (or test), each a .rec file or class folders.
+def load_streaming(dataset: str, data_dir: str, image_size: int, mean, std, options: dict,
+                   **common):
+    """Sets read from disk. imagenet, or any set like it: train and val (or test), each a .rec file
+    or class folders.
 
     Names of the classes are the folders', or those that make_recordio.py left beside the .rec
     file; without any there are 1000.
@@ -97,10 +107,13 @@ def load_imagenet(data_dir: str, image_size: int, mean, std, options: dict, **co
         return any((place / f"{part}{end}").exists() for end in ("", ".rec", ".idx"))
 
     part = "test" if holds("test") and not holds("val") else "val"
+    sources = {"cub200": fine_grained.cub200, "stanford_dogs": fine_grained.stanford_dogs}
+    parts = sources[dataset](place) if dataset in sources else (place, place)
     common |= {"image_size": image_size, "mean": mean, "std": std, "rank": runtime.rank(),
                "world": runtime.world()}
-    train = imagenet.streaming(place, split="train", train=True, **options, **common)
-    test = imagenet.streaming(place, split=part, train=False, **common)
+    train = imagenet.streaming(parts[0], split="train", train=True, **options, **common)
+    common |= {key: options[key] for key in ("test_crop", "filter") if key in options}
+    test = imagenet.streaming(parts[1], split=part, train=False, **common)
     if train.classes and test.classes and train.classes != test.classes:
         odd = sorted(set(train.classes) ^ set(test.classes))
         raise runtime.DataError(f"{place}: train and {part} differ in their classes"
@@ -110,7 +123,7 @@ def load_imagenet(data_dir: str, image_size: int, mean, std, options: dict, **co
     for data in (train.data, test.data):        # places and names tell sets apart, contents do not
         digest.update(data.offsets.tobytes() if data.path.suffix == ".rec" else
                       "\n".join(name[len(str(data.path)):] for name in data.files).encode())
-    return train, test, Info("imagenet", len(classes), image_size, tuple(mean), tuple(std), classes,
+    return train, test, Info(dataset, len(classes), image_size, tuple(mean), tuple(std), classes,
                              train.count, test.count, digest.hexdigest())
 
 

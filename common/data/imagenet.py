@@ -1,4 +1,4 @@
-"""Loaders that read large images from disk as training goes: image folders and RecordIO.
+"""Loaders that read large images from disk as training goes: folders, lists of files, RecordIO.
 
 `streaming` gives a loader that DALI drives, or torch's DataLoader with the same augmentation.
 An epoch's images, their order and their augmentation are functions of (seed, epoch, rank), so a
@@ -10,38 +10,51 @@ import warnings
 from pathlib import Path
 
 import torch
+from PIL import Image
+from PIL.Image import Resampling
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import RandomResizedCrop, v2
 
 from common import runtime
-from common.data.recordio import RecordFile, decode
+from common.data.recordio import RecordFile, decode, reason
 from common.runtime import DataError, RunError
 
 ASPECT = (3 / 4, 4 / 3)                 # of training crops
 JITTER = 0.4                            # brightness, contrast and saturation: 1 ± 0.4
 AHEAD = 2                               # batches that DALI prepares in advance
+# to shrink and to enlarge with, in DALI's words and in Pillow's
+FILTERS = {"lanczos": (("TRIANGULAR", "LANCZOS3"), ("BILINEAR", "LANCZOS")),
+           "bilinear": (("TRIANGULAR", "LINEAR"), ("BILINEAR", "BILINEAR")),
+           "bicubic": (("CUBIC", "CUBIC"), ("BICUBIC", "BICUBIC"))}
 
 
 def streaming(source, *, split: str, image_size: int, batch_size: int, device, seed: int = 0,
               rank: int = 0, world: int = 1, loader: str = "auto", workers: int = 4, train: bool,
               mean, std, color_jitter: bool = False, min_scale: float = 0.08,
-              auto_augment: str | None = None):
+              auto_augment: str | None = None, scale: tuple | None = None, aspect: tuple = ASPECT,
+              crop: str = "resized", resize: str = "", test_crop: str = "centre",
+              filter: str = "lanczos"):
     """Batches of `source`'s part `split`: (B, 3, S, S) float32 normalised and (B,) int64 labels.
 
     source: a folder that holds <split>.rec and <split>.idx, or a folder <split>/ with one folder
-    per class. batch_size counts the images of one step over all `world` processes; this one is
-    `rank`. mean, std: of pixels in [0, 1]. On a CUDA device DALI decodes on the GPU.
+    per class; or `Files`. batch_size counts the images of one step over all `world` processes;
+    this one is `rank`. mean, std: of pixels in [0, 1]. On a CUDA device DALI decodes on the GPU.
 
-    train: random crops of at least min_scale of the area, resized to image_size (triangular
-    filter to shrink, Lanczos to enlarge), flips, on request color_jitter and auto_augment
-    ("randaugment" or "autoaugment"); every rank does equally many steps of equal size, for which
-    at most one image a rank is seen twice in an epoch. Otherwise the shorter side becomes
-    image_size·256/224, the centre is cut out, and every image is seen once over all ranks.
+    train: random crops of at least min_scale of the area (or of `scale`, least and largest) with
+    sides in a ratio within `aspect`, resized to image_size; flips, on request color_jitter and
+    auto_augment ("randaugment" or "autoaugment"); every rank does equally many steps of equal
+    size, for which at most one image a rank is seen twice in an epoch. `resize` before the crop:
+    the "shorter" side to image_size·256/224, or both, to a "square"; crop "random": a square of
+    image_size of that.
+    Otherwise the shorter side becomes image_size·256/224 and the centre is cut out (test_crop
+    "centre") or the whole image becomes the square ("whole"); every image is seen once over all
+    ranks. filter: "bilinear", "bicubic" or "lanczos" to enlarge; all widen to shrink (lanczos
+    gives way to bilinear).
 
-    The loader has `len` (steps), `count` (images in all), `classes` (names, empty if unknown)
-    and `set_epoch(epoch, start_step=0)`. Raises DataError naming the file or the record that is
-    missing, cut off or no image, at once or in mid-epoch.
+    The loader has `len` (steps), `count` (images in all), `classes` (names, empty if unknown),
+    `set_epoch(epoch, start_step=0)` and `boxes()`. Raises DataError naming the file or the record
+    that is missing, cut off or no image, at once or in mid-epoch.
     """
     if batch_size % world:
         raise RunError(f"--batch_size {batch_size} cannot be shared by {world} processes: "
@@ -49,25 +62,28 @@ def streaming(source, *, split: str, image_size: int, batch_size: int, device, s
     has_dali = importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali")
     if loader == "dali" and not has_dali:
         raise RunError("--loader dali: DALI is not installed; use --loader torch or auto")
+    if crop == "random" and not resize:
+        raise ValueError('crop="random" needs resize="square" or "shorter"')
     kind = DaliStream if has_dali and loader != "torch" else TorchStream
-    return kind(open_source(source, split), image_size=image_size, batch_size=batch_size // world,
+    data = source if isinstance(source, Files) else open_source(source, split)
+    return kind(data, image_size=image_size, batch_size=batch_size // world,
                 device=torch.device(device), seed=seed, rank=rank, world=world, workers=workers,
-                train=train, mean=mean, std=std, color_jitter=color_jitter, min_scale=min_scale,
-                auto_augment=auto_augment)
+                train=train, mean=mean, std=std, color_jitter=color_jitter,
+                scale=scale or (min_scale, 1.0), auto_augment=auto_augment, aspect=aspect,
+                crop=crop, resize=resize, test_crop=test_crop, filter=filter)
 
 
-class Folder:
-    """Images in one folder per class: len, [i] -> (label, encoded image), name(i), classes."""
+class Files:
+    """A list of image files: len, [i] -> (label, encoded image), name(i), classes.
 
-    def __init__(self, path: Path):
-        try:
-            found = ImageFolder(path, allow_empty=True)
-        except FileNotFoundError:
-            found = None
-        if not found or not found.samples:
-            raise DataError(f"{path} holds no class folder with images")
-        self.path, self.classes = path, found.classes
-        self.files, self.labels = map(list, zip(*found.samples, strict=True))
+    `path`: the set's folder; `files`: paths as text; `labels`: ints; `boxes`: of the objects, (x,
+    y, width, height) in pixels of each file, or None.
+    """
+
+    def __init__(self, path: Path, files: list[str], labels: list[int], classes: list[str],
+                 boxes: list[tuple] | None = None):
+        self.path, self.files, self.labels, self.classes = path, files, labels, classes
+        self.boxes = boxes
 
     def __len__(self):
         return len(self.files)
@@ -82,13 +98,24 @@ class Folder:
         return self.files[i]
 
 
-def open_source(source, split: str) -> Folder | RecordFile:
+def folder(path: Path) -> Files:
+    """Images in one folder per class."""
+    try:
+        found = ImageFolder(path, allow_empty=True)
+    except FileNotFoundError:
+        found = None
+    if not found or not found.samples:
+        raise DataError(f"{path} holds no class folder with images")
+    return Files(path, *map(list, zip(*found.samples, strict=True)), found.classes)
+
+
+def open_source(source, split: str) -> Files | RecordFile:
     """The images of <source>/<split>.rec, or else of the class folders in <source>/<split>/."""
     root = Path(source).expanduser()
     if any((root / f"{split}.{end}").exists() for end in ("rec", "idx")):
         return RecordFile(root / f"{split}.rec")
     if (root / split).is_dir():
-        return Folder(root / split)
+        return folder(root / split)
     raise DataError(f"{root} holds neither {split}.rec nor a folder {split}/ with one folder "
                     "per class")
 
@@ -102,15 +129,27 @@ def read_image(data, i: int):
         raise DataError(f"{data.name(i)}: no readable image ({fault})") from None
 
 
+def size_of(data, i: int) -> tuple[int, int]:
+    """(width, height) of item i, from the file's head; DataError where it is no image."""
+    try:
+        with Image.open(data.files[i]) as image:
+            return image.size
+    except OSError as fault:
+        raise DataError(f"{data.name(i)}: no readable image ({reason(fault)})") from None
+
+
 class Stream:
     """What both loaders share: shards, lengths, epochs."""
 
     def __init__(self, data, *, image_size, batch_size, device, seed, rank, world, workers, train,
-                 mean, std, color_jitter, min_scale, auto_augment):
+                 mean, std, color_jitter, scale, auto_augment, aspect, crop, resize, test_crop,
+                 filter):
         self.data, self.size, self.batch_size, self.device = data, image_size, batch_size, device
         self.seed, self.rank, self.world, self.workers = seed, rank, world, workers
         self.train, self.mean, self.std = train, mean, std
-        self.color_jitter, self.min_scale, self.auto_augment = color_jitter, min_scale, auto_augment
+        self.color_jitter, self.auto_augment = color_jitter, auto_augment
+        self.scale, self.aspect, self.crop, self.resize = scale, aspect, crop, resize
+        self.test_crop, self.filter = test_crop, filter
         self.count, self.classes = len(data), data.classes
         if self.count < world:
             raise DataError(f"{data.path}: {self.count} images are too few for {world} processes")
@@ -143,6 +182,31 @@ class Stream:
     def resize_shorter(self) -> int:
         """Length of the shorter side before the central crop of the evaluation."""
         return round(self.size * 256 / 224)
+
+    def boxes(self) -> torch.Tensor | None:
+        """True boxes (x1, y1, x2, y2) in pixels of this rank's evaluated images, (N, 4) float32
+        in their order; None where the set has none. Reads the size of every image."""
+        if getattr(self.data, "boxes", None) is None:
+            return None
+        found = []
+        for i in self.shard:
+            x, y, width, height = self.data.boxes[i]
+            before = size_of(self.data, i)
+            size, (left, top) = self.placed(before)
+            across, down = size[0] / before[0], size[1] / before[1]
+            found.append([x * across - left, y * down - top, (x + width) * across - left,
+                          (y + height) * down - top])
+        return torch.tensor(found, dtype=torch.float32).view(-1, 4).clamp(0, self.size)
+
+    def placed(self, size: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
+        """How evaluation sees an image of `size` (width, height): the size that it is resized to,
+        and the left upper corner of the square that is then cut out."""
+        if self.test_crop == "whole":
+            return (self.size, self.size), (0, 0)
+        factor = self.resize_shorter() / min(size)
+        width, height = (max(self.resize_shorter(), round(side * factor)) for side in size)
+        # rounded as DALI does
+        return (width, height), ((width - self.size + 1) // 2, (height - self.size + 1) // 2)
 
 
 # ------------------------------------------------------------------------------------------- DALI
@@ -189,7 +253,7 @@ class DaliStream(Stream):
     def read(self):
         """Encoded images and labels of this rank, in this epoch's order."""
         from nvidia.dali import fn
-        if isinstance(self.data, Folder):
+        if isinstance(self.data, Files):
             order = self.order()
             return fn.readers.file(files=[self.data.files[i] for i in order],
                                    labels=[self.data.labels[i] for i in order],
@@ -206,17 +270,28 @@ class DaliStream(Stream):
         on_gpu = self.device.type == "cuda"
         decoder = {"device": "mixed" if on_gpu else "cpu", "output_type": types.RGB,
                    "adjust_orientation": False}
-        filters = {"min_filter": types.INTERP_TRIANGULAR, "mag_filter": types.INTERP_LANCZOS3}
-        if self.train:                          # only the crop is decoded
-            images = fn.decoders.image_random_crop(encoded, random_area=(self.min_scale, 1.0),
-                                                   random_aspect_ratio=ASPECT, **decoder)
-            images = fn.resize(images, size=(self.size, self.size), **filters)
+        shrink, enlarge = FILTERS[self.filter][0]
+        filters = {"min_filter": getattr(types, f"INTERP_{shrink}"),
+                   "mag_filter": getattr(types, f"INTERP_{enlarge}")}
+        area = {"random_area": self.scale, "random_aspect_ratio": self.aspect}
+        square, shorter, mirror = (self.size, self.size), self.resize_shorter(), 0
+        whole = not (self.train and self.crop == "resized" and not self.resize)
+        images = fn.decoders.image(encoded, **decoder) if whole else \
+            fn.decoders.image_random_crop(encoded, **area, **decoder)   # decodes the crop alone
+        if self.train and self.resize == "square":
+            images = fn.resize(images, size=(shorter, shorter), **filters)
+        elif self.train and self.resize or not self.train and self.test_crop == "centre":
+            images = fn.resize(images, resize_shorter=shorter, **filters)
+        else:
+            images = fn.resize(images, size=square, **filters)
+        if self.train:
+            if self.crop == "random":
+                y, x = (fn.random.uniform(range=(0.0, 1.0)) for _ in range(2))
+                images = fn.crop(images, crop=square, crop_pos_x=x, crop_pos_y=y)
+            elif self.resize:
+                images = fn.random_resized_crop(images, size=square, **area, **filters)
             images = self.augment(images)
             mirror = fn.random.coin_flip(probability=0.5)
-        else:
-            images = fn.decoders.image(encoded, **decoder)
-            images = fn.resize(images, resize_shorter=self.resize_shorter(), **filters)
-            mirror = 0
         images = fn.crop_mirror_normalize(
             images, crop=(self.size, self.size), mirror=mirror, dtype=types.FLOAT,
             output_layout="CHW", mean=[255 * v for v in self.mean],
@@ -253,7 +328,7 @@ class DaliStream(Stream):
     def candidates(self, step: int):
         """Items of batch `step` and of those that DALI prepared in advance."""
         window = slice(step * self.batch_size, (step + AHEAD + 1) * self.batch_size)
-        if isinstance(self.data, Folder):
+        if isinstance(self.data, Files):
             return self.order()[window]
         from nvidia.dali import fn
         reader = self.pipeline(lambda: fn.get_property(self.read()[0], key="source_info"))
@@ -293,8 +368,8 @@ class Images(Dataset):
     """Augmented uint8 images of a Stream; [(i, seed)] -> (image, label), or the DataError."""
 
     def __init__(self, stream: Stream):
-        self.data, self.size, self.train = stream.data, stream.size, stream.train
-        self.scale, self.resize_shorter = (stream.min_scale, 1.0), stream.resize_shorter()
+        self.stream, self.data, self.size = stream, stream.data, stream.size
+        self.filter = FILTERS[stream.filter][1]
         augment = [v2.ColorJitter(JITTER, JITTER, JITTER)] if stream.color_jitter else []
         policies = {"randaugment": v2.RandAugment, "autoaugment": v2.AutoAugment}
         if stream.auto_augment:
@@ -307,31 +382,41 @@ class Images(Dataset):
             label, image = read_image(self.data, i)
         except DataError as fault:
             return fault
-        if not self.train:
-            return v2.functional.pil_to_tensor(self.centre(image)), label
+        if not self.stream.train:
+            return v2.functional.pil_to_tensor(self.evaluated(image)), label
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            top, left, h, w = RandomResizedCrop.get_params(image, self.scale, ASPECT)
-            box = (left, top, left + w, top + h)
-            image = self.augment(resize(image, (self.size, self.size), box))
+            image = self.augment(self.cropped(image))
             return (image.flip(2) if torch.rand(()) < 0.5 else image), label
 
-    def centre(self, image):
-        """The central square of an image whose shorter side is resized."""
-        factor = self.resize_shorter / min(image.size)
-        image = resize(image, [max(self.resize_shorter, round(side * factor))
-                               for side in image.size])
-        left, top = ((side - self.size + 1) // 2 for side in image.size)    # rounded as DALI does
-        return image.crop((left, top, left + self.size, top + self.size))
+    def cropped(self, image):
+        """A random crop of an image, as a square of the wished size."""
+        stream, shorter = self.stream, self.stream.resize_shorter()
+        if stream.resize:
+            factor = shorter / min(image.size)
+            image = resize(image, [shorter if stream.resize == "square" else
+                                   max(shorter, round(side * factor)) for side in image.size],
+                           self.filter)
+        if stream.crop == "random":
+            left, top = (int(torch.randint(side - self.size + 1, ())) for side in image.size)
+            return image.crop((left, top, left + self.size, top + self.size))
+        top, left, h, w = RandomResizedCrop.get_params(image, stream.scale, stream.aspect)
+        return resize(image, (self.size, self.size), self.filter, (left, top, left + w, top + h))
+
+    def evaluated(self, image):
+        """The square that evaluation sees of an image."""
+        size, (left, top) = self.stream.placed(image.size)
+        return resize(image, size, self.filter).crop(
+            (left, top, left + self.size, top + self.size))
 
 
-def resize(image, size, box=None):
-    """Resizes `box` of a PIL image: triangular filter along a side that shrinks, else Lanczos."""
-    from PIL.Image import Resampling
+def resize(image, size, filters, box=None):
+    """Resizes `box` of a PIL image by the first filter along a side that shrinks, else the other.
+    """
     left, top, right, bottom = box or (0, 0, *image.size)
 
     def taper(before, after):
-        return Resampling.BILINEAR if after < before else Resampling.LANCZOS
+        return Resampling[filters[0 if after < before else 1]]
 
     width, height = size
     image = image.resize((width, bottom - top), taper(right - left, width),

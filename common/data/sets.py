@@ -16,7 +16,8 @@ from common import runtime
 from common.runtime import DataError
 
 IN_MEMORY = ("digits", "cifar10", "cifar100", "tiny-imagenet-200", "folder", "npz")
-NAMES = (*IN_MEMORY, "imagenet")
+STREAMED = ("imagenet", "cub200", "stanford_dogs")
+NAMES = (*IN_MEMORY, *STREAMED)
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".gif", ".tif", ".tiff"}
 ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 
