@@ -102,12 +102,12 @@ def stanford_dogs(place: Path) -> tuple[Files, Files]:
 def read_list(file: Path) -> list[tuple[str, int]]:
     """(path below Images/, label) of each image of a train_list.mat or test_list.mat."""
     from scipy.io import loadmat
+    if not file.is_file():
+        raise DataError(f"{file}: no such file (nor folders train/ and test/)")
     try:
         stored = loadmat(file)
         names = [str(cell.item()) for cell in stored["file_list"].ravel()]
         labels = [int(label) for label in stored["labels"].ravel()]
-    except FileNotFoundError:
-        raise DataError(f"{file}: no such file (nor folders train/ and test/)") from None
     except Exception as fault:              # scipy raises nearly anything for damaged files
         missing = isinstance(fault, KeyError)
         raise DataError(f"{file}: " + (f"holds no {fault.args[0]}" if missing else
