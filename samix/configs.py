@@ -2,7 +2,8 @@
 
 Keys are main.py's flags. `batch_size` counts the images of a step over all processes. The MixBlock
 reads the features behind `layer` (a stage, of DeiT a block, counted from 1); its masks are enlarged
-by image size / feature size.
+by image size / feature size. Our choice, where the published table is silent: drop_path, and
+AutoMix's upsampling and dropout.
 """
 import difflib
 
@@ -33,35 +34,36 @@ COMMON = {
     "warmup_ratio": 1e-5, "clip_grad": 0.0, "drop_path": 0.0, "amp": "off",
     "batch_size": 256, "epochs": 100, "drop_last": False, "pretrained": False,
     # data
-    "image_size": 224, "layer": 3, "crop": "resized", "crop_scale": 0.08, "randaugment": False,
-    "test_resize": 256,             # shorter side of test images before the central crop
+    "image_size": 224, "layer": 3, "crop": "resized", "crop_scale": 0.08, "padding": 4,
+    "randaugment": False,
+    "resize_first": False,          # streamed sets: the shorter side, to image_size·256/224
     "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225),
 }
 
 CIFAR = {
-    "dataset": "cifar100", "image_size": 32, "crop": "reflect", "test_resize": 32,
+    "dataset": "cifar100", "image_size": 32, "crop": "reflect",
     "mean": (0.4914, 0.4822, 0.4465), "std": (0.2023, 0.1994, 0.201), "neg_weight": 0.5,
     "lam_mul_k": 0.25, "dropout": 0.0, "mask_anneal": False, "batch_size": 100, "epochs": 400,
     "min_lr": 0.05, "block_min_lr": 0.05, "ema_end": 0.999999,
 }
 TINY = {
-    "dataset": "tiny-imagenet-200", "image_size": 64, "test_resize": 64, "neg_weight": 0.5,
-    "dropout": 0.0, "mask_anneal": False, "batch_size": 100, "epochs": 400, "lr": 0.2,
+    "dataset": "tiny-imagenet-200", "image_size": 64, "neg_weight": 0.5, "dropout": 0.0,
+    "mask_anneal": False, "batch_size": 100, "epochs": 400, "lr": 0.2,
     "min_lr": 0.05, "ema_end": 0.999999,
 }
 FINE_GRAINED = {                    # from ImageNet weights
     "lam_mul_k": 1.0, "batch_size": 16, "drop_last": True, "epochs": 200, "pretrained": True,
     "lr": 1e-3, "weight_decay": 5e-4, "block_lr": 0.01, "block_min_lr": 5e-4, "no_repeat": True,
-    "crop_scale": 0.5,
+    "crop_scale": 0.5, "resize_first": True,
 }
 CUB = {"dataset": "cub200", **FINE_GRAINED}
-AIRCRAFT = {"dataset": "folder", **FINE_GRAINED, "ema_end": 0.99996}
+AIRCRAFT = {"dataset": "imagenet", **FINE_GRAINED, "ema_end": 0.99996}
 LARGE = {"dataset": "imagenet", "block_min_lr": 1e-4}        # image folders laid out like ImageNet
 VIT = {
     "dataset": "cifar100", "optimizer": "adamw", "weight_decay": 0.05, "clip_grad": 20.0,
     "lr_every": "step", "warmup_epochs": 20, "batch_size": 100, "epochs": 200,
     "min_lr": 1e-4, "block_min_lr": 1e-4, "ema_end": 0.99996, "ema_start": 0.25,
-    "label_smoothing": 0.1, "crop_scale": 0.8, "randaugment": True, "test_resize": 224,
+    "label_smoothing": 0.1, "crop_scale": 0.8, "randaugment": True,
     "mean": CIFAR["mean"], "std": CIFAR["std"],
 }
 
@@ -88,7 +90,7 @@ CONFIGS = {
                         "block_lr": 7.5e-4, "drop_path": 0.1},
     "cifar100_swin_t": {**VIT, "arch": "swin_t", "mode": ("nearest",), "lr": 5e-4,
                         "block_lr": 5e-4, "drop_path": 0.2},
-    "cifar100_convnext_t": {**VIT, "arch": "convnext_t", "image_size": 32, "test_resize": 32,
+    "cifar100_convnext_t": {**VIT, "arch": "convnext_t", "image_size": 32,
                             "lr": 1e-3, "block_lr": 7.5e-4, "drop_path": 0.1},
 }
 
@@ -144,7 +146,7 @@ AUTOMIX = {"variant": "automix", "mask_loss_kind": "l1", "mode": ("nearest",), "
            "mask_adjust": 0.0}
 ALPHAS = {                          # mixup, cutmix
     "imagenet": (0.2, 1.0), "cifar100": (1.0, 0.2), "tiny-imagenet-200": (1.0, 1.0),
-    "cub200": (0.2, 1.0), "folder": (0.2, 1.0),
+    "cub200": (0.2, 1.0),
 }
 
 

@@ -1,4 +1,5 @@
 """SAMix: masks, losses, momentum branch and one full step against the recorded original."""
+import argparse
 import contextlib
 import copy
 
@@ -25,6 +26,7 @@ from samix.contrast import (
     unshuffle,
 )
 from samix.losses import head_loss, mixed_accuracy
+from samix.main import Draws, SAMix
 from samix.mixblock import (
     MixBlock,
     adjust_mask,
@@ -315,36 +317,6 @@ class Tiny(nn.Module):
         return maps[1], maps[2]
 
 
-class Step(nn.Module):
-    """One training step as main.py composes it: losses and mixed images from images and draws."""
-
-    without_graph = torch.no_grad       # of the masks that branch q learns from
-
-    def __init__(self, q, block):
-        super().__init__()
-        self.q, self.k, self.block = q, momentum_copy(q), block
-
-    def forward(self, images, labels, lam_mb, lam_bb, perm_mb, perm_bb, mask_weight=0.1):
-        num_classes = self.q.one.out_features
-        with torch.no_grad():
-            features = self.k.features(images)
-        scale = images.shape[-1] // features.shape[-1]
-        # the masks: one with a graph for the MixBlock's own lesson, one without for branch q
-        mask_mb = self.block(features, lam_mb, perm_mb, scale)
-        with self.without_graph():
-            mask_bb = plain_near_ends(self.block(features, lam_bb, perm_bb, scale), lam_bb)
-        mix_mb, mix_bb = mix(images, mask_mb, perm_mb), mix(images, mask_bb, perm_bb)
-        targets_mb, targets_bb = (soft_targets(labels, perm, lam, num_classes)
-                                  for perm, lam in ((perm_mb, lam_mb), (perm_bb, lam_bb)))
-        losses = {
-            "mix_k": head_loss(self.k(mix_mb, "mix"), targets_mb),       # -> MixBlock only
-            "mask": mask_weight * mask_loss(mask_mb, lam_mb),            # -> MixBlock only
-            "one_q": head_loss(self.q(images, "one"), labels),           # -> q, head one
-            "mix_q": head_loss(self.q(mix_bb, "mix"), targets_bb),       # -> q, head mix
-        }
-        return losses, mix_mb, mix_bb
-
-
 LOSSES = {"one_q": "loss_one_q", "mix_q": "loss_mix_q", "mix_k": "loss_mix_k",
           "mask": "mask_loss_w"}
 ROUTES = {"one_q": {"q.backbone", "q.one"}, "mix_q": {"q.backbone", "q.mix"},
@@ -365,21 +337,26 @@ def state_of(case: Golden, prefix: str, device) -> dict:
     return out
 
 
+FLAGS = argparse.Namespace(head="ce", neg_weight=0.5, label_smoothing=0.0, one_weight=1.0,
+                           mix_q_weight=1.0, mix_k_weight=1.0, mask_margin=0.1, lam_margin=0.08,
+                           mask_loss_kind="l1_variance")
+
+
 def recorded_step(case: Golden, device):
-    """The network with the recorded state, and the arguments of the recorded step."""
-    step = Step(Branch(Tiny(), 32, 10), MixBlock(24, lam_mul_k=0.25)).to(device)
+    """main.py's network with the recorded state, and the arguments of the recorded step."""
+    step = SAMix(Branch(Tiny(), 32, 10), MixBlock(24, lam_mul_k=0.25), FLAGS).to(device)
     state = state_of(case, "w__", device) | state_of(case, "buf0__", device)
     missing, unexpected = step.load_state_dict(state, strict=False)
     assert not unexpected and all("num_batches_tracked" in name for name in missing)
     mean, std = (case.tensor(f"norm_{v}", device).float().view(3, 1, 1) for v in ("mean", "std"))
     return step, ((pixels(case, device) - mean) / std, case.tensor("y", device),
-                  case.tensor("lam_mb"), case.tensor("lam_bb"), case.tensor("index_mb"),
-                  case.tensor("index_bb"))
+                  Draws(case.tensor("lam_mb"), case.tensor("lam_bb"), case.tensor("index_bb"),
+                        case.tensor("index_mb")), 0.1)
 
 
 def check_step(case: Golden, device, step, arguments):
     """Fails unless losses, images, every gradient and every statistic are the recorded ones."""
-    losses, mix_mb, mix_bb = step(*arguments)
+    losses, _, (mix_mb, mix_bb) = step(*arguments)
     for name, theirs in LOSSES.items():
         assert losses[name].item() == pytest.approx(float(case[f"loss__{theirs}"]), rel=1e-4,
                                                     abs=1e-6)

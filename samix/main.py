@@ -1,0 +1,508 @@
+#!/usr/bin/env python3
+"""SAMix (Li et al. 2021) and AutoMix (Liu et al., ECCV 2022): a small network, the MixBlock, learns
+how to mix two images while the classifier learns from the mixtures. Beside them Mixup and CutMix.
+
+a CPU trial       python samix/main.py --dataset digits --initial_channels 16 --epochs 12 --lr 0.05
+one GPU           python samix/main.py --config cifar100_r18 --data_dir data --amp bf16
+eight GPUs        torchrun --nproc_per_node=8 samix/main.py --config imagenet_r50 \\
+                      --data_dir imagenet --amp bf16
+two machines      torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d \\
+                      --rdzv_endpoint=HOST:29500 samix/main.py --config imagenet_r50 …
+
+--batch_size counts the images of a step over all processes.
+"""
+import argparse
+import copy
+import statistics
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common import data, metrics, mixing, models, preview, runlog, runtime
+from common.data.batches import ResizedCrop
+from common.mixing import draw_lambda, soft_targets
+from common.models.features import Backbone
+from common.runtime import RunError, add_boolean
+from samix import configs
+from samix.losses import head_loss
+from samix.mixblock import (
+    MASK_LOSSES,
+    MixBlock,
+    adjust_mask,
+    draw_partners,
+    mask_loss,
+    mix,
+    plain_near_ends,
+)
+from samix.momentum import Branch, cosine, ema_momentum, momentum_copy, momentum_update
+from samix.randaugment import RandAugment
+
+NETS = [name for names in models.NAMES.values() for name in names]
+HEADS = {"one_k": ("k", "one"), "mix_k": ("k", "mix"), "one_q": ("q", "one"), "mix_q": ("q", "mix")}
+
+
+# ------------------------------------------------------------------------------------------ flags
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    amount, share, count = runtime.amount, runtime.share, runtime.count
+    add = parser.add_argument_group("run").add_argument
+    add("--config", default="cifar100_r18", metavar="NAME", help="sets the flags below, unless the "
+        "command line does: the name of one of the authors' files, with or without path and .py, "
+        f"or {', '.join(configs.CONFIGS)}")
+    add("--method", choices=configs.METHODS, default="samix")
+    add("--data_dir", default="data", help="folder (or .npz file) of the data set")
+    add("--root_dir", default="experiments", help="where the run's folder is made")
+    add("--job_name", default="", help="suffix of the run's folder")
+    add("--seed", type=int, default=0)
+    add("--print_freq", type=runtime.positive, default=100, help="steps between log lines")
+    add("--workers", type=count, default=4, help="threads that decode image files")
+
+    add = parser.add_argument_group("data and network").add_argument
+    add("--dataset", choices=data.NAMES)
+    add("--labels_per_class", type=runtime.positive, default=None,
+        help="training images of each class (default: all)")
+    add("--crop", choices=["zero", "reflect", "resized"], help="of sets in memory: a crop of the "
+        "image with a border of zeros or of its reflection, or of a random part, resized")
+    add("--padding", type=count, help="width of that border")
+    add("--crop_scale", type=runtime.number(above=0, high=1), help="least area of a resized crop")
+    add_boolean(parser, "--resize_first", None,
+                "sets read from disk: first the shorter side becomes 256/224 of image_size")
+    add_boolean(parser, "--randaugment", None, "two random operations, magnitude 7 ± 0.5 of 10")
+    add("--mean", type=float, nargs=3, metavar="R", help="of pixels in [0, 1]")
+    add("--std", type=runtime.number(above=0), nargs=3, metavar="R")
+    add_boolean(parser, "--drop_last", None, "sets in memory: no partial batch at an epoch's end")
+    add("--arch", choices=NETS, metavar="NET", help=f"{', '.join(NETS)}")
+    add("--initial_channels", type=runtime.positive, default=64,
+        help="64 is the network as published, 16 has a quarter of all its widths")
+    add("--layer", type=runtime.positive, help="stage (of DeiT: block) whose features the MixBlock "
+        "sees, from 1")
+    add("--drop_path", type=share, help="of transformers: stochastic depth of the last block")
+    add("--pretrained", metavar="BOOL|FILE", help="begin with ImageNet weights: torchvision's, or "
+        "a state_dict in a file")
+
+    add = parser.add_argument_group("mixing").add_argument
+    add("--alpha", type=amount, help="lambda ~ Beta(alpha, alpha)")
+    add("--variant", choices=["samix", "automix"], help="of the MixBlock")
+    add("--lam_mul_k", type=float, help="how lambda scales the features: -1 itself, else a cubic")
+    add("--mode", choices=["bilinear", "nearest"], nargs="+", help="how masks are enlarged; of "
+        "several one is drawn each step")
+    add("--dropout", type=share, help="of the MixBlock's values")
+    add("--mask_adjust", type=share, help="probability of moving a batch's mean masks to lambda")
+    add("--lam_margin", type=share, help="nearer to 0 or 1 branch q sees plain Mixup")
+    add("--switch_off", type=share, help="if given, branch q sees learned masks with this "
+        "probability times a falling cosine, else plain Mixup; 0: always learned masks")
+    add_boolean(parser, "--no_repeat", None, "no image is its own partner")
+
+    add = parser.add_argument_group("losses").add_argument
+    add("--head", choices=["ce", "bce"], help="cross-entropy, or binary ones summed over classes")
+    add("--neg_weight", type=amount, help="bce, mix_k: weight of classes not in the image")
+    add("--label_smoothing", type=share, help="of cross-entropy")
+    add("--one_weight", type=amount, help="of the loss of clean images")
+    add("--mix_q_weight", type=amount, help="of the loss of mixed images")
+    add("--mix_k_weight", type=amount, help="of the MixBlock's loss through branch k")
+    add("--mask_loss", type=amount, help="weight of the masks' loss")
+    add("--mask_loss_kind", choices=MASK_LOSSES)
+    add("--mask_margin", type=share, help="deviation of the mean mask from lambda that is free")
+    add_boolean(parser, "--mask_anneal", None, "that weight falls to 0 along a cosine")
+
+    add = parser.add_argument_group("optimization").add_argument
+    add("--epochs", type=runtime.positive)
+    add("--batch_size", type=runtime.positive, help="over all processes")
+    add("--optimizer", choices=["sgd", "adamw"])
+    add("--lr", "--learning_rate", type=amount)
+    add("--min_lr", type=amount, help="at the end of the cosine")
+    add("--lr_every", choices=["epoch", "step"], help="how often the cosine moves")
+    add("--milestones", type=count, nargs="*", default=None,
+        help="no cosine: epochs at which the learning rates change")
+    add("--gamma", type=amount, default=0.1, help="factor at these epochs")
+    add("--warmup_epochs", type=count, help="linear warm-up, not of the MixBlock")
+    add("--warmup_ratio", type=share, help="share of the rate that it begins with")
+    add("--momentum", type=share)
+    add_boolean(parser, "--nesterov", False, "Nesterov's momentum")
+    add("--weight_decay", type=amount)
+    add("--clip_grad", type=amount, help="largest norm of the gradients; 0: not clipped")
+    add("--block_lr", type=amount, help="of the MixBlock, like the next two")
+    add("--block_min_lr", type=amount)
+    add("--block_momentum", type=share)
+    add("--ema_base", type=share, help="branch k: momentum up to a share ema_start of the run")
+    add("--ema_end", type=share, help="what it then grows to")
+    add("--ema_start", type=share)
+    runtime.add_flags(parser)
+
+    first, _ = parser.parse_known_args(argv)
+    try:
+        config = configs.config(first.config, first.method)
+    except ValueError as fault:
+        parser.error(f"--config: {fault}")
+    if first.dataset not in (None, config["dataset"]):
+        for name in ("image_size", "mean", "std"):          # every data set has its own
+            del config[name]
+    parser.set_defaults(**config)
+    args = parser.parse_args(argv)
+    if bool(args.mean) != bool(args.std):
+        parser.error("--mean and --std: give both or neither")
+    if args.drop_path and args.arch not in models.NAMES["transformer"]:
+        parser.error(f"--drop_path is for {', '.join(models.NAMES['transformer'])}")
+    if args.method in ("samix", "automix") and args.alpha == 0:
+        parser.error("--alpha 0: the MixBlock learns from mixtures alone")
+    return args
+
+
+# --------------------------------------------------------------------------------------- one step
+
+class Draws(NamedTuple):
+    """The random choices of one step: for the MixBlock's own lesson (mb) and for branch q (bb)."""
+    lam_mb: Tensor                  # scalars: shares of the first image
+    lam_bb: Tensor
+    perm_bb: Tensor                 # (B,) partners
+    perm_mb: Tensor
+    mode: str | None = None         # of the masks' enlargement
+    adjust: bool = False            # the mean of q's masks to lambda
+    plain: bool = False             # q sees plain Mixup
+
+
+def draw_mixing(n: int, args, generator, fall: float) -> Draws:
+    """Draws for n images; `fall`: from 1 to 0 over the run."""
+    lam_mb, lam_bb = draw_lambda(args.alpha, generator, 2)
+    perm_bb, perm_mb = (draw_partners(n, generator, args.no_repeat) for _ in range(2))
+    mode = args.mode[int(torch.randint(len(args.mode), (), generator=generator))]
+    adjust, off = torch.rand(2, generator=generator).tolist()
+    return Draws(lam_mb, lam_bb, perm_bb, perm_mb, mode, adjust < args.mask_adjust,
+                 0 < args.switch_off and off >= args.switch_off * fall)
+
+
+class SAMix(nn.Module):
+    """Branch q, its moving average k, and the MixBlock: losses of a batch.
+
+    `args`: the flags of the groups mixing and losses.
+    """
+
+    without_graph = torch.no_grad       # of the masks that branch q learns from
+
+    def __init__(self, q: Branch, block: MixBlock, args):
+        super().__init__()
+        self.q, self.k, self.block, self.args = q, momentum_copy(q), block, args
+
+    def masks_for_q(self, features, draws: Draws, scale: int):
+        """What branch q's images are mixed by, (B, 2, H, W), or (1, 2, 1, 1) for plain Mixup."""
+        if draws.plain:
+            lam = torch.stack([draws.lam_bb, 1 - draws.lam_bb]).view(1, 2, 1, 1)
+            return lam.to(features.device, non_blocking=True)
+        with self.without_graph():
+            mask = self.block(features, draws.lam_bb, draws.perm_bb, scale, mode=draws.mode)
+            if draws.adjust:
+                mask = adjust_mask(mask, draws.lam_bb)
+            return plain_near_ends(mask, draws.lam_bb, self.args.lam_margin)
+
+    def forward(self, images, labels, draws: Draws, mask_weight: float):
+        """(losses by name, logits of clean images, the two mixed batches mb and bb)."""
+        args, num_classes = self.args, self.q.one.out_features
+        loss = {"head": args.head, "smoothing": args.label_smoothing}
+        with torch.no_grad():
+            features = self.k.features(images)
+        scale = images.shape[-1] // features.shape[-1]
+        mask_mb = self.block(features, draws.lam_mb, draws.perm_mb, scale, mode=draws.mode)
+        mask_bb = self.masks_for_q(features, draws, scale)
+        mix_mb, mix_bb = mix(images, mask_mb, draws.perm_mb), mix(images, mask_bb, draws.perm_bb)
+        targets_mb, targets_bb = (
+            soft_targets(labels, perm, lam, num_classes)
+            for perm, lam in ((draws.perm_mb, draws.lam_mb), (draws.perm_bb, draws.lam_bb)))
+        clean = self.q(images, "one")
+        losses = {
+            # through k, which does not learn, to the MixBlock alone
+            "mix_k": args.mix_k_weight * head_loss(self.k(mix_mb, "mix"), targets_mb,
+                                                   neg_weight=args.neg_weight, **loss),
+            "mask": mask_weight * mask_loss(mask_mb, draws.lam_mb, args.mask_margin,
+                                            args.mask_loss_kind),
+            # to branch q alone
+            "one_q": args.one_weight * head_loss(clean, labels, **loss),
+            "mix_q": args.mix_q_weight * head_loss(self.q(mix_bb, "mix"), targets_bb, **loss),
+        }
+        return losses, clean, (mix_mb, mix_bb)
+
+
+def mix_baseline(images, labels, args, info, generator):
+    """Mixup, CutMix or nothing: images, soft targets and partners."""
+    perm, lam = draw_partners(len(images), generator, args.no_repeat), torch.ones(())
+    if args.method == "vanilla":
+        return images, soft_targets(labels, perm, lam, info.num_classes), perm
+    lam = draw_lambda(args.alpha, generator)
+    if args.method == "mixup":
+        images, ratio = mixing.mixup(images, perm, lam)
+    else:
+        centre = mixing.draw_centre(*images.shape[-2:], generator)
+        images, ratio = mixing.cutmix(images, perm, centre, lam)
+    return images, soft_targets(labels, perm, ratio, info.num_classes), perm
+
+
+def training_step(model, images, labels, args, info, generator, scaler, fall):
+    """Leaves the gradients of one step in the parameters; returns the loss and the logits."""
+    with runtime.autocast(args, images.device):
+        if args.method in ("samix", "automix"):
+            draws = draw_mixing(len(images), args, generator, fall)
+            weight = args.mask_loss * (fall if args.mask_anneal else 1)
+            losses, logits, _ = model(images, labels, draws, weight)
+            loss = sum(losses.values())
+        else:
+            images, targets, _ = mix_baseline(images, labels, args, info, generator)
+            logits = model(images)
+            loss = head_loss(logits, targets, args.head, smoothing=args.label_smoothing)
+    scaler.scale(loss).backward()
+    return loss, logits
+
+
+# --------------------------------------------------------------------------------------- training
+
+def parameter_groups(net, args) -> list[dict]:
+    """q's parameters and the MixBlock's; under AdamW norms, biases, tokens and positions apart,
+    without decay."""
+    q, block = (net.q, net.block) if args.method in ("samix", "automix") else (net, None)
+    groups = []
+    for part, module, momentum in (("q", q, args.momentum), ("block", block, args.block_momentum)):
+        kinds = {True: [], False: []}
+        for name, parameter in module.named_parameters() if module else ():
+            plain = parameter.ndim == 1 or "class_token" in name or "position" in name \
+                or "pos_embedding" in name
+            kinds[args.optimizer == "sgd" or not plain].append(parameter)
+        groups += [{"params": found, "part": part,
+                    **({"momentum": momentum} if args.optimizer == "sgd" else {}),
+                    "weight_decay": args.weight_decay if decayed else 0.0}
+                   for decayed, found in kinds.items() if found]
+    return groups
+
+
+def step_rates(args, step: int, epoch_steps: int) -> dict:
+    """Learning rates of "q" and "block" at training step `step`, counted from 0 over all epochs."""
+    epoch = step / epoch_steps if args.lr_every == "step" else step // epoch_steps
+    if args.milestones is not None:
+        factor = args.gamma ** sum(epoch >= milestone for milestone in args.milestones)
+        return {"q": args.lr * factor, "block": args.block_lr * factor}
+    fall = cosine(epoch, args.epochs)
+    rates = {"q": args.min_lr + (args.lr - args.min_lr) * fall,
+             "block": args.block_min_lr + (args.block_lr - args.block_min_lr) * fall}
+    if epoch < args.warmup_epochs:
+        rates["q"] *= 1 - (1 - epoch / args.warmup_epochs) * (1 - args.warmup_ratio)
+    return rates
+
+
+def train_one_epoch(net, model, loader, optimizer, scaler, args, info, run):
+    """The rest of the epoch that `run` stands in; returns its sums of loss and hits."""
+    net.train()
+    sums = metrics.StepSums(len(loader), run.device, run.sums)
+    total = args.epochs * len(loader)
+    for step, (images, labels) in run.steps(loader):
+        generator = runtime.step_generator(args.seed, run.epoch, step)
+        done = run.epoch * len(loader) + step
+        rates = step_rates(args, done, len(loader))
+        for group in optimizer.param_groups:
+            group["lr"] = rates[group["part"]]
+        optimizer.zero_grad(set_to_none=True)
+        loss, logits = training_step(model, images, labels, args, info, generator, scaler,
+                                     cosine(done, total))
+        if args.clip_grad:
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip_grad)
+        scaler.step(optimizer)
+        scaler.update()
+        if args.method in ("samix", "automix"):
+            momentum_update(net.k, net.q, ema_momentum(done, total, args.ema_base, args.ema_end,
+                                                       args.ema_start))
+        sums.add(step, loss, logits, labels)
+        if run.ends(step, sums, args.print_freq):
+            break
+    sums.check(run.epoch)
+    return sums
+
+
+# ------------------------------------------------------------------------------------- evaluation
+
+@torch.no_grad()
+def measure(net, batches, args) -> dict:
+    """Loss, top1 and top5 (%) of each head by name, the headline's first; "count" of images.
+
+    Over all ranks. A network trained by a baseline has one head, one_q.
+    """
+    names = HEADS if args.method in ("samix", "automix") else ["one_q"]
+    sums = torch.zeros(len(names), 4, dtype=torch.float64, device=batches.device)
+    net.eval()
+    for step, (images, labels) in enumerate(batches):
+        if args.max_steps and step >= args.max_steps:
+            break
+        with runtime.autocast(args, images.device):
+            if len(names) == 1:
+                outputs = [net(images)]
+            else:
+                pooled = {branch: getattr(net, branch).pooled(images) for branch in "kq"}
+                outputs = [getattr(getattr(net, branch), head)(pooled[branch])
+                           for branch, head in HEADS.values()]
+        for total, logits in zip(sums, outputs, strict=True):
+            loss = F.cross_entropy(logits.float(), labels, reduction="sum")
+            total += torch.cat([loss[None], metrics.topk_hits(logits, labels),
+                                labels.new_tensor([len(labels)])])
+    net.train()
+    rows = runtime.total(sums).tolist()
+    found = {name: {"loss": loss / max(n, 1), "top1": 100 * top1 / max(n, 1),
+                    "top5": 100 * top5 / max(n, 1)}
+             for name, (loss, top1, top5, n) in zip(names, rows, strict=True)}
+    return found | {"count": int(rows[0][3])}
+
+
+def evaluate(net, test, args):
+    """--evaluate: the heads' accuracy on the test images."""
+    result = measure(net, test, args)
+    count = result.pop("count")
+    for name, head in result.items():
+        runtime.say(f"{name}: accuracy {head['top1']:.2f} %, top-5 {head['top5']:.2f} %, "
+                    f"loss {head['loss']:.4f} on {count} images")
+
+
+def report(run, args) -> str:
+    """The headline, one head fixed in advance at the last epoch; then as the original reports."""
+    heads = [name for name in HEADS if run.column(f"{name}_accuracy")]
+    if not heads:
+        return run.report()
+    medians = {name: statistics.median(run.column(f"{name}_accuracy")[-10:]) for name in heads}
+    best = max(heads, key=medians.get)
+    return (f"headline, {heads[0]} at the last epoch: {run.column('test_accuracy')[-1]:.2f} %; the "
+            f"best of {len(heads)} heads by the median of the last "
+            f"{min(10, len(run.column('test_accuracy')))} epochs: {medians[best]:.2f} % ({best})\n"
+            + run.report())
+
+
+def draw_preview(path, net, train, args, info):
+    """A picture of pairs of the first training batch, and their masks and mixtures by lambda."""
+    train.set_epoch(0)
+    images, labels = next(iter(train))
+    images, labels = images[:16], labels[:16]
+    generator = runtime.step_generator(args.seed, 0, 0)
+    title = f"{args.method} on {info.name}"
+    if args.method not in ("samix", "automix"):
+        mixed, targets, perm = mix_baseline(images, labels, args, info, generator)
+        rows = {"image": images, "partner": images[perm], "mixed": mixed}
+        return preview.draw(path, title, rows, targets, info)
+    net, perm = copy.deepcopy(net).train(), draw_partners(len(images), generator, True)
+    net.block.value[-1].eval()                              # no dropout in the picture
+    mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (info.mean, info.std))
+    rows = {"image": images, "partner": images[perm]}
+    with torch.no_grad(), runtime.autocast(args, images.device):
+        features = net.k.features(images)
+        for lam in (0.3, 0.5, 0.7):
+            lam = torch.tensor(lam)
+            mask = net.block(features, lam, perm, images.shape[-1] // features.shape[-1],
+                             mode=args.mode[0])
+            rows[f"mask, λ {lam:.1f}"] = (mask[:, :1] - mean) / std     # white: the first image
+            rows[f"mixed, λ {lam:.1f}"] = mix(images, mask, perm)
+    return preview.draw(path, title, rows, soft_targets(labels, perm, lam, info.num_classes), info)
+
+
+def build(args, info) -> nn.Module:
+    """The network to train: SAMix, or a Branch with one head for the baselines."""
+    # up to 64 pixels the stem has stride 1: that of the 32-pixel form
+    form = info.image_size if info.image_size > 64 or args.arch in ("deit_s", "swin_t") else 32
+    options = {"drop_path": args.drop_path} if args.drop_path else {}
+    try:
+        network = models.build(args.arch, info.num_classes, form,
+                               initial_channels=args.initial_channels, **options)
+        if str(args.pretrained).lower() not in runtime.BOOLEANS:
+            models.load_pretrained(network, args.arch, args.pretrained)
+        elif runtime.boolean(str(args.pretrained)):
+            models.load_pretrained(network, args.arch)
+        backbone = Backbone(network, args.layer, info.image_size)
+    except OSError as fault:
+        raise RunError(f"--pretrained {args.pretrained}: {fault}; name a file of weights, or give "
+                       "--pretrained False") from None
+    except ValueError as fault:
+        raise RunError(str(fault)) from None
+    branch = Branch(backbone, backbone.width, info.num_classes)
+    if args.method in ("samix", "automix"):
+        block = MixBlock(backbone.channels, args.lam_mul_k, dropout=args.dropout,
+                         variant=args.variant)
+        return SAMix(branch, block, args)
+    branch.mix = None
+    return branch
+
+
+def load_data(args, device):
+    """Training and test batches and Info, cropped as the flags say."""
+    crop = {"zero": {"padding": args.padding},
+            "reflect": {"padding": args.padding, "reflect": True},
+            "resized": {"resized_crop": ResizedCrop((args.crop_scale, 1.0), filter="bicubic")}}
+    return data.load(
+        args.dataset, args.data_dir, batch_size=args.batch_size, device=device, seed=args.seed,
+        loader=args.loader, image_size=args.image_size, labels_per_class=args.labels_per_class,
+        workers=args.workers, drop_last=args.drop_last, mean=args.mean, std=args.std,
+        transform=RandAugment() if args.randaugment else None,
+        streaming={"scale": (args.crop_scale, 1.0), "filter": "bicubic",
+                   "resize": "shorter" if args.resize_first else "",
+                   "auto_augment": "randaugment" if args.randaugment else None},
+        **crop[args.crop])
+
+
+def main(argv=None):
+    """Trains (or evaluates, or draws a picture) as the flags say; returns the network."""
+    args = parse_args(argv)
+    device = runtime.setup(args)
+
+    # Data, network, optimizer
+    train, test, info = load_data(args, device)
+    torch.manual_seed(args.seed)
+    net, model = runtime.prepare(build(args, info), args, device)
+    kind = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[args.optimizer]
+    optimizer = kind(parameter_groups(net, args), lr=args.lr,
+                     **({"nesterov": True} if args.nesterov else {}))
+    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
+    parameters = sum(p.numel() for p in net.parameters() if p.requires_grad)
+    runtime.say(f"{info}\nnetwork: {args.arch}, {parameters:,} parameters learn; {len(train)} "
+                f"steps of {args.batch_size} images an epoch, {args.epochs} epochs; method "
+                f"{args.method}")
+
+    # The run: its folder, what it holds already, and the place to go on from
+    identity = {"arch": args.arch, "initial_channels": args.initial_channels, "method": args.method,
+                "dataset": info.name, "classes": info.num_classes, "data": info.fingerprint}
+    run = runlog.Run(args, device, [info.name, args.arch, args.method, f"seed{args.seed}",
+                                    args.job_name], identity,
+                     model=net, optimizer=optimizer, scaler=scaler)
+    if args.evaluate or args.preview:
+        run.load_weights()
+        if args.evaluate:
+            evaluate(net, test, args)
+        elif runtime.rank() == 0:
+            runtime.say(f"mixed images: {draw_preview(args.preview, net, train, args, info)}")
+        return net
+    run.start(parameters=parameters, data=str(info))
+    if run.writes and run.epoch == run.step == 0:
+        draw_preview(run.folder / "mixed_start.png", net, train, args, info)
+
+    # The epochs
+    while not run.over:
+        sums = train_one_epoch(net, model, train, optimizer, scaler, args, info, run)
+        row = {"lr": optimizer.param_groups[0]["lr"]} | sums.result()
+        timing = run.clock()
+        runtime.share_buffers(net)
+        heads = measure(net, test, args)
+        heads.pop("count")
+        headline = next(iter(heads.values()))
+        row |= {"test_loss": headline["loss"], "test_accuracy": headline["top1"],
+                "test_top5": headline["top5"],
+                **{f"{name}_accuracy": head["top1"] for name, head in heads.items()}}
+        run.end_epoch(row | timing, row["test_accuracy"], sums)
+
+    # The report
+    runtime.say(report(run, args))
+    if run.writes:
+        curves = run.draw_curves(f"{args.method}, {args.arch} on {info.name}")
+        mixed = draw_preview(run.folder / "mixed.png", net, train, args, info)
+        runtime.say(f"curves: {curves}\nmixed images: {mixed}\ncheckpoints: {run.folder}")
+    return net
+
+
+if __name__ == "__main__":
+    runtime.launch(main)
