@@ -93,33 +93,41 @@ def top_superpixels(scores: Tensor, counts: Tensor, ratio: float, *, at_least_on
     return order, torch.arange(most, device=scores.device) < wanted[:, None]
 
 
-@torch.no_grad()
 def occamix(images: Tensor, perm: Tensor, scores: Tensor, labels_b: Tensor, cells: int = 3, *,
             num_b: int | None = None) -> tuple[Tensor, Tensor]:
     """OcCaMix: pastes the superpixels of images[perm] that its most attentive cells belong to.
 
     `images` (B, C, H, W) in any range; `scores` (B, h, w) attention over the grid of cells of
-    images (`network.attention_scores`); `labels_b` (B, H, W) superpixels of images[perm], from 0,
-    below `num_b` (default: the maximum + 1, which waits for the device). For each of the `cells`
-    best cells the superpixel with the largest share of its own area inside the cell is pasted,
-    of equal ones the lowest label. Returns the mixed images and ratio (B,), the share of pixels
-    that stay.
+    images (`network.attention_scores`); `labels_b` (B, H, W) superpixels of images[perm]; the rest
+    as in `attentive_mask`. Returns the mixed images and ratio (B,), the share of pixels that stay.
     """
     perm = perm.to(images.device, non_blocking=True)
-    scores = scores[perm]
+    mask = attentive_mask(scores[perm], labels_b, cells, num_b=num_b)
+    return paste(images, perm, mask), 1 - mask.float().mean((1, 2))
+
+
+@torch.no_grad()
+def attentive_mask(scores: Tensor, labels: Tensor, cells: int = 3, *, num_b: int | None = None
+                   ) -> Tensor:
+    """Superpixels of an image that its most attentive cells belong to: (B, H, W) bool.
+
+    `scores` (B, h, w) over the grid of cells and `labels` (B, H, W) superpixels of the same images,
+    from 0, below `num_b` (default: the maximum + 1, which waits for the device). For each of the
+    `cells` best cells the superpixel with the largest share of its own area inside the cell is
+    taken, of equal ones the lowest label.
+    """
     batch, rows, columns = scores.shape
-    height, width = images.shape[2:]
-    num_b = bound(labels_b, num_b)
+    height, width = labels.shape[1:]
+    num_b = bound(labels, num_b)
     best = scores.flatten(1).argsort(dim=1, descending=True, stable=True)[:, :cells, None]
-    y, x = (torch.arange(side, device=images.device) * parts // side
+    y, x = (torch.arange(side, device=scores.device) * parts // side
             for side, parts in ((height, rows), (width, columns)))
     inside = ((y[:, None] * columns + x).view(1, 1, -1) == best).float()
-    spread = labels_b.flatten(1).long()[:, None].expand_as(inside)
-    overlap = torch.zeros(*best.shape[:2], num_b, device=images.device)
+    spread = labels.flatten(1).long()[:, None].expand_as(inside)
+    overlap = torch.zeros(*best.shape[:2], num_b, device=scores.device)
     overlap.scatter_add_(2, spread, inside)
     share = overlap / torch.zeros_like(overlap).scatter_add_(
         2, spread, torch.ones_like(inside)).clamp(min=1)
-    number = torch.arange(num_b, device=images.device)
+    number = torch.arange(num_b, device=scores.device)
     lowest = torch.where(share == share.amax(2, keepdim=True), number, num_b).amin(2, keepdim=True)
-    mask = (labels_b[:, None] == lowest[..., None]).any(1)
-    return paste(images, perm, mask), 1 - mask.float().mean((1, 2))
+    return (labels[:, None] == lowest[..., None]).any(1)

@@ -217,6 +217,13 @@ class Network(nn.Module):
         attended, scores = self.attention(pooled, counts)
         return logits, self.fc_local(attended), scores, counts
 
+    def local_parameters(self) -> list[nn.Parameter]:
+        """Those that only a forward pass with superpixels uses."""
+        if self.decoder is None:
+            return []
+        parts = [self.attention, self.fc_local] + [self.decoder] * (not self.joint)
+        return [p for part in parts for p in part.parameters()]
+
     def activation_maps(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (B, K) and class activation maps (B, K, h, w) >= 0 over the last stage.
 

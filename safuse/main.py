@@ -1,0 +1,405 @@
+#!/usr/bin/env python3
+"""SAFuse, and the superpixel methods before it, LGCOAMix (Dornaika et al. 2023) and OcCaMix, in one
+program, with CutMix and plain training to compare them with.
+
+a CPU trial       python safuse/main.py --dataset digits --initial_channels 16 --epochs 12 \\
+                      --schedule step --milestones 6 10 --batch_size 100 --LR 0.05
+one GPU           python safuse/main.py --method safuse --dataset cifar100 --data_dir data
+eight GPUs        torchrun --nproc_per_node=8 safuse/main.py --method lgcoamix --dataset cub200 \\
+                      --data_dir data --arch resnet50 --batch_size 64
+two machines      torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d \\
+                      --rdzv_endpoint=HOST:29500 safuse/main.py …
+
+--batch_size counts the images of a step over all processes.
+"""
+import argparse
+import os
+import re
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+import torch.nn.functional as F
+
+from common import data, metrics, preview, runlog, runtime
+from common.mixing import (
+    cutmix,
+    draw_centre,
+    draw_lambda,
+    draw_perm,
+    soft_cross_entropy,
+    soft_targets,
+)
+from common.runtime import RunError, add_boolean, amount, count, number, positive, share
+from safuse import losses, mixing, network, picture, superpixels
+from safuse.localisation import localised
+from safuse.recipes import SCHEDULES, STREAMING, defaults, learning_rate
+
+METHODS = ["safuse", "lgcoamix", "occamix", "cutmix", "baseline"]
+DECODERS = {"safuse": "joint", "lgcoamix": "local"}         # none: a plain classifier
+SLICS = {"slic": superpixels.slic, "skimage": superpixels.slic_skimage}
+
+
+# ------------------------------------------------------------------------------------------ flags
+
+def gpu_list(text: str) -> list[int]:
+    """argparse type: '0', '0,1' or '[0, 1]'."""
+    if not re.fullmatch(r"\[?\s*\d+(\s*,\s*\d+)*\s*\]?", text):
+        raise argparse.ArgumentTypeError(f"'{text}' is no list of GPUs such as 0,1")
+    return [int(n) for n in re.findall(r"\d+", text)]
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument_group("data, network and schedule").add_argument
+    add("--method", choices=METHODS, default="safuse")
+    add("--dataset", choices=data.NAMES, default="cifar100")
+    add("--data_dir", "--data_path", default="data", help="folder (or .npz file) of the data set")
+    add("--root_dir", default="experiments", help="where the run's folder is made")
+    add("--NUM_CLASS", type=positive, default=None, help="if given, the data must have so many")
+    add("--labels_per_class", type=positive, default=None,
+        help="training images of each class (default: all)")
+    add("--padding", type=count, default=4, help="pixels around an image before its random crop")
+    add_boolean(parser, "--normalise", False,
+                "images in units of the data set's deviation instead of in [0, 1]")
+    add("--workers", type=count, default=2, help="threads that decode image files")
+    add("--arch", choices=network.ARCHS, default="resnet18")
+    add("--initial_channels", type=positive, default=64,
+        help="64 is the network as published, 16 has a quarter of all its widths")
+    add("--pretrained", nargs="?", const="torchvision", metavar="FILE",
+        help="ImageNet weights of the encoder: torchvision (downloaded), a local file, or none")
+    add("--epochs", "--NB_EPOCH", type=positive)
+    add("--START_EPOCH", type=count, default=None, help="first epoch (default: 0 or --resume's)")
+    add("--RESUME", type=runtime.boolean, nargs="?", const=True, default=False, metavar="BOOL",
+        help="the same as --resume auto")
+    add("--batch_size", "--BATCH_SIZE", "-b", type=positive, help="over all processes")
+    add("--LR", type=amount, help="learning rate")
+    add("--schedule", choices=[*SCHEDULES, "step"], help="of the learning rate; A, B and C are the "
+        "papers' and count epochs to 600 (C: 300)")
+    add("--milestones", type=count, nargs="*", default=[], help="step: epochs of the LR changes")
+    add("--gamma", type=amount, default=0.1, help="step: LR factor at these epochs")
+    add("--momentum", type=share, default=0.9)
+    add_boolean(parser, "--nesterov", False, "Nesterov's momentum")
+    add("--weight_decay", type=amount, default=5e-4)
+    add("--gpu_ids", type=gpu_list, default=None, metavar="N[,N…]",
+        help="GPUs to use; with several the program restarts itself under torchrun")
+    add("--seed", type=int, default=0)
+    add("--print_freq", type=positive, default=100, help="steps between log lines")
+    add("--job_name", default="", help="suffix of the run's folder")
+
+    add = parser.add_argument_group("mixing").add_argument
+    add("--cutmix_prob", type=share, default=0.5, help="share of the batches that are mixed")
+    add("--p_binom", "--Burn_prob", type=share, default=0.5,
+        help="probability of pasting a superpixel; 0: nothing is mixed")
+    add("--N_min", type=number(float, low=1), help="superpixels wanted of an image, at least")
+    add("--N_max", type=number(float, low=1), help="and at most")
+    add("--compactness", type=number(above=0), help="of the superpixels, against colour")
+    add("--superpixels", choices=SLICS, default="slic",
+        help="slic: ours, batched on the device; skimage: scikit-image's, on the CPU")
+    add("--cells", type=positive, default=3, help="occamix: most attentive cells of an image")
+    add("--beta", type=amount, default=1.0, help="cutmix: Beta parameter")
+
+    add = parser.add_argument_group("safuse and lgcoamix").add_argument
+    add("--topN_local_ratio", type=number(above=0, high=1),
+        help="share of an image's superpixels, by attention, that is classified one by one")
+    add("--loss_gamma_CE", type=amount, help="weight of the superpixels' cross entropy")
+    add("--loss_gamma_SCL", type=amount, help="weight of their contrastive loss")
+    add("--temp", type=number(above=0), default=0.7, help="temperature of the contrastive loss")
+    add("--base_temp", type=number(above=0), default=0.07, help="its base temperature")
+    add_boolean(parser, "--gather", True, "contrast the superpixels of all processes, not of each")
+    add("--attention_score", choices=network.SCORES, default="post_norm",
+        help="sum over a superpixel's channels after LayerNorm (as published) or before it")
+    add("--label_share", choices=["both", "attention"],
+        help="the label's share of image b is its share of attention, or the mean of this and of "
+             "the area; with attention alone at least one superpixel is classified")
+    runtime.add_flags(parser)
+
+    first, _ = parser.parse_known_args(argv)
+    parser.set_defaults(**defaults(first.method, first.dataset, first.arch, first.image_size))
+    args = parser.parse_args(argv)
+    args.pretrained = "" if args.pretrained == "none" else args.pretrained
+    args.resume = args.resume or ("auto" if args.RESUME else "")
+    for name in ("N_min", "N_max"):
+        if getattr(args, name) % 1:
+            parser.error(f"--{name} {getattr(args, name)} is not a whole number")
+        setattr(args, name, int(getattr(args, name)))
+    if args.N_min > args.N_max:
+        parser.error(f"--N_min {args.N_min} is more than --N_max {args.N_max}")
+    if args.milestones and args.schedule != "step":
+        parser.error("--milestones are for --schedule step")
+    if args.nesterov and not args.momentum:
+        parser.error("--nesterov needs --momentum")
+    if args.START_EPOCH is not None and args.START_EPOCH >= args.epochs:
+        parser.error(f"--START_EPOCH {args.START_EPOCH}: the last epoch is {args.epochs - 1}")
+    return args
+
+
+# ----------------------------------------------------------------------------------------- mixing
+
+class Mixed(NamedTuple):
+    """A batch ready for the network, and what the loss and the preview need to know of it."""
+    images: torch.Tensor                        # (B, 3, H, W)
+    perm: torch.Tensor | None = None            # (B,) partners
+    ratio: torch.Tensor | None = None           # (B,) share of the first image's label
+    labels: torch.Tensor | None = None          # (B, H, W) superpixels of the images
+    mask: torch.Tensor | None = None            # (B, H, W) occamix: what is pasted
+    fused: torch.Tensor | None = None           # (B, H, W) superpixels of the mixed images,
+    from_b: torch.Tensor | None = None          # (B, S) and which of these are pasted
+
+
+def is_mixed(args, epoch: int, step: int) -> bool:
+    """Whether this step's batch is mixed: on all processes or on none."""
+    if args.method == "baseline" or args.p_binom == 0:
+        return False
+    generator = torch.Generator().manual_seed(runtime.seed_of(args.seed, "mixed", epoch, step))
+    return bool(torch.rand((), generator=generator) < args.cutmix_prob)
+
+
+def as_pixels(images, info):
+    """Images (B, 3, H, W) in [0, 1], not normalised."""
+    mean, std = (torch.tensor(v, device=images.device).view(1, 3, 1, 1)
+                 for v in (info.mean, info.std))
+    return images * std + mean
+
+
+def mix_batch(net, images, args, info, generator) -> Mixed:
+    """Mixes a batch by --method; every random number comes from `generator`."""
+    n, (height, width) = len(images), images.shape[-2:]
+    perm = draw_perm(n, generator).to(images.device, non_blocking=True)
+    if args.method == "cutmix":
+        lam = draw_lambda(args.beta, generator)
+        mixed, ratio = cutmix(images, perm, draw_centre(height, width, generator), lam)
+        return Mixed(mixed, perm, ratio)
+
+    # One segmentation of an image serves in both its roles
+    segments = mixing.draw_segments(n, args.N_min, args.N_max, generator)
+    labels = SLICS[args.superpixels](as_pixels(images, info), segments, args.compactness)
+    most = superpixels.most_superpixels(torch.arange(args.N_min, args.N_max + 1), height, width)
+    if args.method == "occamix":
+        scores = network.attention_scores(net, images)
+        mask = mixing.attentive_mask(scores[perm], labels[perm], args.cells, num_b=most)
+        return Mixed(mixing.paste(images, perm, mask), perm, 1 - mask.float().mean((1, 2)),
+                     labels, mask)
+
+    chosen = mixing.draw_chosen(n, most, args.p_binom, generator)
+    trim = False if args.gather and runtime.world() > 1 else None   # ranks contrast equal shapes
+    mixed, fused, from_b = mixing.superpixel_mix(images, perm, labels, labels[perm], chosen,
+                                                 num_a=most, trim=trim)
+    return Mixed(mixed, perm, labels=labels, fused=fused, from_b=from_b)
+
+
+def label_shares(scores, counts, from_b):
+    """Share (B,) of the second image by area and by attention."""
+    return mixing.area_ratio(counts, from_b), mixing.attention_ratio(scores.sigmoid(), counts,
+                                                                     from_b)
+
+
+# --------------------------------------------------------------------------------------- training
+
+def superpixel_loss(outputs, labels, mixed, args):
+    """The whole loss of a mixed batch of SAFuse or LGCOAMix."""
+    logits, local, scores, counts = outputs
+    area, attention = label_shares(scores, counts, mixed.from_b)
+    lam = attention if args.label_share == "attention" else (area + attention) / 2
+    loss = soft_cross_entropy(logits, soft_targets(labels, mixed.perm, 1 - lam, logits.shape[1]))
+
+    # Superpixels that get the most attention are classified and contrasted by their own label
+    index, kept = mixing.top_superpixels(scores, counts, args.topN_local_ratio,
+                                         at_least_one=args.label_share == "attention")
+    local = local.gather(1, index[..., None].expand(-1, -1, local.shape[2]))
+    own = losses.superpixel_labels(labels, mixed.perm, mixed.from_b).gather(1, index)
+    weights = scores.sigmoid().gather(1, index) if args.method == "safuse" else None
+    return loss + args.loss_gamma_CE * losses.local_cross_entropy(local, own, kept, weights) \
+        + args.loss_gamma_SCL * losses.superpixel_contrastive(
+            local, own, kept, weights, temperature=args.temp, base_temperature=args.base_temp,
+            gather=args.gather)
+
+
+def training_step(net, model, images, labels, args, info, mixed_step, generator, scaler):
+    """Leaves the gradients of one step in the parameters; returns the loss and the logits."""
+    mixed = mix_batch(net, images, args, info, generator) if mixed_step else Mixed(images)
+    idle = []                                   # parameters without a part in this step
+    with runtime.autocast(args, images.device):
+        if mixed.fused is not None:
+            outputs = model(mixed.images, mixed.fused, mixed.from_b.shape[1])
+        else:
+            outputs = model(mixed.images),
+            idle = net.local_parameters()
+    if mixed.fused is not None:
+        loss = superpixel_loss(outputs, labels, mixed, args)
+    elif mixed.perm is not None:
+        loss = soft_cross_entropy(outputs[0], soft_targets(labels, mixed.perm, mixed.ratio,
+                                                           info.num_classes))
+    else:
+        loss = F.cross_entropy(outputs[0].float(), labels)
+    total = loss
+    if runtime.world() > 1:                     # ranks wait for the gradient of every parameter
+        total = loss + sum(0 * p.sum() for p in idle)
+    scaler.scale(total).backward()
+    for parameter in idle:                      # no gradient: weight decay leaves it alone, too
+        parameter.grad = None
+    return loss, outputs[0]
+
+
+def train_one_epoch(net, model, loader, optimizer, scaler, args, info, run):
+    """The rest of the epoch that `run` stands in; returns its sums of loss and hits."""
+    net.train()
+    sums = metrics.StepSums(len(loader), run.device, run.sums)
+    for step, (images, labels) in run.steps(loader):
+        generator = runtime.step_generator(args.seed, run.epoch, step)
+        optimizer.zero_grad(set_to_none=True)
+        loss, logits = training_step(net, model, images, labels, args, info,
+                                     is_mixed(args, run.epoch, step), generator, scaler)
+        scaler.step(optimizer)
+        scaler.update()
+        sums.add(step, loss, logits, labels)
+        if run.ends(step, sums, args.print_freq):
+            break
+    sums.check(run.epoch)
+    return sums
+
+
+@torch.no_grad()
+def localise(net, test, args) -> list[float]:
+    """Share in % of test images whose object is found: by the predicted class, by the true one."""
+    boxes, hits, start = test.boxes(), torch.zeros(3, device=test.device), 0
+    net.eval()
+    for step, (images, labels) in enumerate(test):
+        if args.max_steps and step >= args.max_steps:
+            break
+        with runtime.autocast(args, images.device):
+            logits, maps = net.activation_maps(images)
+        found = localised(logits, maps, labels, boxes[start:start + len(labels)],
+                          *images.shape[2:])
+        hits += torch.tensor([*(part.sum() for part in found), len(labels)], device=test.device)
+        start += len(labels)
+    right, given, count = runtime.total(hits).tolist()
+    return [100 * right / count, 100 * given / count]
+
+
+def evaluate(net, test, args):
+    """--evaluate: accuracy, and for cub200 with its boxes weakly supervised localisation."""
+    result = metrics.evaluate(net, test, max_steps=args.max_steps,
+                              autocast=lambda: runtime.autocast(args, test.device))
+    runtime.say(f"test: accuracy {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, "
+                f"loss {result['loss']:.4f} on {result['count']} images")
+    if args.dataset == "cub200" and test.data.boxes:
+        runtime.say("localisation (IoU at least 0.5): {:.2f} % with the right class, {:.2f} % "
+                    "with the class given".format(*localise(net, test, args)))
+
+
+@torch.no_grad()
+def draw_preview(path, net, train, args, info):
+    """A picture of the first training batch, mixed by the method."""
+    train.set_epoch(0)
+    images, labels = (part[:8] for part in next(iter(train)))
+    generator, title = runtime.step_generator(args.seed, 0, 0), f"{args.method} on {info.name}"
+    if args.method == "baseline":
+        return preview.draw(path, title, {"image": images},
+                            F.one_hot(labels, info.num_classes).float(), info)
+    net.eval()
+    mixed = mix_batch(net, images, args, info, generator)
+    perm, shares = mixed.perm, {"area": mixed.ratio}
+    if mixed.labels is None:
+        rows = {"image": images, "partner": images[perm], "mixed": mixed.images}
+        return preview.draw(path, title, rows, soft_targets(labels, perm, mixed.ratio,
+                                                            info.num_classes), info)
+    mask = mixed.mask
+    if mixed.fused is not None:
+        _, _, scores, counts = net(mixed.images, mixed.fused, mixed.from_b.shape[1])
+        shares = dict(zip(("area", "attention"),
+                          (1 - b for b in label_shares(scores, counts, mixed.from_b)), strict=True))
+        mask = mixed.from_b.gather(1, mixed.fused.flatten(1)).view(mixed.fused.shape)
+    fused = torch.where(mask, mixed.labels[perm] + mixed.labels.max() + 1, mixed.labels)
+    seen, shown = as_pixels(images, info), as_pixels(mixed.images, info)
+    rows = {"image a": picture.borders(seen, mixed.labels),
+            "image b": picture.borders(seen[perm], mixed.labels[perm]),
+            "mask": mask.cpu().numpy(), "fused": picture.borders(shown, fused)}
+    captions = ["\n".join(f"{name}: " + preview.shares(target, info.classes).replace("\n", ", ")
+                          for name, target in zip(shares, targets, strict=True))
+                for targets in zip(*(soft_targets(labels, perm, ratio, info.num_classes)
+                                     for ratio in shares.values()), strict=True)]
+    return picture.draw(path, title, rows, captions)
+
+
+def main(argv=None):
+    """Trains (or evaluates, or draws a preview) as the flags say; returns the network."""
+    args = parse_args(argv)
+    if args.gpu_ids and args.device != "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, args.gpu_ids))
+        if not torch.cuda.is_available():
+            raise RunError(f"--gpu_ids {args.gpu_ids}: torch sees no such GPU; without the flag "
+                           "the program finds what there is")
+        runtime.use_gpus(len(args.gpu_ids))
+    device = runtime.setup(args)
+
+    # Data, network, optimizer
+    pixels = {} if args.normalise else {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+    train, test, info = data.load(
+        args.dataset, args.data_dir, batch_size=args.batch_size, device=device, seed=args.seed,
+        loader=args.loader, image_size=args.image_size, labels_per_class=args.labels_per_class,
+        workers=args.workers, padding=args.padding, streaming=STREAMING.get(args.dataset), **pixels)
+    if args.NUM_CLASS not in (None, info.num_classes):
+        raise RunError(f"--NUM_CLASS {args.NUM_CLASS}: {info.name} has {info.num_classes} classes")
+    torch.manual_seed(args.seed)
+    decoder = DECODERS.get(args.method, "none")
+    net, model = runtime.prepare(
+        network.build(args.arch, info.num_classes, info.image_size, decoder=decoder,
+                      initial_channels=args.initial_channels, score=args.attention_score),
+        args, device)
+    optimizer = torch.optim.SGD(net.parameters(), lr=args.LR, momentum=args.momentum,
+                                weight_decay=args.weight_decay, nesterov=args.nesterov)
+    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
+    parameters = sum(p.numel() for p in net.parameters())
+    runtime.say(f"{info}\nnetwork: {args.arch}, {parameters:,} parameters; {len(train)} steps of "
+                f"{args.batch_size} images an epoch; method {args.method}")
+
+    # The run: its folder, what it holds already, and the place to go on from
+    identity = {"arch": args.arch, "initial_channels": args.initial_channels, "decoder": decoder,
+                "dataset": info.name, "classes": info.num_classes, "data": info.fingerprint}
+    run = runlog.Run(args, device, [info.name, args.arch, args.method, f"seed{args.seed}",
+                                    args.job_name], identity,
+                     model=net, optimizer=optimizer, scaler=scaler)
+    if args.evaluate or args.preview:
+        run.load_weights()
+        if args.evaluate:
+            evaluate(net, test, args)
+        elif runtime.rank() == 0:
+            runtime.say(f"mixed images: {draw_preview(args.preview, net, train, args, info)}")
+        return net
+    run.start(parameters=parameters, data=str(info))
+    if args.pretrained and not run.history and not run.step:        # not of a resumed run
+        network.load_pretrained(net.encoder, args.arch, args.pretrained)
+    if args.START_EPOCH is not None:
+        run.epoch, run.step, run.sums = args.START_EPOCH, 0, None
+        run.history = [row for row in run.history if row["epoch"] < args.START_EPOCH]
+
+    # The epochs
+    while not run.over:
+        rate = learning_rate(run.epoch, args.LR, args.schedule, args.milestones, args.gamma)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        sums = train_one_epoch(net, model, train, optimizer, scaler, args, info, run)
+        row, timing = {"lr": rate} | sums.result(), run.clock()
+        runtime.share_buffers(net)
+        result = metrics.evaluate(net, test, max_steps=args.max_steps,
+                                  autocast=lambda: runtime.autocast(args, device))
+        row |= {"test_loss": result["loss"], "test_accuracy": result["top1"],
+                "test_top5": result["top5"]}
+        run.end_epoch(row | timing, row["test_accuracy"], sums)
+
+    # The report
+    runtime.say(run.report())
+    if run.writes:
+        curves = run.draw_curves(f"{args.method}, {args.arch} on {info.name}")
+        mixed = draw_preview(run.folder / "mixed.png", net, train, args, info)
+        runtime.say(f"curves: {curves}\nmixed images: {mixed}\ncheckpoints: {run.folder}")
+    return net
+
+
+if __name__ == "__main__":
+    runtime.launch(main)

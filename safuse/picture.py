@@ -1,0 +1,49 @@
+"""Pictures of superpixels: borders drawn into the images, two mixed images and what became of them.
+"""
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from common.preview import MUTED
+from common.runlog import INK, save_figure
+
+SIDE = 224                     # pixels at which borders are drawn
+
+
+def borders(pixels: Tensor, labels: Tensor):
+    """(B, side, side, 3) arrays of images (B, 3, H, W) in [0, 1], enlarged, with the borders of
+    superpixels `labels` (B, H, W) in yellow."""
+    factor = max(1, SIDE // pixels.shape[-1])
+    pixels, labels = (t.repeat_interleave(factor, -2).repeat_interleave(factor, -1).cpu()
+                      for t in (pixels, labels))
+    edge = torch.zeros_like(labels, dtype=torch.bool)
+    edge[:, 1:] = labels[:, 1:] != labels[:, :-1]
+    edge[:, :, 1:] |= labels[:, :, 1:] != labels[:, :, :-1]
+    yellow = torch.tensor([1.0, 1.0, 0.0])[:, None, None]
+    return torch.where(edge[:, None], yellow, pixels).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+
+
+def draw(path, title: str, rows: dict, captions: list[str] | dict) -> Path:
+    """Writes a PNG with one row of pictures per entry of `rows`: name -> arrays (H, W[, 3]).
+
+    captions: below the pictures of the last row, or name -> captions of that row.
+    """
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    captions = captions if isinstance(captions, dict) else {list(rows)[-1]: captions}
+    columns = min(len(pictures) for pictures in rows.values())
+    figure, axes = plt.subplots(len(rows), columns, squeeze=False, layout="constrained",
+                                figsize=(1.5 * columns + 0.3, 1.62 * len(rows) + 0.9))
+    for line, (name, pictures) in zip(axes, rows.items(), strict=True):
+        for axis, picture, number in zip(line, pictures, range(columns), strict=False):
+            axis.imshow(picture, cmap="gray", interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+            axis.spines[:].set_visible(False)
+            if name in captions:
+                axis.set_xlabel(captions[name][number], fontsize=7, color=MUTED)
+        line[0].set_ylabel(name, fontsize=9, color=INK)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=10, color=INK)
+    save_figure(figure, path)
+    return Path(path)
