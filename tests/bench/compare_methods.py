@@ -46,6 +46,14 @@ COMMANDS |= {"resizemix_baseline": RESIZEMIX + "--resizemix False",
              "resizemix_cutmix": RESIZEMIX + "--resizemix False --cutmix_prob 1",
              "resizemix": RESIZEMIX + "--resizemix True"}
 
+SAFUSE = ("safuse/main.py --dataset npz --data_dir {data} --arch resnet18 --initial_channels 16 "
+          "--epochs {epochs} --schedule step --milestones {schedule} --LR 0.05 --weight_decay 1e-4 "
+          "--nesterov True --batch_size 100 --padding 2 --normalise True --seed {seed} ")
+COMMANDS |= {f"safuse_{method}": SAFUSE + f"--method {method}"
+             for method in ("baseline", "cutmix", "lgcoamix", "occamix")}
+COMMANDS |= {"safuse": SAFUSE + "--method safuse",
+             "safuse_pre_norm": SAFUSE + "--method safuse --attention_score pre_norm"}
+
 
 def run(method: str, seed: int, args) -> dict:
     """Trains one method with one seed, unless its log is complete; returns its table line."""
