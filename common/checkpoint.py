@@ -7,9 +7,10 @@ from pathlib import Path
 
 import torch
 
-from common.runtime import RunError, warn
+from common.runtime import RunError, rank, warn
 
 NEWEST, PREVIOUS, BEST = "checkpoint.pt", "checkpoint.prev.pt", "best.pt"
+DAMAGED = "checkpoint.damaged.pt"
 
 
 def save(folder: Path, state: dict, name: str = NEWEST):
@@ -63,14 +64,19 @@ def resume(wish: str, folder: Path) -> dict | None:
     """The state to go on from under --resume; None for a fresh start.
 
     `wish` is '' (fresh: RunError if the folder holds a checkpoint, nothing is overwritten),
-    'auto' (the folder's newest good checkpoint, if any) or a path. A damaged file is named
-    together with the good one before it; 'auto' takes that one by itself.
+    'auto' (the folder's newest good checkpoint, if any) or a path, of this folder unless that
+    holds no run yet. A damaged file is named together with the good one before it; 'auto' takes
+    that one by itself, and the damaged one is put aside.
     """
     newest, previous = folder / NEWEST, folder / PREVIOUS
-    if not wish:
-        if newest.exists() or previous.exists():
+    if newest.exists() or previous.exists():
+        if not wish:
             raise RunError(f"{folder} already holds a run: go on with --resume auto, "
                            "or choose another --root_dir")
+        if wish != "auto" and Path(wish).resolve().parent != folder.resolve():
+            raise RunError(f"--resume {wish}: {folder} already holds another run, which would be "
+                           "overwritten; choose another --root_dir")
+    if not wish:
         return None
     if wish == "auto":
         if not newest.exists() and not previous.exists():
@@ -80,8 +86,11 @@ def resume(wish: str, folder: Path) -> dict | None:
         except RunError as fault:
             if not previous.exists():
                 raise
+            state = load(previous)
+            if rank() == 0 and newest.exists():             # else it would become the previous one
+                os.replace(newest, folder / DAMAGED)
             warn(f"{fault}; going on from {previous}")
-            return load(previous)
+            return state
     try:
         return load(wish)
     except RunError as fault:

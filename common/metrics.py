@@ -4,6 +4,8 @@ import torch.nn.functional as F
 
 from common import runtime
 
+NOT_SAVED = "nothing was saved after the last good checkpoint; a lower learning rate may help"
+
 
 def topk_hits(logits: torch.Tensor, labels: torch.Tensor, ks=(1, 5)) -> torch.Tensor:
     """(len(ks),) counts of samples whose label is among the k largest of logits (B, C)."""
@@ -100,7 +102,7 @@ class StepSums:
             first = self.checked + int(bad[0])
             raise runtime.RunError(
                 f"the loss became {self.losses[first].item()} at epoch {epoch}, step {first}; "
-                "nothing was saved after the last good checkpoint; a lower learning rate may help")
+                f"{NOT_SAVED}")
         self.checked = self.steps
 
     def state(self) -> dict:

@@ -4,6 +4,7 @@ import csv
 import fcntl
 import io
 import json
+import math
 import os
 import platform
 import statistics
@@ -17,6 +18,7 @@ import torchvision
 from tqdm import tqdm
 
 from common import checkpoint, runtime
+from common.metrics import NOT_SAVED
 from common.runtime import RunError
 
 # One colour a curve, in fixed order; readable for the colour-blind, on white.
@@ -60,7 +62,7 @@ class Run:
         self.keeps_files = not getattr(args, "log_off", False)
         self.writes = self.keeps_files and runtime.rank() == 0
         self.history, self.best, self.epoch, self.step, self.sums = [], -1.0, 0, 0, None
-        self.stop, self.events, self.steps_left = runtime.StopSignal(), None, args.max_steps
+        self.events, self.steps_left = None, args.max_steps
 
     # ---- beginning
 
@@ -85,30 +87,20 @@ class Run:
         Raises RunError when the folder is not writable, held by another run, or already holds
         one that --resume does not name.
         """
-        wish = self.args.resume
-        state = checkpoint.resume(wish, self.folder) if wish or self.keeps_files else None
+        if self.writes:
+            self.take_folder()
+        wish, state = self.args.resume, None
+        if wish or self.keeps_files:
+            state = checkpoint.resume(wish, self.folder)
         if state:
-            checkpoint.check_identity(state, self.identity)
-            if "history" not in state:
-                raise RunError(f"{wish} holds weights alone, to evaluate; go on from the run's "
-                               f"{checkpoint.NEWEST}")
-            for name, part in self.parts.items():
-                if state[name]:                             # a scaler that is off has no state
-                    part.load_state_dict(state[name])
-            for name in ("history", "best", "epoch", "step", "sums"):
-                setattr(self, name, state[name])
+            self.restore(state)
             runtime.say(f"resumed at epoch {self.epoch}, step {self.step}")
+        if len(set(runtime.gather((self.epoch, self.step)))) > 1:
+            raise RunError(f"{self.folder}: the processes find different checkpoints there; "
+                           "--root_dir must be on a disk that all machines share")
+        self.stop = runtime.StopSignal()
         if not self.writes:
             return
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.lock = open(self.folder / ".lock", "w")    # held until the process ends
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RunError(f"{self.folder}: another run is writing there; choose another "
-                           "--root_dir or wait for its end") from None
-        except OSError as fault:
-            raise RunError(f"{self.folder} cannot be written: {fault.strerror}") from None
         on_gpu = self.device.type == "cuda"
         facts |= {
             "command": " ".join([Path(sys.executable).name, *sys.argv]), "args": vars(self.args),
@@ -121,6 +113,38 @@ class Run:
         if self.args.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
             self.events = SummaryWriter(self.folder / "tensorboard", purge_step=self.epoch or None)
+
+    def take_folder(self):
+        """Makes the run's folder and holds it until the process ends."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock = open(self.folder / ".lock", "w")
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(f"{self.folder}: another run is writing there; choose another "
+                           "--root_dir or wait for its end") from None
+        except OSError as fault:
+            raise RunError(f"{self.folder} cannot be written: {fault.strerror}") from None
+
+    def restore(self, state: dict):
+        """Takes over a checkpoint. Raises RunError for one that this run cannot go on from."""
+        checkpoint.check_identity(state, self.identity)
+        if "history" not in state:
+            raise RunError(f"{self.args.resume} holds weights alone, to evaluate; go on from the "
+                           f"run's {checkpoint.NEWEST}")
+        before = state["args"]["batch_size"]
+        if state["step"] and before != self.args.batch_size:
+            raise RunError(f"the checkpoint stands inside an epoch of --batch_size {before}; go on "
+                           "with the same")
+        for name, part in self.parts.items():
+            try:
+                if state[name]:                             # a scaler that is off has no state
+                    part.load_state_dict(state[name])
+            except (KeyError, ValueError, RuntimeError) as fault:
+                raise RunError(f"the checkpoint's {name} does not fit this run's "
+                               f"({str(fault).splitlines()[0][:100]})") from None
+        for name in ("history", "best", "epoch", "step", "sums"):
+            setattr(self, name, state[name])
 
     # ---- inside an epoch
 
@@ -156,8 +180,18 @@ class Run:
             self.steps_left -= 1
         return self.steps_left == 0
 
+    def check_weights(self):
+        """Raises RunError when the network no longer consists of finite numbers."""
+        values = self.parts["model"].state_dict().items()
+        bad = [name for name, value in values
+               if value.is_floating_point() and not bool(value.isfinite().all())]
+        if bad:
+            raise RunError(f"{bad[0]} of the network is no longer finite at epoch {self.epoch}, "
+                           f"after step {self.step}; {NOT_SAVED}")
+
     def save(self, sums=None):
         """Writes checkpoint.pt: all that the rest of the run depends on."""
+        self.check_weights()
         if self.writes:
             checkpoint.save(self.folder, {
                 **{name: part.state_dict() for name, part in self.parts.items()},
@@ -174,13 +208,23 @@ class Run:
 
     def end_epoch(self, row: dict, accuracy: float | None, sums):
         """Logs the epoch's row, keeps best.pt if `accuracy` (None: not measured) is the best yet,
-        moves on to the next epoch unless this one was cut short, and saves."""
+        moves on to the next epoch unless this one was cut short, and saves.
+
+        A trial's accuracy is of a few images: it never counts as the best yet. Raises RunError,
+        and keeps the checkpoint before, when something in `row` or a weight is not finite.
+        """
+        bad = [name for name, value in row.items() if not math.isfinite(value)]
+        if bad:
+            raise RunError(f"{bad[0]} became {row[bad[0]]} at epoch {self.epoch}, after step "
+                           f"{self.step}; {NOT_SAVED}")
+        self.check_weights()
         row = {"epoch": self.epoch} | row
         self.history.append(row)
         runtime.say(", ".join(f"{name} {value:.4g}" for name, value in row.items()))
         self.write_log(row)
-        if accuracy is not None and accuracy > self.best:
-            self.best = accuracy
+        trial = self.args.max_steps is not None
+        if accuracy is not None and (self.best < 0 if trial else accuracy > self.best):
+            self.best = self.best if trial else accuracy
             if self.writes:
                 checkpoint.save(self.folder, {
                     "model": self.parts["model"].state_dict(), "identity": self.identity,
@@ -222,7 +266,10 @@ class Run:
 
     def report(self) -> str:
         """The closing line: median of the last ten epochs' test accuracy, and the spread."""
-        values, seconds = self.column("test_accuracy"), statistics.mean(self.column("seconds"))
+        values = self.column("test_accuracy")
+        if not values:
+            return "no epoch was left to train"
+        seconds = statistics.mean(self.column("seconds"))
         last = values[-10:]
         median = statistics.median(last)
         spread = max(max(last) - median, median - min(last))

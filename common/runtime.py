@@ -3,6 +3,8 @@ import argparse
 import contextlib
 import ctypes
 import hashlib
+import importlib.util
+import math
 import os
 import re
 import signal
@@ -49,12 +51,24 @@ def add_boolean(parser, name: str, default: bool, help: str):
                         metavar="BOOL", help=help)
 
 
-def positive(text: str) -> int:
-    """argparse type: an integer of at least 1."""
-    with contextlib.suppress(ValueError):
-        if int(text) >= 1:
-            return int(text)
-    raise argparse.ArgumentTypeError(f"'{text}' is not an integer of at least 1")
+def number(kind=float, low=None, high=None, above=None):
+    """argparse type: an int or float within its bounds (`above` excludes the bound itself)."""
+    bounds = [f"{word} {bound}" for word, bound in
+              (("of at least", low), ("at most", high), ("above", above)) if bound is not None]
+
+    def check(text: str):
+        with contextlib.suppress(ValueError, OverflowError):
+            value = kind(text)
+            if ((low is None or value >= low) and (high is None or value <= high)
+                    and (above is None or value > above) and math.isfinite(value)):
+                return value
+        what = "an integer" if kind is int else "a number"
+        raise argparse.ArgumentTypeError(f"'{text}' is not {what} {' and '.join(bounds)}")
+    return check
+
+
+positive, count = number(int, low=1), number(int, low=0)
+amount, share = number(low=0), number(low=0, high=1)
 
 
 def add_flags(parser):
@@ -90,9 +104,19 @@ def setup(args) -> torch.device:
 
     Raises RunError when the device asked for is not there. Prints what it chose, once.
     """
-    if "SLURM_PROCID" in os.environ and "RANK" not in os.environ:      # srun without torchrun
-        os.environ.update(RANK=os.environ["SLURM_PROCID"], WORLD_SIZE=os.environ["SLURM_NTASKS"],
-                          LOCAL_RANK=os.environ["SLURM_LOCALID"])
+    if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1 and "RANK" not in os.environ:
+        os.environ.update(RANK=os.environ["SLURM_PROCID"], LOCAL_RANK=os.environ["SLURM_LOCALID"],
+                          WORLD_SIZE=os.environ["SLURM_STEP_NUM_TASKS"])     # srun, no torchrun
+    missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+               if "RANK" in os.environ and name not in os.environ]
+    if missing:
+        raise RunError(f"a run of several processes needs {' and '.join(missing)} in its "
+                       "environment: start it with torchrun, or set them as "
+                       "resizemix/scripts/train_slurm.sh does")
+    if args.loader == "dali" and not (importlib.util.find_spec("nvidia")
+                                      and importlib.util.find_spec("nvidia.dali")):
+        raise RunError("--loader dali: DALI is not installed (pip install nvidia-dali-cuda120, on "
+                       "Linux); --loader torch does without it")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise RunError("--device cuda: torch sees no GPU here; use --device cpu or auto")
     use_cuda = torch.cuda.is_available() and args.device != "cpu"
@@ -166,7 +190,11 @@ def prepare(model, args, device: torch.device):
     leaves in the gradients (also what passes through `net` left there before).
     """
     net = model.to(device)
-    if args.channels_last:
+    # torch's channels-last convolutions on the CPU crash with fewer than 16 channels
+    narrow = device.type == "cpu" and any(
+        isinstance(part, torch.nn.Conv2d) and part.kernel_size != (1, 1) and part.out_channels < 16
+        for part in net.modules())
+    if args.channels_last and not narrow:
         net = net.to(memory_format=torch.channels_last)
     if args.compile:
         net.compile()                                       # in place: names in checkpoints stay
@@ -206,6 +234,14 @@ def total(values: torch.Tensor) -> torch.Tensor:
     if world() > 1:
         values = values.clone()
         dist.all_reduce(values)
+    return values
+
+
+def gather(value) -> list:
+    """What each process has for `value` (anything that pickles), in the order of ranks."""
+    values = [value] * world()
+    if world() > 1:
+        dist.all_gather_object(values, value)
     return values
 
 

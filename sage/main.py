@@ -33,7 +33,7 @@ from common.mixing import (
     soft_targets,
     softmax_bce,
 )
-from common.runtime import add_boolean
+from common.runtime import RunError, add_boolean, amount, count, number, positive, share
 from sage import comixup, puzzlemix, saliencymix
 from sage.rearrange import draw_offsets, gradient_saliency, sage_mix
 
@@ -64,26 +64,26 @@ def parse_args(argv=None):
     add("--dataset", choices=data.NAMES, default="cifar10")
     add("--data_dir", default="data", help="folder (or .npz file) of the data set")
     add("--root_dir", default="experiments", help="where the run's folder is made")
-    add("--labels_per_class", type=runtime.positive, default=None,
+    add("--labels_per_class", type=positive, default=None,
         help="training images of each class (default: all)")
-    add("--valid_labels_per_class", type=int, default=0,
+    add("--valid_labels_per_class", type=count, default=0,
         help="training images of each class set aside; best.pt is then chosen on these")
     add("--arch", choices=ARCHS, default="wrn28_10")
-    add("--initial_channels", type=runtime.positive, default=64,
+    add("--initial_channels", type=positive, default=64,
         help="64 is the network as published, 16 has a quarter of all its widths")
-    add("--epochs", type=runtime.positive, default=300)
-    add("--batch_size", type=runtime.positive, default=100, help="over all processes")
-    add("--learning_rate", type=float, default=0.1)
-    add("--momentum", type=float, default=0.9, help="Nesterov's")
-    add("--decay", type=float, default=1e-4, help="weight decay")
-    add("--schedule", type=int, nargs="+", default=[150, 225], help="epochs of the LR changes")
-    add("--gammas", type=float, nargs="+", default=[0.1, 0.1], help="LR factors at these epochs")
+    add("--epochs", type=positive, default=300)
+    add("--batch_size", type=positive, default=100, help="over all processes")
+    add("--learning_rate", type=amount, default=0.1)
+    add("--momentum", type=share, default=0.9, help="Nesterov's")
+    add("--decay", type=amount, default=1e-4, help="weight decay")
+    add("--schedule", type=count, nargs="+", default=[150, 225], help="epochs of the LR changes")
+    add("--gammas", type=amount, nargs="+", default=[0.1, 0.1], help="LR factors at these epochs")
     add_boolean(parser, "--dropout", False, "dropout 0.5 before the last layer")
-    add("--ngpu", type=int, default=1, help="0: CPU; above 1: restarts itself under torchrun")
-    add("--workers", type=int, default=2, help="threads that decode image files")
+    add("--ngpu", type=count, default=1, help="0: CPU; above 1: restarts itself under torchrun")
+    add("--workers", type=count, default=2, help="threads that decode image files")
     add("--seed", type=int, default=0)
-    add("--start_epoch", type=int, default=None, help="first epoch (default: 0, or --resume's)")
-    add("--print_freq", type=runtime.positive, default=100, help="steps between log lines")
+    add("--start_epoch", type=count, default=None, help="first epoch (default: 0 or --resume's)")
+    add("--print_freq", type=positive, default=100, help="steps between log lines")
     add("--add_name", "--tag", default="", help="suffix of the run's folder")
     add("--job_id", type=int, default=0, help="suffix of the run's folder")
     add_boolean(parser, "--log_off", False, "write no files")
@@ -98,46 +98,46 @@ def parse_args(argv=None):
     add_boolean(parser, "--comix", None, "Co-Mixup")
     add("--mixup_alpha", type=float, default=1.0, help="Beta (comix: Dirichlet) parameter")
     add_boolean(parser, "--in_batch", False, "one lambda per image instead of one per batch")
-    add("--prob_mix", type=float, default=1.0, help="fraction of the batch that is mixed")
+    add("--prob_mix", type=share, default=1.0, help="fraction of the batch that is mixed")
     add("--mix_schedule", choices=["fixed", "scheduled", "delayed"], default="fixed",
         help="prob_mix over the epochs: constant, growing until, or zero before:")
-    add("--mix_scheduled_epoch", type=int, default=300)
-    add("--mp", type=int, default=8, help="threads of the graph cuts, 0: none")
+    add("--mix_scheduled_epoch", type=positive, default=300)
+    add("--mp", type=count, default=8, help="threads of the graph cuts, 0: none")
     add("--solver", choices=["auto", "gco", "device"], default="auto",
         help="graph cuts by gco on the CPU, or batched on the device")
 
     add = parser.add_argument_group("sage").add_argument
-    add("--blur_sigma", type=float, default=1.0, help="saliency blur, pixels")
-    add("--kernel_size", type=int, default=5, help="saliency blur, pixels, odd")
+    add("--blur_sigma", type=number(above=0), default=1.0, help="saliency blur, pixels")
+    add("--kernel_size", type=positive, default=5, help="saliency blur, pixels, odd")
     add_boolean(parser, "--eval_mode", False, "saliency pass in eval mode")
-    add("--rand_pos", type=float, default=0.5, help="fraction of all offsets that are tried")
-    add("--update_ratio", type=float, default=1.0, help="weight of the mixed loss; rest: clean")
-    add("--upper_lambda", type=float, default=1.0, help="multiplies the drawn lambda")
+    add("--rand_pos", type=share, default=0.5, help="fraction of all offsets that are tried")
+    add("--update_ratio", type=share, default=1.0, help="weight of the mixed loss; rest: clean")
+    add("--upper_lambda", type=share, default=1.0, help="multiplies the drawn lambda")
 
     add = parser.add_argument_group("puzzle").add_argument
-    add("--neigh_size", type=int, default=4, help="cell of the pairwise colour term, pixels")
+    add("--neigh_size", type=positive, default=4, help="cell of the pairwise colour term, pixels")
     add("--n_labels", type=int, choices=[2, 3, 4], default=3, help="mask levels")
-    add("--beta", type=float, default=1.2, help="label smoothness")
-    add("--gamma", type=float, default=0.5, help="data local smoothness")
-    add("--eta", type=float, default=0.2, help="prior weight")
+    add("--beta", type=amount, default=1.2, help="label smoothness")
+    add("--gamma", type=amount, default=0.5, help="data local smoothness")
+    add("--eta", type=amount, default=0.2, help="prior weight")
     add_boolean(parser, "--transport", True, "move the blocks")
-    add("--t_eps", type=float, default=0.8, help="cost of moving")
+    add("--t_eps", type=amount, default=0.8, help="cost of moving")
     add("--t_size", type=int, default=-1, help="side of a moved block, pixels; -1: the mask's")
-    add("--adv_p", type=float, default=0.0, help="probability of adversarial noise")
-    add("--adv_eps", type=float, default=10.0, help="noise ball, in 1/255")
-    add("--clean_lam", type=float, default=0.0, help="weight of the clean loss (also comix)")
+    add("--adv_p", type=share, default=0.0, help="probability of adversarial noise")
+    add("--adv_eps", type=amount, default=10.0, help="noise ball, in 1/255")
+    add("--clean_lam", type=amount, default=0.0, help="weight of the clean loss (also comix)")
 
     add = parser.add_argument_group("comix").add_argument
     add("--m_block_num", type=int, default=4, help="blocks a side, -1: 2, 4, 8 or 16 at random")
-    add("--m_part", type=runtime.positive, default=20, help="images mixed with one another")
-    add("--m_beta", type=float, default=0.32, help="label smoothness")
-    add("--m_gamma", type=float, default=1.0, help="diversity")
-    add("--m_thres", type=float, default=0.83, help="over-penalty threshold, share of blocks")
+    add("--m_part", type=positive, default=20, help="images mixed with one another")
+    add("--m_beta", type=amount, default=0.32, help="label smoothness")
+    add("--m_gamma", type=amount, default=1.0, help="diversity")
+    add("--m_thres", type=share, default=0.83, help="over-penalty threshold, share of blocks")
     add("--m_thres_type", choices=["soft", "hard"], default="hard")
-    add("--m_eta", type=float, default=0.05, help="prior weight")
-    add("--m_omega", type=float, default=0.001, help="compatibility")
+    add("--m_eta", type=amount, default=0.05, help="prior weight")
+    add("--m_omega", type=amount, default=0.001, help="compatibility")
     add_boolean(parser, "--set_resolve", True, "break ties of identical outputs")
-    add("--m_niter", type=runtime.positive, default=4, help="sweeps")
+    add("--m_niter", type=positive, default=4, help="sweeps")
     add_boolean(parser, "--parallel", True, "parts in threads")
     runtime.add_flags(parser)
 
@@ -158,14 +158,15 @@ def parse_args(argv=None):
     if len(args.schedule) != len(args.gammas):
         parser.error(f"--schedule has {len(args.schedule)} epochs, --gammas {len(args.gammas)} "
                      "factors: give as many of one as of the other")
-    for name, low, high in (("rand_pos", 0, 1), ("update_ratio", 0, 1), ("upper_lambda", 0, 1),
-                            ("prob_mix", 0, 1), ("adv_p", 0, 1), ("m_thres", 0, 1)):
-        if not low <= getattr(args, name) <= high:
-            parser.error(f"--{name} {getattr(args, name)} is not between {low} and {high}")
-    if args.kernel_size < 1 or args.kernel_size % 2 == 0:
-        parser.error(f"--kernel_size {args.kernel_size} is not odd and positive")
-    if args.ngpu < 0:
-        parser.error(f"--ngpu {args.ngpu} is negative")
+    if args.kernel_size % 2 == 0:
+        parser.error(f"--kernel_size {args.kernel_size} is not odd")
+    for name in ("t_size", "m_block_num"):
+        if getattr(args, name) < 1 and getattr(args, name) != -1:
+            parser.error(f"--{name} {getattr(args, name)} is neither -1 nor at least 1")
+    if method == "comix" and args.mixup_alpha <= 0:
+        parser.error(f"--mixup_alpha {args.mixup_alpha}: Co-Mixup's must be above 0")
+    if args.start_epoch is not None and args.start_epoch >= args.epochs:
+        parser.error(f"--start_epoch {args.start_epoch}: the last epoch is {args.epochs - 1}")
     if args.ngpu == 0:
         args.device = "cpu"
     args.mp = min(args.mp, os.cpu_count())
@@ -183,11 +184,12 @@ class Mixed(NamedTuple):
     saliency: torch.Tensor | None = None
 
 
-def saliency_gradient(net, images, labels, args, scaler):
+def saliency_gradient(net, images, labels, args, scaler, part):
     """Gradient of the clean loss with respect to the images, (B, 3, H, W).
 
     When the clean loss takes part in training (update_ratio < 1, clean_lam > 0) the gradients of
-    the parameters stay, and the mixed loss's are added to them; else they are not computed.
+    the parameters stay, weighed by these images' `part` of the batch, and the mixed loss's are
+    added to them; else they are not computed.
     """
     if args.method == "sage":
         keep, train_mode = args.update_ratio != 1, not args.eval_mode
@@ -203,16 +205,15 @@ def saliency_gradient(net, images, labels, args, scaler):
     else:
         loss = F.cross_entropy(logits.float(), labels)
         loss = loss * (2 * args.clean_lam / logits.shape[1]) if keep else loss
-    loss = scaler.scale(loss)
     net.train()
     if not keep:
-        return torch.autograd.grad(loss, images)[0]
-    loss.backward()
+        return torch.autograd.grad(scaler.scale(loss), images)[0]
+    scaler.scale(loss * part).backward()
     return images.grad
 
 
-def mix_batch(net, images, labels, args, info, generator, scaler) -> Mixed:
-    """Mixes a batch by --method; every random number comes from `generator`."""
+def mix_batch(net, images, labels, args, info, generator, scaler, part=1.0) -> Mixed:
+    """Mixes images, `part` of the batch, by --method; all randomness is of `generator`."""
     n, (height, width) = len(images), images.shape[-2:]
     per_image = n if args.in_batch else None
 
@@ -223,7 +224,7 @@ def mix_batch(net, images, labels, args, info, generator, scaler) -> Mixed:
         draws = comixup.draw_comix(n, generator, m_part=args.m_part, block_num=args.m_block_num,
                                    mixup_alpha=args.mixup_alpha)
         saliency = puzzlemix.gradient_magnitude(
-            saliency_gradient(net, images, labels, args, scaler))
+            saliency_gradient(net, images, labels, args, scaler, part))
         mixed, targets = comixup.co_mix_batch(
             images, F.one_hot(labels, info.num_classes).float(), saliency, draws,
             m_part=args.m_part, omega=args.m_omega, beta=args.m_beta, gamma=args.m_gamma,
@@ -232,14 +233,14 @@ def mix_batch(net, images, labels, args, info, generator, scaler) -> Mixed:
             threads=args.mp if args.parallel else 0)
         return Mixed(mixed, targets, saliency=saliency)
 
-    perm = draw_perm(n, generator)
+    perm = draw_perm(n, generator).to(images.device, non_blocking=True)
     lam = draw_lambda(args.mixup_alpha, generator, per_image)
     hidden, saliency = {}, None
 
     if args.method == "sage":
         lam = args.upper_lambda * (lam if args.mixup_alpha > 0 else torch.tensor(0.5))
         offsets = draw_offsets(height, width, args.rand_pos, generator)
-        saliency = gradient_saliency(saliency_gradient(net, images, labels, args, scaler),
+        saliency = gradient_saliency(saliency_gradient(net, images, labels, args, scaler, part),
                                      args.kernel_size, args.blur_sigma)
         mixed, ratio = sage_mix(images, saliency, perm, offsets, lam)
         saliency = saliency[:, 0]
@@ -248,7 +249,7 @@ def mix_batch(net, images, labels, args, info, generator, scaler) -> Mixed:
         block_num = puzzlemix.draw_block_num(generator, (height, width))
         noisy, adversary = puzzlemix.draw_noise(images, args.adv_p, args.adv_eps, generator,
                                                 mean=info.mean, std=info.std)
-        grad = saliency_gradient(net, noisy, labels, args, scaler)
+        grad = saliency_gradient(net, noisy, labels, args, scaler, part)
         saliency = puzzlemix.gradient_magnitude(grad)
         mixed, ratio = puzzlemix.puzzle_mix(
             images, saliency, perm, lam, block_num, beta=args.beta, gamma=args.gamma,
@@ -269,7 +270,7 @@ def mix_batch(net, images, labels, args, info, generator, scaler) -> Mixed:
     elif args.method == "manifold":
         layer = int(torch.randint(3, (), generator=generator))
         mixed, ratio = images, lam.expand(n).to(images.device, non_blocking=True)
-        hidden = {"perm": perm.to(images.device, non_blocking=True), "lam": ratio, "layer": layer}
+        hidden = {"perm": perm, "lam": ratio, "layer": layer}
 
     else:
         mixed, ratio = mixup(images, perm, lam)
@@ -300,10 +301,12 @@ def training_step(net, model, images, labels, args, info, epoch, generator, scal
     loss, parts = 0, []
     if mixed_count:
         mixed = mix_batch(net, images[clean_count:], labels[clean_count:], args, info, generator,
-                          scaler)
+                          scaler, mixed_count / n)
         with runtime.autocast(args, images.device):
             logits = model(mixed.images, **mixed.hidden)
         loss = softmax_bce(logits, mixed.targets) * (mixed_count / n)
+        if args.method == "sage":
+            loss = loss * args.update_ratio         # the clean loss weighs 1 - update_ratio
         parts = [logits]
     if clean_count:
         with runtime.autocast(args, images.device):
@@ -311,8 +314,6 @@ def training_step(net, model, images, labels, args, info, epoch, generator, scal
         target = F.one_hot(labels[:clean_count], info.num_classes)
         loss = loss + softmax_bce(logits, target) * (clean_count / n)
         parts.insert(0, logits)
-    if args.method == "sage":
-        loss = loss * args.update_ratio             # the clean loss weighs 1 - update_ratio
     scaler.scale(loss).backward()
     return loss, torch.cat(parts)
 
@@ -372,6 +373,17 @@ def draw_preview(path, net, train, args, info, scaler):
                         mixed.targets, info)
 
 
+def check_sizes(args, side: int):
+    """Raises RunError when the method cannot work on images of `side` pixels."""
+    if args.method == "sage" and args.kernel_size // 2 >= side:
+        raise RunError(f"--kernel_size {args.kernel_size} is too wide for images of {side} pixels")
+    if args.method == "puzzle" and side % 2:
+        raise RunError(f"puzzle cuts images into 2, 4, 8 or 16 blocks a side: {side} pixels cannot "
+                       "be halved; give an even --image_size")
+    if args.method == "comix" and args.m_block_num > side:
+        raise RunError(f"--m_block_num {args.m_block_num} is more than {side} pixels")
+
+
 def main(argv=None):
     """Trains (or evaluates, or draws a preview) as the flags say; returns the network."""
     args = parse_args(argv)
@@ -383,6 +395,7 @@ def main(argv=None):
         args.dataset, args.data_dir, batch_size=args.batch_size, device=device, seed=args.seed,
         loader=args.loader, image_size=args.image_size, labels_per_class=args.labels_per_class,
         valid_labels_per_class=args.valid_labels_per_class, workers=args.workers)
+    check_sizes(args, info.image_size)
     torch.manual_seed(args.seed)
     net, model = runtime.prepare(
         models.build(args.arch, info.num_classes, info.image_size,
@@ -405,13 +418,14 @@ def main(argv=None):
         run.load_weights()
         if args.evaluate:
             evaluate(net, test, args, info)
-        else:
+        elif runtime.rank() == 0:
             picture = draw_preview(args.preview, net, train, args, info, scaler)
             runtime.say(f"mixed images: {picture}")
         return net
     run.start(parameters=parameters, data=str(info))
     if args.start_epoch is not None:
         run.epoch, run.step, run.sums = args.start_epoch, 0, None
+        run.history = [row for row in run.history if row["epoch"] < args.start_epoch]
 
     # The epochs
     while not run.over:

@@ -3,12 +3,13 @@ import builtins
 import errno
 import fcntl
 import json
+import signal
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from common import checkpoint, metrics, runlog
+from common import checkpoint, metrics, runlog, runtime
 from common.runtime import RunError
 
 CPU = torch.device("cpu")
@@ -39,6 +40,10 @@ def test_damaged_newest_falls_back(tmp_path, harm, capsys):
         path.unlink()
     assert checkpoint.resume("auto", tmp_path)["epoch"] == 1
     assert "checkpoint.prev.pt" in capsys.readouterr().err
+    assert (tmp_path / "checkpoint.damaged.pt").exists() == (harm != "gone")
+    checkpoint.save(tmp_path, state(3))                     # the good one before stays
+    assert checkpoint.load(tmp_path / "checkpoint.prev.pt")["epoch"] == 1
+    path.write_bytes(content[:-700])
     with pytest.raises(RunError, match="--resume .*checkpoint.prev.pt"):
         checkpoint.resume(str(path), tmp_path)
 
@@ -96,6 +101,69 @@ def test_run_folder_is_held_by_one_run(tmp_path):
         make_run(tmp_path).start()
     fcntl.flock(run.lock, fcntl.LOCK_UN)
     make_run(tmp_path).start()
+
+
+def test_signals_are_noted_from_the_start_on(tmp_path):
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    run = make_run(tmp_path)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL       # --evaluate stops at once
+    run.start()
+    assert signal.getsignal(signal.SIGTERM) == run.stop.note
+
+
+def end_epoch(run, accuracy, **row):
+    run.step = run.epoch_steps = 1
+    sums = metrics.StepSums(1, CPU)
+    run.end_epoch({"test_accuracy": accuracy, "seconds": 1.0} | row, accuracy, sums)
+
+
+def test_a_trial_is_never_the_best(tmp_path):
+    trial = make_run(tmp_path, max_steps=1)
+    trial.start()
+    end_epoch(trial, 99.0)
+    assert checkpoint.load(trial.folder / "best.pt")["accuracy"] == 99
+    fcntl.flock(trial.lock, fcntl.LOCK_UN)
+    run = make_run(tmp_path, resume="auto")
+    run.start()
+    end_epoch(run, 50.0)
+    assert checkpoint.load(run.folder / "best.pt")["accuracy"] == 50
+    fcntl.flock(run.lock, fcntl.LOCK_UN)
+    trial = make_run(tmp_path, resume="auto", max_steps=1)
+    trial.start()
+    end_epoch(trial, 99.0)
+    assert checkpoint.load(run.folder / "best.pt")["accuracy"] == 50
+
+
+@pytest.mark.parametrize("harm", ["weight", "loss"])
+def test_what_is_not_finite_is_not_saved(tmp_path, harm):
+    run = make_run(tmp_path)
+    run.start()
+    end_epoch(run, 50.0)
+    before = (run.folder / "checkpoint.pt").read_bytes(), (run.folder / "log.csv").read_bytes()
+    if harm == "weight":
+        run.parts["model"].bias.data[1] = float("nan")
+    with pytest.raises(RunError, match="at epoch 1, after step 1; nothing was saved"):
+        end_epoch(run, 60.0, test_loss=float("inf") if harm == "loss" else 1.0)
+    assert before == ((run.folder / "checkpoint.pt").read_bytes(),
+                      (run.folder / "log.csv").read_bytes())
+    assert checkpoint.load(run.folder / "best.pt")["accuracy"] == 50
+
+
+def test_ranks_must_see_the_same_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setattr(runtime, "gather", lambda place: [place, (4, 0)])
+    with pytest.raises(RunError, match="a disk that all machines share"):
+        make_run(tmp_path).start()
+
+
+def test_parts_that_do_not_fit_are_named(tmp_path):
+    run = make_run(tmp_path)
+    run.start()
+    run.save()
+    fcntl.flock(run.lock, fcntl.LOCK_UN)
+    again = make_run(tmp_path, resume="auto")
+    again.parts["momentum"] = torch.nn.Linear(2, 2)
+    with pytest.raises(RunError, match="checkpoint's momentum does not fit"):
+        again.start()
 
 
 def test_unwritable_root_is_named(tmp_path):

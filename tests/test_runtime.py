@@ -1,10 +1,12 @@
 """Flags, seeds and exits that all programs share."""
 import argparse
+import importlib.util
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from common import runtime
+from common import models, runtime
 
 
 def test_step_randomness_depends_on_its_number_alone():
@@ -42,6 +44,60 @@ def test_known_faults_are_one_line(capsys, fault, code, line):
         runtime.launch(main)
     error = capsys.readouterr().err
     assert end.value.code == code and line in error and error.count("\n") <= 1
+
+
+@pytest.mark.parametrize("kind, text, allowed", [
+    (runtime.positive, "1", True), (runtime.positive, "0", False), (runtime.positive, "1.5", False),
+    (runtime.count, "0", True), (runtime.count, "-1", False), (runtime.amount, "1e-4", True),
+    (runtime.amount, "nan", False), (runtime.amount, "inf", False), (runtime.amount, "-1", False),
+    (runtime.share, "1", True), (runtime.share, "1.01", False), (runtime.share, "x", False),
+    (runtime.number(above=0), "0", False), (runtime.number(above=0), "0.1", True)])
+def test_numbers_have_bounds(kind, text, allowed):
+    if allowed:
+        assert kind(text) == float(text)
+    else:
+        with pytest.raises(argparse.ArgumentTypeError, match=f"'{text}' is not a"):
+            kind(text)
+
+
+def flags(**changed):
+    return SimpleNamespace(**{"device": "cpu", "amp": "off", "seed": 0, "channels_last": True,
+                              "compile": False, "loader": "auto"} | changed)
+
+
+@pytest.mark.parametrize("environment, line", [
+    ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"},
+     "needs MASTER_ADDR and MASTER_PORT"),
+    ({"RANK": "0"}, "needs WORLD_SIZE and MASTER_ADDR and MASTER_PORT")])
+def test_incomplete_launchers_are_named(monkeypatch, environment, line):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "0")           # so that what setup adds is taken back
+        monkeypatch.delenv(name)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(runtime.RunError, match=line):
+        runtime.setup(flags())
+
+
+def test_a_shell_under_slurm_is_one_process(monkeypatch):
+    for name, value in {"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}.items():
+        monkeypatch.setenv(name, value)
+    runtime.setup(flags())
+    assert runtime.world() == 1
+
+
+def test_missing_dali_is_said(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(runtime.RunError, match="DALI is not installed"):
+        runtime.setup(flags(loader="dali"))
+
+
+@pytest.mark.parametrize("channels", [4, 8])
+@pytest.mark.parametrize("size", [48, 56])
+def test_narrow_networks_run_on_the_cpu(channels, size):
+    net = models.build("preactresnet18", 10, size, initial_channels=channels)
+    net, _ = runtime.prepare(net, flags(), torch.device("cpu"))
+    net(torch.randn(4, 3, size, size)).sum().backward()     # in channels last torch crashes
 
 
 def test_a_defect_keeps_its_traceback(capsys):

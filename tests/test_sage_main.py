@@ -9,11 +9,13 @@ import time
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import ROOT
 from PIL import Image
 
-from common import checkpoint
+from common import checkpoint, runtime
 from sage import main as sage
+from sage import puzzlemix
 
 SMALL = ("--dataset digits --image_size 16 --labels_per_class 12 --batch_size 30 --arch "
          "preactresnet18 --initial_channels 4 --learning_rate 0.05 --rand_pos 0.02 --m_part 8 "
@@ -35,6 +37,13 @@ def train(root, *words):
     """Runs main() in this process; returns the run's folder."""
     sage.main([*SMALL, "--root_dir", str(root), *map(str, words)])
     return next(folder for folder in root.iterdir())
+
+
+def faults(capsys, *words):
+    """Exit code and stderr of main() under the program's own handling of faults."""
+    with pytest.raises(SystemExit) as end:
+        runtime.launch(lambda: sage.main([*SMALL, *map(str, words)]))
+    return end.value.code, capsys.readouterr().err
 
 
 def weights(folder, name="checkpoint.pt"):
@@ -108,30 +117,106 @@ def test_mix_schedule():
     assert [sage.mixed_share(args, epoch) for epoch in (9, 10)] == [0, .8]
 
 
-def test_clean_and_mixed_losses_add_up(tmp_path):
-    """SAGE's gradient is (1 - r) times the clean loss's plus r times the mixed loss's."""
-    args = sage.parse_args([*SMALL, "--method", "sage"])
-    args.channels_last = False
-    train_set, _, info = sage.data.load("digits", "", batch_size=30, device=torch.device("cpu"),
-                                        image_size=16)
-    images, labels = next(iter(train_set))
-    torch.manual_seed(0)
-    net = sage.models.build("preactresnet18", 10, 16, initial_channels=4)
+def digits(words):
+    """Flags, training batches, Info and a fresh network as main() makes them."""
+    args = sage.parse_args([*SMALL, *words.split()])
+    batches, _, info = sage.data.load("digits", "", batch_size=args.batch_size, image_size=16,
+                                      device=torch.device("cpu"), seed=args.seed,
+                                      labels_per_class=args.labels_per_class)
+    torch.manual_seed(args.seed)
+    return args, batches, info, sage.models.build("preactresnet18", 10, 16, initial_channels=4)
+
+
+def bce(net, images, targets):
+    return F.binary_cross_entropy(net(images).softmax(1), targets)
+
+
+def gradient_by_hand(net, images, labels, args, info, generator):
+    """Leaves one step's gradient in the network, written out from the methods' descriptions."""
+    one_hot = F.one_hot(labels, 10).float()
+    if args.method == "vanilla":
+        return bce(net, images, one_hot).backward()
+    perm = sage.draw_perm(len(images), generator)
+    lam = sage.draw_lambda(1.0, generator)
+    images.requires_grad_()
+    if args.method == "sage":
+        ratio = args.update_ratio
+        offsets = sage.draw_offsets(16, 16, args.rand_pos, generator)
+        (bce(net, images, one_hot) * (1 - ratio)).backward()
+        saliency = sage.gradient_saliency(images.grad)
+        mixed, share = sage.sage_mix(images.detach(), saliency, perm, offsets,
+                                     lam * args.upper_lambda)
+    else:
+        ratio = 1
+        blocks = puzzlemix.draw_block_num(generator, (16, 16))
+        torch.rand(2, generator=generator)                  # whether there is adversarial noise
+        if args.clean_lam:
+            (F.cross_entropy(net(images), labels) * 2 * args.clean_lam / 10).backward()
+        else:
+            net.eval()
+            F.cross_entropy(net(images), labels).backward()
+            net.train().zero_grad()
+        saliency = puzzlemix.gradient_magnitude(images.grad)
+        mixed, share = puzzlemix.puzzle_mix(images.detach(), saliency, perm, lam, blocks,
+                                            mean=info.mean, std=info.std)
+    share = share[:, None]
+    (bce(net, mixed, share * one_hot + (1 - share) * one_hot[perm]) * ratio).backward()
+
+
+@pytest.mark.parametrize("words", [
+    "--method vanilla --momentum 0", "--method vanilla", "--method puzzle",
+    "--method sage --update_ratio 0.7 --upper_lambda 0.5", "--method puzzle --clean_lam 1"])
+def test_training_is_the_recipe(tmp_path, words):
+    """Losses, weight decay, Nesterov's momentum and the steps of the learning rate, by hand."""
+    words += " --decay 0.01 --schedule 1 2 --gammas 0.1 0.5 --epochs 3 --labels_per_class 5"
+    trained = weights(train(tmp_path, *words.split()))
+    args, batches, info, net = digits(words)
+    velocity = {name: torch.zeros_like(p) for name, p in net.named_parameters()}
+    for epoch, rate in enumerate((0.05, 0.005, 0.0025)):
+        batches.set_epoch(epoch)
+        for step, (images, labels) in enumerate(batches):
+            net.zero_grad()
+            gradient_by_hand(net, images, labels, args, info,
+                             runtime.step_generator(0, epoch, step))
+            with torch.no_grad():
+                for name, p in net.named_parameters():
+                    grad = p.grad + 0.01 * p
+                    velocity[name] = args.momentum * velocity[name] + grad
+                    p -= rate * (grad + args.momentum * velocity[name])
+    for name, value in net.state_dict().items():
+        assert torch.allclose(trained[name], value, rtol=1e-4, atol=1e-5), name
+
+
+@pytest.mark.parametrize("words", ["--method sage --update_ratio 0.7",
+                                   "--method puzzle --clean_lam 1", "--method cutmix"])
+def test_partial_mixing_weighs_by_images(words):
+    """The gradient is the mean over a clean part and a part mixed as if it were the batch."""
+    args, batches, info, net = digits(words)
+    images, labels = next(iter(batches))
     scaler = torch.amp.GradScaler("cpu", enabled=False)
 
-    def gradient(ratio):
-        args.update_ratio = ratio
+    def gradient(part, share):
+        args.prob_mix = share
         net.zero_grad()
-        generator = torch.Generator().manual_seed(5)
-        sage.training_step(net, net, images, labels, args, info, 0, generator, scaler)
+        sage.training_step(net, net, images[part], labels[part], args, info, 0,
+                           torch.Generator().manual_seed(5), scaler)
         return torch.cat([p.grad.flatten() for p in net.parameters()])
 
-    mixed = gradient(1.0)
-    net.zero_grad()
-    clean_loss = sage.softmax_bce(net(images), sage.F.one_hot(labels, 10))
-    clean_loss.backward()
-    clean = torch.cat([p.grad.flatten() for p in net.parameters()])
-    assert torch.allclose(gradient(0.7), 0.7 * mixed + 0.3 * clean, atol=1e-6)
+    expected = 0.4 * gradient(slice(18, 30), 1.0) + 0.6 * gradient(slice(18), 0.0)
+    assert torch.allclose(gradient(slice(30), 0.4), expected, atol=1e-6)
+
+
+def test_fgsm_is_one_clipped_step_along_the_sign():
+    _, batches, info, net = digits("")
+    images, labels = next(iter(batches))
+    net.eval()
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (info.mean, info.std))
+    moved = (sage.fgsm(net, 8 / 255, info)(images, labels) - images) * std
+    leaf = images.clone().requires_grad_()
+    F.cross_entropy(net(leaf), labels).backward()
+    pixels = images * std + mean
+    expected = (pixels + 8 / 255 * leaf.grad.sign()).clamp(0, 1) - pixels
+    assert torch.allclose(moved, expected, atol=1e-6) and moved.abs().max() > 7.9 / 255
 
 
 @pytest.mark.parametrize("method", ["vanilla", "sage", "puzzle"])
@@ -235,21 +320,30 @@ def test_log_off_writes_nothing(tmp_path):
     ("--dataset nodata", 2, "invalid choice: 'nodata'"),
     ("--schedule 1 2 --gammas 0.1", 2, "--schedule has 2 epochs, --gammas 1"),
     ("--method sage --box True", 2, "ask for cutmix"),
-    ("--rand_pos 1.5", 2, "--rand_pos 1.5 is not between"),
+    ("--rand_pos 1.5", 2, "argument --rand_pos: '1.5' is not a number of at least 0 and at most 1"),
     ("--kernel_size 4", 2, "--kernel_size 4 is not odd"),
+    ("--method sage --kernel_size 99", 1, "too wide for images of 16 pixels"),
+    ("--blur_sigma 0", 2, "--blur_sigma: '0' is not a number above 0"),
+    ("--mix_scheduled_epoch 0", 2, "not an integer of at least 1"),
+    ("--m_block_num 0", 2, "--m_block_num 0 is neither -1 nor"),
+    ("--learning_rate -1", 2, "--learning_rate: '-1' is not a number of at least 0"),
+    ("--decay nan", 2, "'nan' is not a number"),
+    ("--method puzzle --image_size 15", 1, "15 pixels cannot be halved"),
+    ("--start_epoch 7", 2, "--start_epoch 7: the last epoch is 0"),
     ("--max_steps 0", 2, "not an integer of at least 1"),
     ("--labels_per_class 500", 1, "--labels_per_class 500: class 0 has only 143"),
     ("--dataset npz --data_dir none.npz", 1, "none.npz: no such"),
     ("--dataset cifar100 --data_dir /proc/none", 1, "/proc/none"),
     ("--root_dir /proc/none", 1, "/proc/none"),
-    ("--learning_rate 1e30 --print_freq 1", 1, "at epoch 0, step"),
+    ("--learning_rate 1e30 --print_freq 1", 1, "the loss became nan at epoch 0, step 1"),
+    ("--learning_rate 1e30 --labels_per_class 3", 1, "at epoch 0, after step 1; nothing was saved"),
     ("--resume none.pt", 1, "none.pt: no such checkpoint"),
     ("--evaluate none.pt", 1, "none.pt: no such checkpoint")])
-def test_bad_input_is_one_line(tmp_path, words, code, line):
-    result = program("--epochs", 1, *words.split(), root=tmp_path)
-    faults = [text for text in result.stderr.splitlines() if "error:" in text]
-    assert result.returncode == code and len(faults) == 1 and line in faults[0]
-    assert "Traceback" not in result.stderr
+def test_bad_input_is_one_line(tmp_path, words, code, line, capsys):
+    status, error = faults(capsys, "--root_dir", tmp_path, "--epochs", 1, *words.split())
+    lines = [text for text in error.splitlines() if "error:" in text]
+    assert status == code and len(lines) == 1 and line in lines[0], error
+    assert "Traceback" not in error
     assert not list(tmp_path.rglob("*.pt"))
 
 
@@ -261,21 +355,35 @@ def test_no_gpu_is_said(tmp_path):
     assert result.returncode == 0 and "no GPU found" in result.stdout
 
 
-def test_checkpoints_of_others_are_refused(tmp_path):
+def test_checkpoints_of_others_are_refused(tmp_path, capsys):
     folder = train(tmp_path, "--max_steps", 1)
     path, before = folder / "checkpoint.pt", (folder / "checkpoint.pt").read_bytes()
+    root = "--root_dir", tmp_path
     for words, line in (("--initial_channels 8", "initial_channels 4 (here 8)"),
                         ("--labels_per_class 11", "data "),
                         ("--arch wrn28_2", "arch preactresnet18 (here wrn28_2)")):
-        result = program("--resume", path, *words.split(), root=tmp_path)
-        assert result.returncode == 1 and "is of another run" in result.stderr, result.stderr
-        assert line in result.stderr and path.read_bytes() == before
-    assert "already holds a run" in program("--max_steps", 1, root=tmp_path).stderr
-    assert "holds weights alone" in program("--resume", folder / "best.pt", root=tmp_path).stderr
+        code, error = faults(capsys, *root, "--resume", path, *words.split())
+        assert code == 1 and "is of another run" in error, error
+        assert line in error and path.read_bytes() == before
+    assert "already holds a run" in faults(capsys, *root, "--max_steps", 1)[1]
+    assert "holds weights alone" in faults(capsys, *root, "--resume", folder / "best.pt")[1]
+    assert "of --batch_size 30; go on" in faults(
+        capsys, *root, "--resume", "auto", "--batch_size", 20)[1]
+    other = train(tmp_path / "other", "--max_steps", 1)
+    error = faults(capsys, *root, "--resume", other / "checkpoint.pt")[1]
+    assert "already holds another run" in error and path.read_bytes() == before
     path.write_bytes(before[:len(before) // 2])
     path.with_name("checkpoint.prev.pt").write_bytes(before)
-    result = program("--resume", path, root=tmp_path)
-    assert result.returncode == 1 and f"--resume {folder}/checkpoint.prev.pt" in result.stderr
+    code, error = faults(capsys, *root, "--resume", path)
+    assert code == 1 and f"--resume {folder}/checkpoint.prev.pt" in error
+
+
+def test_start_epoch_repeats_from_there(tmp_path):
+    words = ["--labels_per_class", 3, "--epochs"]
+    train(tmp_path, *words, 3)
+    folder = train(tmp_path, *words, 4, "--resume", "auto", "--start_epoch", 1)
+    assert [row["epoch"] for row in checkpoint.load(folder / "checkpoint.pt")["history"]] == [
+        0, 1, 2, 3]
 
 
 def test_runs_from_its_own_folder(tmp_path):
