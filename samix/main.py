@@ -151,6 +151,8 @@ def parse_args(argv=None):
         parser.error("--mean and --std: give both or neither")
     if args.drop_path and args.arch not in models.NAMES["transformer"]:
         parser.error(f"--drop_path is for {', '.join(models.NAMES['transformer'])}")
+    if args.nesterov and (args.optimizer != "sgd" or args.momentum == 0):
+        parser.error("--nesterov needs --optimizer sgd and a --momentum")
     if args.method in ("samix", "automix") and args.alpha == 0:
         parser.error("--alpha 0: the MixBlock learns from mixtures alone")
     return args
@@ -455,9 +457,9 @@ def main(argv=None):
     train, test, info = load_data(args, device)
     torch.manual_seed(args.seed)
     net, model = runtime.prepare(build(args, info), args, device)
-    kind = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[args.optimizer]
-    optimizer = kind(parameter_groups(net, args), lr=args.lr,
-                     **({"nesterov": True} if args.nesterov else {}))
+    groups = parameter_groups(net, args)
+    optimizer = torch.optim.AdamW(groups, args.lr) if args.optimizer == "adamw" else \
+        torch.optim.SGD(groups, args.lr, args.momentum, nesterov=args.nesterov)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     parameters = sum(p.numel() for p in net.parameters() if p.requires_grad)
     runtime.say(f"{info}\nnetwork: {args.arch}, {parameters:,} parameters learn; {len(train)} "
