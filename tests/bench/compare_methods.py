@@ -49,10 +49,10 @@ COMMANDS |= {"resizemix_baseline": RESIZEMIX + "--resizemix False",
 SAFUSE = ("safuse/main.py --dataset npz --data_dir {data} --arch resnet18 --initial_channels 16 "
           "--epochs {epochs} --schedule step --milestones {schedule} --LR 0.05 --weight_decay 1e-4 "
           "--nesterov True --batch_size 100 --padding 2 --normalise True --seed {seed} ")
-COMMANDS |= {f"safuse_{method}": SAFUSE + f"--method {method}"
-             for method in ("baseline", "cutmix", "lgcoamix", "occamix")}
-COMMANDS |= {"safuse": SAFUSE + "--method safuse",
-             "safuse_pre_norm": SAFUSE + "--method safuse --attention_score pre_norm"}
+COMMANDS |= {name: SAFUSE + f"--method {words}" for name, words in (
+    ("safuse_baseline", "baseline"), ("safuse_cutmix", "cutmix"), ("safuse", "safuse"),
+    ("safuse_pre_norm", "safuse --attention_score pre_norm"), ("lgcoamix", "lgcoamix"),
+    ("occamix", "occamix"))}
 
 
 def run(method: str, seed: int, args) -> dict:
