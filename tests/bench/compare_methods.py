@@ -55,8 +55,8 @@ COMMANDS |= {name: SAFUSE + f"--method {words}" for name, words in (
     ("occamix", "occamix"))}
 
 # branch k's 0.999 is for 200,000 steps; after the 800 of P20 half of it would be its random start
-SAMIX = ("samix/main.py --config cifar100_r18 --dataset npz --data_dir {data} --initial_channels 16 "
-         "--epochs {epochs} --milestones {schedule} --lr 0.05 --block_lr 0.05 --nesterov True "
+SAMIX = ("samix/main.py --config cifar100_r18 --dataset npz --data_dir {data} "
+         "--initial_channels 16 --epochs {epochs} --milestones {schedule} --lr 0.05 --block_lr 0.05 --nesterov True "
          "--batch_size 100 --crop zero --padding 2 --ema_base 0.99 --ema_end 0.99 --seed {seed} ")
 COMMANDS |= {name: SAMIX + f"--method {name.removeprefix('samix_')}" for name in
              ("samix_vanilla", "samix_mixup", "samix_cutmix", "automix", "samix")}
