@@ -428,7 +428,7 @@ def test_script_two_ranks_one_killed_and_resumed(photos, tmp_path):
 def test_slurm_script_starts_the_ranks(photos, tmp_path):
     """srun and scontrol are stood in for: two tasks, with the variables that slurm sets."""
     (tmp_path / "srun").write_text(
-        "#!/bin/sh\nfor id in 0 1; do SLURM_PROCID=$id SLURM_LOCALID=$id SLURM_NTASKS=2 "
+        "#!/bin/sh\nfor id in 0 1; do SLURM_PROCID=$id SLURM_LOCALID=$id SLURM_STEP_NUM_TASKS=2 "
         '"$@" & pids="$pids $!"; done\nfor pid in $pids; do wait $pid || exit 1; done\n')
     (tmp_path / "scontrol").write_text("#!/bin/sh\necho 127.0.0.1\necho 127.0.0.2\n")
     for name in ("srun", "scontrol"):
