@@ -16,6 +16,7 @@ import copy
 import statistics
 import sys
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 from common import data, metrics, mixing, models, preview, runlog, runtime
 from common.data.batches import ResizedCrop
 from common.mixing import draw_lambda, soft_targets
-from common.models.features import Backbone
+from common.models.features import build_backbone
 from common.runtime import RunError, add_boolean
 from samix import configs
 from samix.losses import head_loss
@@ -407,19 +408,15 @@ def draw_preview(path, net, train, args, info):
 
 def build(args, info) -> nn.Module:
     """The network to train: SAMix, or a Branch with one head for the baselines."""
-    # up to 64 pixels the stem has stride 1: that of the 32-pixel form
-    form = info.image_size if info.image_size > 64 or args.arch in ("deit_s", "swin_t") else 32
+    wish = str(args.pretrained)
     options = {"drop_path": args.drop_path} if args.drop_path else {}
     try:
-        network = models.build(args.arch, info.num_classes, form,
-                               initial_channels=args.initial_channels, **options)
-        if str(args.pretrained).lower() not in runtime.BOOLEANS:
-            models.load_pretrained(network, args.arch, args.pretrained)
-        elif runtime.boolean(str(args.pretrained)):
-            models.load_pretrained(network, args.arch)
-        backbone = Backbone(network, args.layer, info.image_size)
-    except OSError as fault:
-        raise RunError(f"--pretrained {args.pretrained}: {fault}; name a file of weights, or give "
+        backbone = build_backbone(args.arch, info.image_size, args.layer,
+                                  pretrained=runtime.BOOLEANS.get(wish.lower(), wish),
+                                  initial_channels=args.initial_channels, **options)
+    except (OSError, UnpicklingError) as fault:
+        reason = fault if isinstance(fault, OSError) else "no file of weights alone"
+        raise RunError(f"--pretrained {wish}: {reason}; name a state_dict in a file, or give "
                        "--pretrained False") from None
     except ValueError as fault:
         raise RunError(str(fault)) from None

@@ -1,11 +1,13 @@
 """Feature maps of a network: behind a middle layer, and those that its classifier sees."""
 import torch
+import torchvision
 from torch import Tensor, nn
 from torchvision.models.convnext import ConvNeXt
 from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.models.swin_transformer import SwinTransformer
 from torchvision.models.vision_transformer import VisionTransformer
 
+from common import models
 from common.models.parts import Network
 
 
@@ -54,3 +56,32 @@ class Backbone(nn.Module):
         elif self.tokens_last:
             middle = middle.permute(0, 3, 1, 2)
         return middle, last
+
+
+def build_backbone(name: str, image_size: int, layer: int, *, pretrained: str | bool = False,
+                   **options) -> Backbone:
+    """The network `name` without its classifier, for images of exactly `image_size` pixels.
+
+    Up to 64 pixels the convolutional ones have a stem of stride 1. `options` of `models.build`;
+    pretrained: begin with ImageNet weights, torchvision's (True: downloaded) or of a file with
+    their state_dict. Raises ValueError for what does not exist or fit, OSError when the weights
+    cannot be had.
+    """
+    form = image_size if image_size > 64 or name in ("deit_s", "swin_t") else 32
+    network = models.build(name, 1000, form, **options)
+    if pretrained is True:
+        theirs = {"convnext_t": "convnext_tiny"}.get(name, name)
+        weights = torchvision.models.get_model_weights(theirs).IMAGENET1K_V1
+        state = weights.get_state_dict(progress=False, check_hash=True)
+    elif pretrained:
+        state = torch.load(pretrained, map_location="cpu", weights_only=True)
+    if pretrained:
+        classifier = [m for m in network.modules() if isinstance(m, nn.Linear)][-1]
+        own = network.state_dict(keep_vars=True)
+        for key, value in own.items():
+            if value is classifier.weight or value is classifier.bias:
+                state[key] = value
+            elif key not in state or state[key].shape != value.shape:
+                raise ValueError(f"the weights do not fit {name} for {image_size} pixels ({key})")
+        network.load_state_dict({key: state[key] for key in own})
+    return Backbone(network, layer, image_size)

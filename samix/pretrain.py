@@ -1,0 +1,346 @@
+#!/usr/bin/env python3
+"""Self-supervised SAMix (Li et al. 2021, section 3.2): MoCo v2 (Chen et al. 2020) that also learns
+from mixtures of views, and a MixBlock that learns to mix them. Evaluate with linear_probe.py.
+
+a CPU trial       python samix/pretrain.py --dataset digits --initial_channels 16 --epochs 10 \\
+                      --batch_size 100 --queue 1000
+CIFAR, one GPU    python samix/pretrain.py --dataset cifar100 --data_dir data --batch_size 256 \\
+                      --queue 4096 --amp bf16
+ImageNet, eight   torchrun --nproc_per_node=8 samix/pretrain.py --config imagenet_r50 \\
+                      --data_dir imagenet --amp bf16
+two machines      torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d \\
+                      --rdzv_endpoint=HOST:29500 samix/pretrain.py --config imagenet_r50 …
+
+--batch_size counts the images of a step over all processes.
+"""
+import argparse
+import copy
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from torch import Tensor, nn
+
+from common import data, metrics, models, preview, runlog, runtime
+from common.data.batches import to_uint8
+from common.data.imagenet import DaliStream
+from common.mixing import draw_lambda, soft_targets
+from common.models.features import build_backbone
+from common.runtime import RunError, add_boolean
+from samix.contrast import (
+    Encoder,
+    Queue,
+    agreement,
+    draw_extension,
+    encode_keys,
+    extend,
+    info_nce,
+    mixed_nce,
+    mixed_pair,
+)
+from samix.mixblock import MixBlock, adjust_mask, draw_partners, mask_loss, mix
+from samix.momentum import cosine, momentum_copy, momentum_update
+from samix.views import DaliViews, draw_view, make_view
+
+NETS = [name for names in models.NAMES.values() for name in names]
+CONFIGS = {                             # the blur is for large images alone
+    "cifar100_r18": {"dataset": "cifar100", "arch": "resnet18", "blur": 0.0, "queue": 4096},
+    "imagenet_r18": {"dataset": "imagenet", "arch": "resnet18", "blur": 0.5, "queue": 65536},
+    "imagenet_r50": {"dataset": "imagenet", "arch": "resnet50", "blur": 0.5, "queue": 65536},
+}
+
+
+# ------------------------------------------------------------------------------------------ flags
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    amount, share = runtime.amount, runtime.share
+    add = parser.add_argument_group("run").add_argument
+    add("--config", choices=CONFIGS, default="cifar100_r18",
+        help="sets dataset, arch, blur and queue, unless the command line does")
+    add("--method", choices=["samix", "moco"], default="samix")
+    add("--data_dir", default="data", help="folder (or .npz file) of the data set")
+    add("--root_dir", default="experiments", help="where the run's folder is made")
+    add("--job_name", default="", help="suffix of the run's folder")
+    add("--seed", type=int, default=0)
+    add("--print_freq", type=runtime.positive, default=100, help="steps between log lines")
+    add("--workers", type=runtime.count, default=4, help="threads that decode image files")
+
+    add = parser.add_argument_group("data and network").add_argument
+    add("--dataset", choices=data.NAMES)
+    add("--labels_per_class", type=runtime.positive, default=None,
+        help="training images of each class (default: all)")
+    add("--crop_scale", type=runtime.number(above=0, high=1), default=0.2,
+        help="least area of a view")
+    add("--blur", type=share, help="probability of a view's blur")
+    add("--arch", choices=NETS, metavar="NET", help=f"{', '.join(NETS)}")
+    add("--initial_channels", type=runtime.positive, default=64,
+        help="64 is the network as published, 16 has a quarter of all its widths")
+    add("--layer", type=runtime.positive, default=3, help="stage whose features the MixBlock sees")
+
+    add = parser.add_argument_group("contrast").add_argument
+    add("--queue", type=runtime.positive, help="keys that are kept as negatives")
+    add("--dim", type=runtime.positive, default=128, help="of the embeddings")
+    add("--temperature", type=runtime.number(above=0), default=0.2)
+    add("--ema", type=share, default=0.999, help="momentum of the keys' encoder")
+    add_boolean(parser, "--sync_bn", False,
+                "GPUs: BatchNorm over all processes, instead of shuffled keys")
+
+    add = parser.add_argument_group("mixing").add_argument
+    add("--alpha", type=runtime.number(above=0), default=2.0, help="lambda ~ Beta(alpha, alpha)")
+    add("--lam_mul_k", type=float, default=-1.0, help="how lambda scales the features")
+    add("--mask_margin", type=share, default=0.1,
+        help="masks whose mean is further from lambda are moved to it")
+    add("--block_loss", choices=["infonce", "bce"], default="infonce",
+        help="of the MixBlock: with the queue, or its two keys against each other")
+    add("--extend", choices=["inter", "extra"], default="extra",
+        help="the auxiliary loss's positives: between the views' keys, or beyond them")
+    add("--moco_weight", type=amount, default=1.0)
+    add("--mix_weight", type=amount, default=1.0, help="of the encoder's loss of mixtures")
+    add("--block_weight", type=amount, default=1.0)
+    add("--extend_weight", type=amount, default=0.5, help="falls to 0 along a cosine")
+    add("--mask_loss", type=amount, default=0.1, help="weight, falls to 0 along a cosine")
+
+    add = parser.add_argument_group("optimization").add_argument
+    add("--epochs", type=runtime.positive, default=200)
+    add("--batch_size", type=runtime.positive, default=256, help="over all processes")
+    add("--lr", type=amount, default=0.03, help="falls to 0 along a cosine")
+    add("--momentum", type=share, default=0.9)
+    add("--weight_decay", type=amount, default=1e-4)
+    runtime.add_flags(parser)
+
+    first, _ = parser.parse_known_args(argv)
+    parser.set_defaults(**CONFIGS[first.config])
+    args = parser.parse_args(argv)
+    if args.queue < args.batch_size:
+        parser.error(f"--queue {args.queue} is less than a batch of {args.batch_size}")
+    if args.evaluate:
+        parser.error("--evaluate: evaluate the encoder with samix/linear_probe.py")
+    return args
+
+
+# --------------------------------------------------------------------------------------- one step
+
+class Draws(NamedTuple):
+    """The random choices of one step: for the encoder's mixtures (bb) and the MixBlock's (mb)."""
+    lam_bb: Tensor                  # scalars: shares of the first image
+    lam_mb: Tensor
+    perm_bb: Tensor                 # (B,) partners
+    perm_mb: Tensor
+    order: Tensor                   # of all ranks' images: the keys' batches
+    weight: Tensor                  # (B, dim), extends the keys
+
+
+def draw_mixing(n: int, args, generator, shared) -> Draws:
+    """Draws for the n images of this rank; `shared`: a generator that all ranks have alike."""
+    lam_bb, lam_mb = draw_lambda(args.alpha, generator, 2)
+    perm_bb, perm_mb = (draw_partners(n, generator) for _ in range(2))
+    total = n * runtime.world()
+    order = torch.arange(total) if args.sync_bn else torch.randperm(total, generator=shared)
+    return Draws(lam_bb, lam_mb, perm_bb, perm_mb, order,
+                 draw_extension((n, args.dim), args.extend == "extra", generator))
+
+
+class Contrast(nn.Module):
+    """The encoder q, its moving average k, and the MixBlock (None: MoCo): losses of two views."""
+
+    def __init__(self, q: Encoder, block: MixBlock | None, args):
+        super().__init__()
+        self.q, self.k, self.block, self.args = q, momentum_copy(q), block, args
+
+    def forward(self, view_q, view_k, draws: Draws, negatives):
+        """(unweighed losses by name, new keys, queries) of normalised views (B, 3, H, W)."""
+        heat = {"negatives": negatives, "temperature": self.args.temperature}
+        features_k, key_k = encode_keys(self.k, view_k, draws.order)
+        _, query = self.q(view_q)
+        losses = {"moco": info_nce(query, key_k, **heat)}
+        if self.block is None:
+            return losses, key_k, query
+
+        features_q, key_q = encode_keys(self.k, view_q, draws.order)
+        scale = view_q.shape[-1] // features_q.shape[-1]
+        with torch.no_grad():
+            mask_bb = self.block(features_q, draws.lam_bb, draws.perm_bb, scale,
+                                 partners=features_k)
+            mask_bb = adjust_mask(mask_bb, draws.lam_bb, margin=self.args.mask_margin)
+        mask_mb = self.block(features_q, draws.lam_mb, draws.perm_mb, scale, partners=features_k)
+        # the partners' pixels, features and keys are all of the second view
+        _, mixed_q = self.q(mix(view_q, mask_bb, draws.perm_bb, view_k))
+        _, mixed_k = self.k(mix(view_q, mask_mb, draws.perm_mb, view_k))
+        partner_bb, partner_mb = key_k[draws.perm_bb], key_k[draws.perm_mb]
+        more_q, more_k = (extend(*keys, draws.weight) for keys in ((key_q, key_k), (key_k, key_q)))
+        pair = {"lam": draws.lam_mb, "temperature": self.args.temperature}
+        losses |= {
+            "mix": mixed_nce(mixed_q, key_q, partner_bb, draws.lam_bb, **heat),     # to q
+            "block": mixed_nce(mixed_k, key_q, partner_mb, draws.lam_mb, **heat)    # to the block
+            if self.args.block_loss == "infonce" else
+            mixed_pair(mixed_k, key_q, partner_mb, **pair),
+            "extend": mixed_pair(mixed_k, more_q, more_k[draws.perm_mb], **pair),
+            "mask": mask_loss(mask_mb, draws.lam_mb),
+        }
+        return losses, key_k, query
+
+
+def two_views(images, args, info, generator):
+    """Two normalised views (B, 3, S, S) of a batch; DALI's come ready, side by side in channels."""
+    if images.shape[1] == 6:
+        return images.chunk(2, 1)
+    mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (info.mean, info.std))
+    images, size = to_uint8(images, info.mean, info.std), info.image_size
+    return [(make_view(images, draw_view(len(images), images.shape[-2:], generator, blur=args.blur,
+                                         scale=(args.crop_scale, 1.0)), size) - mean) / std
+            for _ in range(2)]
+
+
+def training_step(model, images, queue, args, info, generator, shared, scaler, fall):
+    """Leaves the gradients of one step in the parameters; returns loss, logits, and the new keys.
+
+    logits: of each query, its agreement with its own key and with the nearest negative (B, 2).
+    """
+    view_q, view_k = two_views(images, args, info, generator)
+    draws = draw_mixing(len(images), args, generator, shared)
+    weights = {"moco": args.moco_weight, "mix": args.mix_weight, "block": args.block_weight,
+               "extend": args.extend_weight * fall, "mask": args.mask_loss * fall}
+    with runtime.autocast(args, images.device):
+        losses, keys, query = model(view_q, view_k, draws, queue.keys)
+        loss = sum(weights[name] * value for name, value in losses.items())
+    scaler.scale(loss).backward()
+    with torch.no_grad():
+        nearest = (query @ queue.keys.T).max(1).values.float() / args.temperature
+        return loss, torch.stack([agreement(query, keys, args.temperature), nearest], 1), keys
+
+
+def train_one_epoch(net, model, queue, loader, optimizer, scaler, args, info, run):
+    """The rest of the epoch that `run` stands in; returns its sums of loss and hits."""
+    net.train()
+    sums = metrics.StepSums(len(loader), run.device, run.sums)
+    for step, (images, _) in run.steps(loader):
+        shared = torch.Generator().manual_seed(runtime.seed_of(args.seed, "order", run.epoch, step))
+        generator = runtime.step_generator(args.seed, run.epoch, step)
+        fall = cosine(run.epoch * len(loader) + step, args.epochs * len(loader))
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * fall
+        optimizer.zero_grad(set_to_none=True)
+        loss, logits, keys = training_step(model, images, queue, args, info, generator, shared,
+                                           scaler, fall)
+        scaler.step(optimizer)
+        scaler.update()
+        momentum_update(net.k, net.q, args.ema)
+        queue.enqueue(keys)
+        sums.add(step, loss, logits, torch.zeros(len(logits), dtype=torch.long,
+                                                 device=logits.device))
+        if run.ends(step, sums, args.print_freq):
+            break
+    sums.check(run.epoch)
+    return sums
+
+
+@torch.no_grad()
+def draw_preview(path, net, train, args, info):
+    """A picture of both views of the first batch and, of SAMix, of masks and mixtures by lambda."""
+    train.set_epoch(0)
+    images, labels = next(iter(train))
+    images, labels = images[:16], labels[:16]
+    generator = runtime.step_generator(args.seed, 0, 0)
+    view_q, view_k = two_views(images, args, info, generator)
+    perm, lam = draw_partners(len(images), generator, True), torch.ones(())
+    rows = {"view q": view_q, "view k": view_k}
+    if args.method == "samix":
+        net = copy.deepcopy(net).train()
+        mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1)
+                     for v in (info.mean, info.std))
+        rows["partner, view k"] = view_k[perm]
+        with runtime.autocast(args, images.device):
+            (first, _), (second, _) = net.k(view_q), net.k(view_k)
+            for lam in torch.tensor([0.3, 0.5, 0.7]):
+                mask = net.block(first, lam, perm, images.shape[-1] // first.shape[-1],
+                                 partners=second)
+                rows[f"mask, λ {lam:.1f}"] = (mask[:, :1] - mean) / std    # white: the first image
+                rows[f"mixed, λ {lam:.1f}"] = mix(view_q, mask, perm, view_k)
+    return preview.draw(path, f"{args.method} on {info.name}", rows,
+                        soft_targets(labels, perm, lam, info.num_classes), info)
+
+
+def build(args, info) -> Contrast:
+    """The network to train, for the sizes of the data."""
+    try:
+        backbone = build_backbone(args.arch, info.image_size, args.layer,
+                                  initial_channels=args.initial_channels)
+    except ValueError as fault:
+        raise RunError(str(fault)) from None
+    block = None
+    if args.method == "samix":
+        block = MixBlock(backbone.channels, args.lam_mul_k)
+    net = Contrast(Encoder(backbone, backbone.width, args.dim), block, args)
+    if args.sync_bn:
+        if not torch.cuda.is_available():
+            raise RunError("--sync_bn needs GPUs; without it the keys are shuffled over the "
+                           "processes, which serves as well")
+        net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    return net
+
+
+def main(argv=None):
+    """Trains (or draws a picture) as the flags say; returns the network."""
+    args = parse_args(argv)
+    device = runtime.setup(args)
+
+    # Data: streamed sets come as two views from DALI, or as squares to make views of
+    size = args.image_size
+    train, _, info = data.load(
+        args.dataset, args.data_dir, batch_size=args.batch_size, device=device, seed=args.seed,
+        loader=args.loader, image_size=size, labels_per_class=args.labels_per_class,
+        workers=args.workers, padding=0, flip=False, drop_last=True,
+        streaming={"resize": "shorter", "crop": "random"})
+    if isinstance(train, DaliStream):
+        train = DaliViews(train, (args.crop_scale, 1.0), args.blur)
+
+    # Network, optimizer
+    torch.manual_seed(args.seed)
+    net, model = runtime.prepare(build(args, info), args, device)
+    queue = Queue(args.queue, args.dim).to(device)
+    optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], args.lr,
+                                args.momentum, weight_decay=args.weight_decay)
+    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
+    parameters = sum(p.numel() for p in net.parameters() if p.requires_grad)
+    runtime.say(f"{info}\nnetwork: {args.arch}, {parameters:,} parameters learn; {len(train)} "
+                f"steps of {args.batch_size} images an epoch, {args.epochs} epochs; method "
+                f"{args.method}, {args.queue} keys")
+
+    # The run: its folder, what it holds already, and the place to go on from
+    identity = {"arch": args.arch, "initial_channels": args.initial_channels, "layer": args.layer,
+                "image_size": info.image_size, "method": args.method, "queue": args.queue,
+                "dataset": info.name, "classes": info.num_classes, "data": info.fingerprint}
+    run = runlog.Run(args, device, [info.name, args.arch, args.method, "pretrained",
+                                    f"seed{args.seed}", args.job_name], identity,
+                     model=net, queue=queue, optimizer=optimizer, scaler=scaler)
+    if args.preview:
+        run.load_weights()
+        if runtime.rank() == 0:
+            runtime.say(f"views: {draw_preview(args.preview, net, train, args, info)}")
+        return net
+    run.start(parameters=parameters, data=str(info))
+
+    # The epochs
+    while not run.over:
+        sums = train_one_epoch(net, model, queue, train, optimizer, scaler, args, info, run)
+        row, timing = {"lr": optimizer.param_groups[0]["lr"]} | sums.result(), run.clock()
+        runtime.share_buffers(net)
+        run.end_epoch(row | timing, None, sums)
+
+    # The report
+    if run.writes:
+        curves = run.draw_curves(f"{args.method}, {args.arch} on {info.name} (accuracy: queries "
+                                 "nearest to their own key)")
+        views = draw_preview(run.folder / "mixed.png", net, train, args, info)
+        runtime.say(f"curves: {curves}\nviews: {views}\nnow: python samix/linear_probe.py "
+                    f"--weights {run.folder / 'checkpoint.pt'}")
+    return net
+
+
+if __name__ == "__main__":
+    runtime.launch(main)

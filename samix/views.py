@@ -1,0 +1,107 @@
+"""Two random views of each image (MoCo v2's augmentation): crop, flip, colours, grey, blur.
+
+Colours change by one affine map of an image's channels, which joins brightness, contrast (around
+mid-grey), saturation and hue (a turn of the colour plane), as DALI's color_twist does; so DALI's
+views and those made here are of one kind.
+"""
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from common.data.batches import ResizedCrop, draw_boxes, resize_boxes
+from common.data.imagenet import FILTERS, DaliStream
+
+JITTER, HUE = 0.4, 0.1                  # brightness, contrast, saturation: 1 ± 0.4; hue, in turns
+JITTERED, GREY = 0.8, 0.2               # probabilities
+SIGMA = (0.1, 2.0)                      # of the blur, pixels
+LUMA = (0.299, 0.587, 0.114)
+YIQ = torch.tensor([LUMA, (0.596, -0.274, -0.322), (0.211, -0.523, 0.312)], dtype=torch.float64)
+
+
+class View(NamedTuple):
+    """The draws of one view of n images, on the CPU."""
+    boxes: Tensor                       # (4, n) crops
+    flip: Tensor                        # (n,) bool
+    colours: Tensor                     # (n, 3, 3) maps of the channels
+    shift: Tensor                       # (n,) added to them
+    sigma: Tensor                       # (n,) of the blur, 0: none
+
+
+def draw_view(n: int, size, generator: torch.Generator, *, scale=(0.2, 1.0), blur: float = 0.5
+              ) -> View:
+    """Draws for n images of `size` (height, width): crops of a share `scale` of the area; `blur`:
+    its probability."""
+    boxes = draw_boxes(n, size, ResizedCrop(scale), generator)
+    flip, jittered, grey, blurred, width = torch.rand(5, n, generator=generator)
+    change = (2 * torch.rand(4, n, generator=generator) - 1) * (jittered < JITTERED)
+    brightness, contrast, saturation = 1 + JITTER * change[:3]
+    turn = 2 * math.pi * HUE * change[3]
+    saturation = saturation * (grey >= GREY)
+    plane = torch.zeros(n, 3, 3, dtype=torch.float64)       # luminance stays, the colours turn
+    plane[:, 0, 0] = 1
+    plane[:, 1, 1] = plane[:, 2, 2] = saturation * turn.cos()
+    plane[:, 1, 2], plane[:, 2, 1] = -saturation * turn.sin(), saturation * turn.sin()
+    colours = (YIQ.inverse() @ plane @ YIQ).float() * (brightness * contrast)[:, None, None]
+    sigma = (SIGMA[0] + (SIGMA[1] - SIGMA[0]) * width) * (blurred < blur)
+    return View(boxes, flip < 0.5, colours, brightness * 0.5 * (1 - contrast), sigma)
+
+
+def make_view(images: Tensor, view: View, size: int) -> Tensor:
+    """The view (B, 3, size, size) of uint8 images (B, 3, H, W), float in [0, 1]."""
+    boxes, flip, colours, shift, sigma = (draw.to(images.device, non_blocking=True)
+                                          for draw in view)
+    pixels = resize_boxes(images, boxes, (size, size), "bicubic").float() / 255
+    pixels = torch.where(flip[:, None, None, None], pixels.flip(3), pixels)
+    pixels = (colours @ pixels.flatten(2)).unflatten(2, (size, size))
+    pixels = (pixels + shift[:, None, None, None]).clamp(0, 1)
+    if not view.sigma.any():                                # known on the CPU
+        return pixels
+    reach = min(math.ceil(3 * SIGMA[1]), size - 1)
+    away = torch.arange(-reach, reach + 1, device=images.device)
+    taps = (-(away / sigma.clamp(min=0.01)[:, None]) ** 2 / 2).exp()
+    taps = (taps / taps.sum(1, keepdim=True)).repeat_interleave(3, 0)     # of every channel
+    pixels = F.pad(pixels, (reach,) * 4, mode="reflect").view(1, -1, *(size + 2 * reach,) * 2)
+    for kernel in (taps[:, None, :, None], taps[:, None, None]):
+        pixels = F.conv2d(pixels, kernel, groups=len(kernel))
+    return pixels.view(-1, 3, size, size)
+
+
+class DaliViews(DaliStream):
+    """A DaliStream of training images that yields two views of each: (B, 6, S, S), normalised."""
+
+    def __init__(self, stream: DaliStream, scale: tuple, blur: float):
+        self.__dict__.update(stream.__dict__)
+        self.scale, self.blur = scale, blur
+
+    def graph(self):
+        from nvidia.dali import fn, types
+        encoded, labels = self.read()
+        on_gpu = self.device.type == "cuda"
+        images = fn.decoders.image(encoded, device="mixed" if on_gpu else "cpu",
+                                   output_type=types.RGB, adjust_orientation=False)
+        views = [self.view(images) for _ in range(2)]
+        return fn.cat(*views, axis=0), labels.gpu() if on_gpu else labels
+
+    def view(self, images):
+        from nvidia.dali import fn, types
+        shrink, enlarge = FILTERS["bicubic"][0]
+        images = fn.random_resized_crop(
+            images, size=(self.size, self.size), random_area=self.scale,
+            random_aspect_ratio=self.aspect, min_filter=getattr(types, f"INTERP_{shrink}"),
+            mag_filter=getattr(types, f"INTERP_{enlarge}"))
+        jittered = fn.random.coin_flip(probability=JITTERED)
+        change = [jittered * fn.random.uniform(range=(-1.0, 1.0)) for _ in range(4)]
+        coloured = 1 - fn.random.coin_flip(probability=GREY)
+        images = fn.color_twist(
+            images, brightness=1 + JITTER * change[0], contrast=1 + JITTER * change[1],
+            saturation=(1 + JITTER * change[2]) * coloured, hue=360 * HUE * change[3])
+        if self.blur:                                       # sigma 0.1 leaves the pixels alone
+            width = fn.random.uniform(range=(0.0, SIGMA[1] - SIGMA[0]))
+            blurred = fn.random.coin_flip(probability=self.blur)
+            images = fn.gaussian_blur(images, sigma=SIGMA[0] + blurred * width)
+        return fn.crop_mirror_normalize(
+            images, mirror=fn.random.coin_flip(), dtype=types.FLOAT, output_layout="CHW",
+            mean=[255 * v for v in self.mean], std=[255 * v for v in self.std])
