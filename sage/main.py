@@ -373,15 +373,17 @@ def draw_preview(path, net, train, args, info, scaler):
                         mixed.targets, info)
 
 
-def check_sizes(args, side: int):
-    """Raises RunError when the method cannot work on images of `side` pixels."""
-    if args.method == "sage" and args.kernel_size // 2 >= side:
-        raise RunError(f"--kernel_size {args.kernel_size} is too wide for images of {side} pixels")
-    if args.method == "puzzle" and side % 2:
-        raise RunError(f"puzzle cuts images into 2, 4, 8 or 16 blocks a side: {side} pixels cannot "
-                       "be halved; give an even --image_size")
-    if args.method == "comix" and args.m_block_num > side:
-        raise RunError(f"--m_block_num {args.m_block_num} is more than {side} pixels")
+def check_sizes(args, *sides: int):
+    """Raises RunError when the method cannot work on images of these sides in pixels."""
+    least = min(sides)
+    if args.method == "sage" and args.kernel_size // 2 >= least:
+        raise RunError(f"--kernel_size {args.kernel_size} is too wide for images of {least} pixels")
+    if args.method == "puzzle" and any(side % 2 for side in sides):
+        raise RunError("puzzle cuts images into 2, 4, 8 or 16 blocks a side: "
+                       f"{'×'.join(map(str, sides))} pixels cannot be halved; give an even "
+                       "--image_size")
+    if args.method == "comix" and args.m_block_num > least:
+        raise RunError(f"--m_block_num {args.m_block_num} is more than {least} pixels")
 
 
 def main(argv=None):
@@ -395,7 +397,7 @@ def main(argv=None):
         args.dataset, args.data_dir, batch_size=args.batch_size, device=device, seed=args.seed,
         loader=args.loader, image_size=args.image_size, labels_per_class=args.labels_per_class,
         valid_labels_per_class=args.valid_labels_per_class, workers=args.workers)
-    check_sizes(args, info.image_size)
+    check_sizes(args, info.image_size, info.width)
     torch.manual_seed(args.seed)
     net, model = runtime.prepare(
         models.build(args.arch, info.num_classes, info.image_size,

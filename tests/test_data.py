@@ -145,10 +145,24 @@ def test_tiny_imagenet_layouts(tmp_path, sorted_val):
 
 def test_images_of_other_sizes_are_resized(tmp_path):
     save_folders(tmp_path, sizes=(48, 40))
+    Image.new("RGB", (40, 44)).save(tmp_path / "train" / "dog" / "2.png")
     with pytest.raises(runtime.DataError, match="image_size"):
         load("folder", tmp_path, batch_size=4)
     images, _ = next(iter(load("folder", tmp_path, batch_size=4, image_size=24)[0]))
     assert images.shape[2:] == (24, 24)
+
+
+def test_images_that_are_not_square_keep_their_shape(tmp_path):
+    root = save_folders(tmp_path, sizes=(32, 48))
+    train, test, info = load("folder", tmp_path, batch_size=4)
+    assert next(iter(train))[0].shape[2:] == next(iter(test))[0].shape[2:] == (32, 48)
+    assert (info.image_size, info.width) == (32, 48) and "32×48 pixels" in str(info)
+    for file in (root / "test").rglob("*.png"):
+        with Image.open(file) as image:
+            image.crop((0, 0, 32, 32)).save(file)
+    with pytest.raises(runtime.DataError, match="have 48×32 pixels, test images 32×32"):
+        load("folder", tmp_path, batch_size=4)
+    assert next(iter(load("folder", tmp_path, batch_size=4, image_size=24)[1]))[0].shape[3] == 24
 
 
 # ------------------------------------------------------------------------------------- bad data

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -309,6 +310,21 @@ def test_previews_are_drawn(tmp_path, method):
     assert not (tmp_path / "r").exists()
 
 
+@pytest.mark.parametrize("method", sage.METHODS)
+def test_images_need_not_be_square(tmp_path, method, capsys):
+    rng = np.random.default_rng(0)
+    file = tmp_path / "wide.npz"
+    np.savez(file, **{f"{part}_images": rng.integers(0, 256, (24, 16, 32, 3), np.uint8)
+                      for part in ("train", "test")},
+             **{f"{part}_labels": np.arange(24) % 3 for part in ("train", "test")})
+    words = [word for word in SMALL if word not in ("--image_size", "16")]
+    sage.main([*words, "--root_dir", str(tmp_path), "--dataset", "npz", "--data_dir", str(file),
+               "--method", method, "--max_steps", "1", "--batch_size", "12", "--labels_per_class",
+               "8"])
+    assert "16×32 pixels" in capsys.readouterr().out
+    assert checkpoint.load(next(tmp_path.glob("*/checkpoint.pt")))["step"] == 1
+
+
 def test_log_off_writes_nothing(tmp_path):
     sage.main([*SMALL, "--max_steps", "1", "--log_off", "True", "--root_dir", str(tmp_path / "r")])
     assert not (tmp_path / "r").exists()
@@ -328,7 +344,7 @@ def test_log_off_writes_nothing(tmp_path):
     ("--m_block_num 0", 2, "--m_block_num 0 is neither -1 nor"),
     ("--learning_rate -1", 2, "--learning_rate: '-1' is not a number of at least 0"),
     ("--decay nan", 2, "'nan' is not a number"),
-    ("--method puzzle --image_size 15", 1, "15 pixels cannot be halved"),
+    ("--method puzzle --image_size 15", 1, "15×15 pixels cannot be halved"),
     ("--start_epoch 7", 2, "--start_epoch 7: the last epoch is 0"),
     ("--max_steps 0", 2, "not an integer of at least 1"),
     ("--labels_per_class 500", 1, "--labels_per_class 500: class 0 has only 143"),

@@ -18,7 +18,10 @@ NAMES = sets.NAMES
 
 @dataclass
 class Info:
-    """What a program needs to know of a data set; mean and std are of pixels in [0, 1]."""
+    """What a program needs to know of a data set; mean and std are of pixels in [0, 1].
+
+    image_size is the images' height, as a rule also their width.
+    """
     name: str
     num_classes: int
     image_size: int
@@ -28,11 +31,12 @@ class Info:
     num_train: int
     num_test: int
     fingerprint: str
+    width: int
     valid: Batches | None = field(default=None, repr=False)
 
     def __str__(self):
         return (f"data: {self.name}, {self.num_classes} classes, {self.image_size}×"
-                f"{self.image_size} pixels, {self.num_train} training and {self.num_test} test "
+                f"{self.width} pixels, {self.num_train} training and {self.num_test} test "
                 "images" + (f", {self.valid.count} for validation" if self.valid else ""))
 
 
@@ -79,16 +83,16 @@ def load(dataset: str, data_dir: str, *, batch_size: int, device, seed: int = 0,
                                      "--valid_labels_per_class")
     if labels_per_class:
         train, _ = sets.balanced(train, labels_per_class, classes, generator, "--labels_per_class")
-    size = crop_later and image_size or train.images.shape[1]
-    padding = (2 if size <= 32 else 4) if padding is None else padding
+    sides = (image_size,) * 2 if crop_later and image_size else train.images.shape[1:3]
+    padding = (2 if sides[0] <= 32 else 4) if padding is None else padding
     flip = dataset != "digits" if flip is None else flip
     common = {"batch_size": batch_size, "device": device, "mean": mean, "std": std,
-              "resized_crop": resized_crop, "size": size}
+              "resized_crop": resized_crop, "size": sides}
     batches = Batches(train.images, train.labels, seed=seed, padding=padding, flip=flip,
                       transform=transform, transform_first=transform_first, drop_last=drop_last,
                       loader=loader, workers=max(1, workers), reflect=reflect, **common)
-    info = Info(dataset, len(classes), size, tuple(mean), tuple(std), classes, len(train.labels),
-                len(test.labels), sets.fingerprint(train, test),
+    info = Info(dataset, len(classes), sides[0], tuple(mean), tuple(std), classes,
+                len(train.labels), len(test.labels), sets.fingerprint(train, test), sides[1],
                 Batches(valid.images, valid.labels, **common) if valid else None)
     return batches, Batches(test.images, test.labels, **common), info
 
@@ -124,7 +128,7 @@ def load_streaming(dataset: str, data_dir: str, image_size: int, mean, std, opti
         digest.update(data.offsets.tobytes() if data.path.suffix == ".rec" else
                       "\n".join(name[len(str(data.path)):] for name in data.files).encode())
     return train, test, Info(dataset, len(classes), image_size, tuple(mean), tuple(std), classes,
-                             train.count, test.count, digest.hexdigest())
+                             train.count, test.count, digest.hexdigest(), image_size)
 
 
 def statistics(images):

@@ -23,7 +23,7 @@ class Batches:
     `padding` zeros around it or, with `reflect`, its reflection; or ResizedCrop's) and flips; every
     draw is a function of (seed, epoch) and of the image's place in the permutation, so the batches
     are the same on every device, with either loader, and however many ranks share them. Without:
-    every image once, in order. With `resized_crop` all become squares of `size` pixels.
+    every image once, in order. With `resized_crop` all are resized to `size` (height, width).
 
     Of each batch of `batch_size` images a rank takes every world-th. In training a last partial
     batch is filled up from its own images so that all ranks do equally many steps of equal size;
@@ -33,13 +33,13 @@ class Batches:
     def __init__(self, images, labels, *, batch_size, device, mean, std, seed=None, padding=0,
                  flip=False, transform=None, transform_first=False, drop_last=False,
                  loader="auto", workers=2, reflect=False, resized_crop: ResizedCrop | None = None,
-                 size: int | None = None):
+                 size: tuple[int, int] | None = None):
         self.batch_size, self.device, self.seed = batch_size, device, seed
         self.padding, self.flip = 0 if resized_crop else padding, flip
         self.transform, self.transform_first = transform, transform_first
         self.reflect, self.resized_crop = reflect, resized_crop
         self.count, self.stored = len(labels), images.shape[1:3]
-        self.size = (size, size) if size else self.stored
+        self.size = size or self.stored
         self.steps = self.count // batch_size if drop_last else -(-self.count // batch_size)
         if not self.steps:
             raise runtime.DataError(f"--batch_size {batch_size} is more than the "
@@ -247,7 +247,8 @@ def crops(images: torch.Tensor, size) -> torch.Tensor:
 
 def to_uint8(images: torch.Tensor, mean, std) -> torch.Tensor:
     """Normalised images back to uint8 pixels, rounded."""
-    mean, std = (torch.tensor(v, device=images.device).view(1, 3, 1, 1) for v in (mean, std))
+    mean, std = (torch.tensor(v).to(images.device, non_blocking=True).view(1, 3, 1, 1)
+                 for v in (mean, std))
     return (images * std + mean).mul(255).round_().clamp_(0, 255).to(torch.uint8)
 
 

@@ -59,10 +59,14 @@ def read(name: str, data_dir: str, image_size: int | None, workers: int):
     elif name == "npz":
         train, test, classes = read_npz(place)
     else:
-        return read_folder(place, image_size, workers)
-    if image_size and image_size != train.images.shape[1]:
+        train, test, classes = read_folder(place, image_size, workers)
+    if image_size and (image_size, image_size) != train.images.shape[1:3]:
         train, test = (Split(resize(part.images, image_size), part.labels)
                        for part in (train, test))
+    sides = ["×".join(map(str, part.images.shape[2:0:-1])) for part in (train, test)]
+    if sides[0] != sides[1]:
+        raise DataError(f"{place}: training images have {sides[0]} pixels, test images {sides[1]}; "
+                        "give --image_size")
     return train, test, classes
 
 
@@ -188,7 +192,9 @@ def read_folder(place: Path, image_size: int | None, workers: int):
     for classes in (train, test):
         files = [(f, names.index(name)) for name, members in classes.items() for f in members]
         splits.append(decode_files(files, image_size, workers))
-        image_size = splits[0].images.shape[1]              # test images follow the training ones
+        height, width = splits[0].images.shape[1:3]
+        if height == width:
+            image_size = height                             # test images follow the training ones
     return *splits, names
 
 
@@ -218,7 +224,7 @@ def read_tiny_imagenet(place: Path, image_size: int, workers: int):
 
 
 def decode_files(files: list[tuple[Path, int]], image_size: int | None, workers: int) -> Split:
-    """Decodes image files in threads. image_size None: the size all of them share, squares."""
+    """Decodes image files in threads. image_size None: the size all of them share."""
     def decode(file: Path) -> np.ndarray:
         try:
             with Image.open(file) as image:
@@ -230,9 +236,6 @@ def decode_files(files: list[tuple[Path, int]], image_size: int | None, workers:
         return np.asarray(image)
 
     first = decode(files[0][0])
-    if not image_size and first.shape[0] != first.shape[1]:
-        raise DataError(f"{files[0][0]}: {first.shape[1]}×{first.shape[0]} pixels; give "
-                        "--image_size to make the images squares of one size")
     images = np.empty((len(files), *first.shape), np.uint8)
 
     def place(i: int):
