@@ -20,13 +20,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from skimage import data, measure, segmentation
+from skimage import data, measure
 from sklearn.datasets import load_sample_images
 from torchvision.transforms.v2.functional import resize
 
 from common import runtime
-from safuse import losses, mixing, network, superpixels
+from safuse import main as safuse
+from safuse import mixing, network, superpixels
+from safuse import picture as pictures
 
 # image size: batch, segments from, to
 SETTINGS = {32: (32, 25, 30), 224: (8, 30, 40)}
@@ -108,59 +109,37 @@ def superpixel_table(images: torch.Tensor, size: int, args, device):
               f"{middle:.3f} ({best:.3f}) |", flush=True)
 
 
-def mix(images: torch.Tensor, size: int, slic, generator: torch.Generator):
-    """A batch mixed as in training: one segmentation of each image serves in both roles."""
-    batch, low, high = SETTINGS[size]
-    perm = torch.randperm(batch, generator=generator)
-    most = superpixels.most_superpixels(torch.arange(low, high + 1), size, size)
-    labels = slic(images, mixing.draw_segments(batch, low, high, generator), 8.0)
-    chosen = mixing.draw_chosen(batch, most, 0.5, generator)
-    place = perm.to(images.device)
-    return perm, mixing.superpixel_mix(images, perm, labels, labels[place], chosen, num_a=most)
-
-
-def mixed_loss(net, images, labels, perm, mixed, fused, from_b):
-    """SAFuse's total loss of a mixed batch (spec of the paper's CIFAR-100 ResNet-18)."""
-    logits, local, scores, counts = net(mixed, fused, from_b.shape[1])
-    weights = scores.sigmoid()
-    index, kept = mixing.top_superpixels(scores, counts, 0.7, at_least_one=False)
-    ratio = (mixing.area_ratio(counts, from_b)
-             + mixing.attention_ratio(weights, counts, from_b)) / 2
-    local = local.gather(1, index[..., None].expand(-1, -1, local.shape[2]))
-    classes = losses.superpixel_labels(labels, perm, from_b).gather(1, index)
-    weights = weights.gather(1, index)
-    other = labels[perm.to(labels.device)]
-    whole = ((1 - ratio) * F.cross_entropy(logits, labels, reduction="none")
-             + ratio * F.cross_entropy(logits, other, reduction="none")).mean()
-    return whole + 0.03 * losses.local_cross_entropy(local, classes, kept, weights) \
-        + 0.05 * losses.superpixel_contrastive(local, classes, kept, weights)
-
-
 def steps(images: torch.Tensor, size: int, args, device):
-    """Mixing alone, the plain step and the mixed step, of the network the methods train."""
+    """Mixing alone, the plain step and the mixed step of safuse/main.py's own functions."""
     batch = SETTINGS[size][0]
     images, labels = images[:batch].to(device), torch.randint(0, 100, (batch,)).to(device)
+    if args.channels_last:
+        images = images.contiguous(memory_format=torch.channels_last)
     generator = torch.Generator().manual_seed(1)
-    mixers = {"mixing": lambda: mix(images, size, superpixels.slic, generator)}
+    flags = ["--method", args.method, "--image_size", str(size), "--arch",
+             args.arch32 if size == 32 else args.arch224, "--amp", args.amp]
+    flags += ["--dataset", "cub200"] if size == 224 else []
+    ours, theirs = (safuse.parse_args([*flags, "--superpixels", kind]) for kind in safuse.SLICS)
+    info = argparse.Namespace(num_classes=100, mean=(0, 0, 0), std=(1, 1, 1))
+    net = network.build(ours.arch, 100, size, initial_channels=args.initial_channels,
+                        decoder=safuse.DECODERS.get(args.method, "none")).to(device)
+    net = net.to(memory_format=torch.channels_last) if args.channels_last else net
+    scaler = torch.amp.GradScaler(device.type, enabled=False)
+
+    def step(mixed: bool):
+        net.zero_grad()
+        safuse.training_step(net, net, images, labels, ours, info, mixed, generator, scaler)
+
+    mixers = {"mixing": lambda: safuse.mix_batch(net, images, ours, info, generator)}
     if not args.no_skimage:
         mixers["mixing, scikit-image"] = \
-            lambda: mix(images, size, superpixels.slic_skimage, generator)
-    arch = args.arch32 if size == 32 else args.arch224
-    net = network.build(arch, 100, size, initial_channels=args.initial_channels).to(device)
-
-    def plain():
-        net.zero_grad()
-        F.cross_entropy(net(images), labels).backward()
-
-    def mixed():
-        net.zero_grad()
-        perm, parts = mix(images, size, superpixels.slic, generator)
-        mixed_loss(net, images, labels, perm, *parts).backward()
-
+            lambda: safuse.mix_batch(net, images, theirs, info, generator)
     times = timed(device, args.rounds, mixers)
     if args.rounds_step:
-        times |= timed(device, args.rounds_step, {"plain step": plain, "mixed step": mixed})
-    print(f"\nbatch {batch} at {size}×{size}, {arch} with {args.initial_channels} channels")
+        times |= timed(device, args.rounds_step, {"plain step": lambda: step(False),
+                                                  "mixed step": lambda: step(True)})
+    print(f"\n{args.method}: batch {batch} at {size}×{size}, {ours.arch} with "
+          f"{args.initial_channels} channels, {ours.amp}")
     for name, (middle, best) in times.items():
         print(f"{name:24s} {middle:9.2f} ms (best {best:.2f})")
     if args.rounds_step:
@@ -170,21 +149,13 @@ def steps(images: torch.Tensor, size: int, args, device):
 
 def picture(path: str):
     """Photographs with the borders of our superpixels above those of scikit-image's."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     images = photographs(224, 6, seed=3)
-    figure, axes = plt.subplots(2, 6, figsize=(10, 3.6), layout="constrained")
-    for line, name, slic in zip(axes, ("ours", "scikit-image"),
-                                (superpixels.slic, superpixels.slic_skimage), strict=True):
-        labels = slic(images, 35, 8.0).numpy()
-        for axis, image, one in zip(line, images, labels, strict=True):
-            axis.imshow(segmentation.mark_boundaries(image.permute(1, 2, 0).numpy(), one,
-                                                     color=(1, 1, 0), mode="inner"))
-            axis.set(xticks=[], yticks=[], xlabel=f"{one.max() + 1} superpixels")
-        line[0].set_ylabel(name)
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    rows, captions = {}, {}
+    for name, slic in (("ours", superpixels.slic), ("scikit-image", superpixels.slic_skimage)):
+        labels = slic(images, 35, 8.0)
+        rows[name] = pictures.borders(images, labels)
+        captions[name] = [f"{one.max() + 1} superpixels" for one in labels]
+    pictures.draw(path, "35 superpixels wanted, compactness 8", rows, captions)
 
 
 def main():
@@ -192,6 +163,9 @@ def main():
     parser.add_argument("--data", help=".npz with train_images (N, 32, 32, 3) uint8")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=0, help="of torch (default: its own)")
+    parser.add_argument("--method", default="safuse", choices=safuse.METHODS)
+    parser.add_argument("--amp", default="off", choices=["off", "bf16", "fp16"])
+    parser.add_argument("--channels_last", type=int, choices=[0, 1], default=1)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--rounds_step", type=int, default=3, help="0: no training steps")
     parser.add_argument("--arch32", default="resnet18", choices=network.ARCHS)
@@ -199,6 +173,7 @@ def main():
     parser.add_argument("--initial_channels", type=int, default=64)
     parser.add_argument("--sizes", type=int, nargs="+", default=[32, 224], choices=SETTINGS)
     parser.add_argument("--no_skimage", action="store_true")
+    parser.add_argument("--no_table", action="store_true", help="steps alone")
     parser.add_argument("--picture", help="PNG to draw, and no measurements")
     args = parser.parse_args()
     if args.picture:
@@ -217,7 +192,8 @@ def main():
             with np.load(args.data) as arrays:
                 chosen = arrays["train_images"][::len(arrays["train_images"]) // 128]
             images = torch.from_numpy(chosen).permute(0, 3, 1, 2).float() / 255
-        superpixel_table(images, size, args, device)
+        if not args.no_table:
+            superpixel_table(images, size, args, device)
         steps(images, size, args, device)
 
 
