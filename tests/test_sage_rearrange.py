@@ -88,12 +88,14 @@ def test_shift_direction(device):
     assert ratio[0] >= 9 / 24
 
 
-def test_zero_saliency_is_uniform(device):
+@pytest.mark.parametrize("value", [0, float("inf"), float("nan")])
+def test_saliency_without_information_is_uniform(value, device):
+    """Zero, or not finite: gradients under fp16's loss scale overflow by design."""
     images = torch.randn(4, 3, 8, 8, device=device)
     perm, offsets = torch.tensor([1, 0, 3, 2]), torch.tensor([[0, 0], [2, -1]])
     saliency = torch.ones(4, 1, 8, 8, device=device)
     expected = sage_mix(images, saliency, perm, offsets, 0.3)
-    actual = sage_mix(images, torch.zeros_like(saliency), perm, offsets, 0.3)
+    actual = sage_mix(images, torch.full_like(saliency, value), perm, offsets, 0.3)
     torch.testing.assert_close(actual, expected)
     assert actual[0].isfinite().all()
 
