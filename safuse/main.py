@@ -161,7 +161,7 @@ def is_mixed(args, epoch: int, step: int) -> bool:
 
 def as_pixels(images, info):
     """Images (B, 3, H, W) in [0, 1], not normalised."""
-    mean, std = (torch.tensor(v, device=images.device).view(1, 3, 1, 1)
+    mean, std = (torch.tensor(v).to(images.device, non_blocking=True).view(1, 3, 1, 1)
                  for v in (info.mean, info.std))
     return images * std + mean
 
@@ -349,7 +349,8 @@ def main(argv=None):
     decoder = DECODERS.get(args.method, "none")
     net, model = runtime.prepare(
         network.build(args.arch, info.num_classes, info.image_size, decoder=decoder,
-                      initial_channels=args.initial_channels, score=args.attention_score),
+                      initial_channels=args.initial_channels, score=args.attention_score,
+                      width=info.width),
         args, device)
     optimizer = torch.optim.SGD(net.parameters(), lr=args.LR, momentum=args.momentum,
                                 weight_decay=args.weight_decay, nesterov=args.nesterov)

@@ -256,8 +256,9 @@ def attention_scores(net: Network, images: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------- build
 
 def build(arch: str, num_classes: int, image_size: int = 32, *, decoder: str = "joint",
-          initial_channels: int = 64, score: str = "post_norm", pretrained: str = "") -> Network:
-    """The network `arch` (one of ARCHS) for square images of `image_size` pixels.
+          initial_channels: int = 64, score: str = "post_norm", pretrained: str = "",
+          width: int | None = None) -> Network:
+    """The network `arch` (one of ARCHS) for images of `image_size` pixels (square, or `width`).
 
     `decoder`: joint (SAFuse: also feeds the classifier), local (LGCOAMix: only for superpixels) or
     none (a plain classifier). `initial_channels` scales all widths (64: the papers'). `pretrained`:
@@ -268,9 +269,11 @@ def build(arch: str, num_classes: int, image_size: int = 32, *, decoder: str = "
     """
     form = 224 if arch == "deit_b16" else form_of(image_size)
     multiple = 16 if form == 224 else 8
-    if image_size % multiple:
-        raise RunError(f"{arch} takes images whose side is a multiple of {multiple} pixels, "
-                       f"not {image_size}")
+    width = width or image_size
+    if image_size % multiple or width % multiple or arch == "deit_b16" and width != image_size:
+        raise RunError(f"{arch} takes images whose sides are multiples of {multiple} pixels"
+                       f"{' and equal' * (arch == 'deit_b16')}, not {image_size}×{width}; "
+                       "give --image_size")
     if initial_channels < 16 or initial_channels % 16:
         raise RunError(f"the number of channels must be a multiple of 16, not {initial_channels}")
     encoder = ViT(image_size, initial_channels) if arch == "deit_b16" else \
