@@ -319,10 +319,12 @@ def draw_preview(path, net, train, args, info):
     rows = {"image a": picture.borders(seen, mixed.labels),
             "image b": picture.borders(seen[perm], mixed.labels[perm]),
             "mask": mask.cpu().numpy(), "fused": picture.borders(shown, fused)}
-    captions = ["\n".join(f"{name}: " + preview.shares(target, info.classes).replace("\n", ", ")
-                          for name, target in zip(shares, targets, strict=True))
-                for targets in zip(*(soft_targets(labels, perm, ratio, info.num_classes)
-                                     for ratio in shares.values()), strict=True)]
+    percent = [(100 * share).round().int().tolist() for share in shares.values()]
+    names = [info.classes[label][:12] for label in labels.tolist()]
+    captions = ["\n".join([f"{names[i]} : {names[j]}",
+                           *(f"{name} {of[i]} : {100 - of[i]}"
+                             for name, of in zip(shares, percent, strict=True))])
+                for i, j in enumerate(perm.tolist())]
     return picture.draw(path, title, rows, captions)
 
 

@@ -377,10 +377,13 @@ def test_previews_are_drawn(tmp_path, method, monkeypatch):
         assert (yellow.mean((1, 2)) > 0.02).all() and rows[name].shape[1:3] == (224, 224)
     assert 0 < rows["mask"].mean() < 1
     names = ["area"] if method == "occamix" else ["area", "attention"]
-    shares = [[sum(map(int, re.findall(r"(\d+) %", line))) for line in text.splitlines()]
-              for text in seen["below"]]
-    assert all(re.findall(r"(\w+): ", text) == names for text in seen["below"])
-    assert all(98 <= value <= 102 for line in shares for value in line)
+    for column, text in enumerate(seen["below"]):
+        first, *lines = text.splitlines()
+        shares = [re.fullmatch(r"(\w+) (\d+) : (\d+)", line).groups() for line in lines]
+        assert re.fullmatch(r"\d : \d", first) and [name for name, _, _ in shares] == names
+        assert all(int(a) + int(b) == 100 for _, a, b in shares)
+        mask = rows["mask"][column].mean()                  # what is pasted is the second's share
+        assert int(shares[0][2]) == pytest.approx(100 * mask, abs=1)
 
 
 def test_attention_of_a_trained_network_shows_in_the_preview(tmp_path, monkeypatch):
@@ -389,8 +392,8 @@ def test_attention_of_a_trained_network_shows_in_the_preview(tmp_path, monkeypat
     monkeypatch.setattr(picture, "draw", lambda path, *args: texts.update(text=args[2]) or path)
     train(tmp_path, "--attention_score", "pre_norm", "--preview", tmp_path / "p.png", "--resume",
           folder / "checkpoint.pt")
-    lines = [text.replace("attention", "area").splitlines() for text in texts["text"]]
-    assert any(first != second for first, second in lines)
+    lines = [re.findall(r"\d+ : \d+$", text, re.M)[-2:] for text in texts["text"]]
+    assert any(area != attention for area, attention in lines)
 
 
 def test_evaluation_finds_the_accuracy_again(tmp_path, capsys):
