@@ -11,7 +11,7 @@ from conftest import Golden, golden_cases
 from torch import nn
 
 from common.mixing import soft_targets
-from samix import configs
+from samix import configs, pretrain
 from samix.contrast import (
     Encoder,
     Queue,
@@ -620,49 +620,22 @@ def test_extended_keys():
     torch.testing.assert_close(extend(first, second, torch.ones(())), first)
 
 
-class ContrastStep(nn.Module):
-    """One step as pretrain.py composes it: losses and the new keys from two views and draws."""
-
-    def __init__(self, q, block):
-        super().__init__()
-        self.q, self.k, self.block = q, momentum_copy(q), block
-
-    def forward(self, view_q, view_k, lam_bb, lam_mb, perm_bb, perm_mb, order, weight, negatives):
-        (features_q, key_q), (features_k, key_k) = (encode_keys(self.k, view, order)
-                                                    for view in (view_q, view_k))
-        scale = view_q.shape[-1] // features_q.shape[-1]
-        with torch.no_grad():
-            mask_bb = self.block(features_q, lam_bb, perm_bb, scale, partners=features_k)
-            mask_bb = adjust_mask(mask_bb, lam_bb, margin=0.1)
-        mask_mb = self.block(features_q, lam_mb, perm_mb, scale, partners=features_k)
-        _, query = self.q(view_q)
-        _, mixed_q = self.q(mix(view_q, mask_bb, perm_bb, view_k))
-        _, mixed_k = self.k(mix(view_q, mask_mb, perm_mb, view_k))
-        more_q, more_k = extend(key_q, key_k, weight), extend(key_k, key_q, weight)
-        losses = {
-            "moco": info_nce(query, key_k, negatives),
-            "mix": mixed_nce(mixed_q, key_q, key_k[perm_bb], lam_bb, negatives),
-            "block": mixed_nce(mixed_k, key_q, key_k[perm_mb], lam_mb, negatives),
-            "extended": mixed_pair(mixed_k, more_q, more_k[perm_mb], lam_mb),
-            "mask": mask_loss(mask_mb, lam_mb),
-        }
-        return losses, key_k
-
-
 def contrast_step(device):
     torch.manual_seed(0)
-    step = ContrastStep(Encoder(Tiny(), 32, 16), MixBlock(24, 0.25)).to(device)
+    flags = pretrain.parse_args(["--dataset", "digits", "--queue", "256"])
+    step = pretrain.Contrast(Encoder(Tiny(), 32, 16), MixBlock(24, 0.25), flags).to(device)
     generator = torch.Generator().manual_seed(1)
     views = torch.randn(2, 6, 3, 32, 32, generator=generator).to(device)
     perms = [draw_partners(6, generator, no_repeat=True) for _ in range(2)]
     weight = draw_extension((6, 16), True, generator)
-    return step, Queue(24, 16).to(device), (*views, 0.3, 0.6, *perms, torch.randperm(6), weight)
+    draws = pretrain.Draws(torch.tensor(0.3), torch.tensor(0.6), *perms, torch.randperm(6), weight)
+    return step, Queue(24, 16).to(device), (*views, draws)
 
 
 def test_contrast_routing(device):
     """The encoder learns from its two losses, the MixBlock from its three, the keys' never."""
     step, queue, arguments = contrast_step(device)
-    losses, keys = step(*arguments, queue.keys)
+    losses, keys, _ = step(*arguments, queue.keys)
     for name, loss in losses.items():
         encoder = {"q.backbone", "q.projection"}
         expected = encoder if name in ("moco", "mix") else ROUTES["mask"]
@@ -675,14 +648,13 @@ def test_contrast_partners_correspond(device):
     """Features, pixels and keys of the partner are of the same image: permuting the second view,
     and the partners back, changes nothing.
     """
-    step, queue, (view_q, view_k, *draws) = contrast_step(device)
+    step, queue, (view_q, view_k, draws) = contrast_step(device)
     step.eval()
-    perm_bb, perm_mb, weight = draws[2], draws[3], draws[5]
     order = torch.tensor([2, 0, 1, 5, 3, 4])                # view_k[order][back] is view_k
     back = order.argsort()
-    losses, _ = step(view_q, view_k, *draws, queue.keys)
-    draws[2], draws[3], draws[5] = back[perm_bb], back[perm_mb], weight
-    others, _ = step(view_q, view_k[order], *draws, queue.keys)
+    losses, *_ = step(view_q, view_k, draws, queue.keys)
+    draws = draws._replace(perm_bb=back[draws.perm_bb], perm_mb=back[draws.perm_mb])
+    others, *_ = step(view_q, view_k[order], draws, queue.keys)
     for name in ("mix", "block", "mask"):
         torch.testing.assert_close(others[name], losses[name], **CLOSE)
 
@@ -694,7 +666,7 @@ def test_contrast_learns(device):
     optimizer = torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
     history = []
     for _ in range(15):
-        losses, keys = step(*arguments, queue.keys)
+        losses, *_ = step(*arguments, queue.keys)
         optimizer.zero_grad()
         sum(losses.values()).backward()
         optimizer.step()
