@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""SAFuse, and the superpixel methods before it, LGCOAMix (Dornaika et al. 2023) and OcCaMix, in one
+"""SAFuse (Sun and Dornaika 2024) and the superpixel methods before it, LGCOAMix and OcCaMix, in one
 program, with CutMix and plain training to compare them with.
 
 a CPU trial       python safuse/main.py --dataset digits --initial_channels 16 --epochs 12 \\
