@@ -32,6 +32,7 @@ def write_atomic(path: Path, text: str):
         new.write_text(text)
         os.replace(new, path)
     except OSError as fault:
+        new.unlink(missing_ok=True)
         raise RunError(f"{path} could not be written: {fault.strerror}") from None
 
 
@@ -154,7 +155,7 @@ class Run:
         bar = tqdm(loader, total=len(loader), initial=self.step, desc=f"epoch {self.epoch}",
                    leave=False, disable=runtime.rank() != 0,
                    mininterval=0.2 if sys.stderr.isatty() else 60)
-        self.epoch_steps, self.started, self.first = len(loader), time.time(), self.step
+        self.epoch_steps, self.started, self.first = len(loader), time.perf_counter(), self.step
         try:
             yield from enumerate(bar, self.step)
         finally:
@@ -202,7 +203,7 @@ class Run:
 
     def clock(self) -> dict:
         """Seconds since the epoch began here, and images per second over all processes."""
-        seconds = time.time() - self.started
+        seconds = time.perf_counter() - self.started
         images = (self.step - self.first) * self.args.batch_size
         return {"seconds": seconds, "images_per_second": images / seconds}
 
@@ -314,6 +315,7 @@ def save_figure(figure, path: Path):
         figure.savefig(new, dpi=130, format="png")
         os.replace(new, path)
     except OSError as fault:
+        new.unlink(missing_ok=True)
         raise RunError(f"{path} could not be written: {fault.strerror}") from None
     finally:
         plt.close(figure)

@@ -124,9 +124,8 @@ def load_streaming(dataset: str, data_dir: str, image_size: int, mean, std, opti
                                 + (f": {odd[0]}" if odd else "' order"))
     classes = train.classes or test.classes or [str(label) for label in range(1000)]
     digest = hashlib.blake2b(digest_size=8)
-    for data in (train.data, test.data):        # places and names tell sets apart, contents do not
-        digest.update(data.offsets.tobytes() if data.path.suffix == ".rec" else
-                      "\n".join(name[len(str(data.path)):] for name in data.files).encode())
+    for data in (train.data, test.data):        # names and sizes tell sets apart
+        digest.update(data.facts())
     return train, test, Info(dataset, len(classes), image_size, tuple(mean), tuple(std), classes,
                              train.count, test.count, digest.hexdigest(), image_size)
 

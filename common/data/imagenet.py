@@ -6,6 +6,7 @@ run resumed at an epoch goes on as one that was never stopped, with any number o
 """
 import gc
 import importlib.util
+import os
 import warnings
 from pathlib import Path
 
@@ -96,6 +97,15 @@ class Files:
 
     def name(self, i: int) -> str:
         return self.files[i]
+
+    def facts(self) -> bytes:
+        """What tells this set from a changed one: names, labels, and sizes of up to 20,000."""
+        names = "\n".join(name[len(str(self.path)):] for name in self.files)
+        some = self.files[::-(-len(self.files) // 20000)]
+        try:
+            return repr((names, self.labels, [os.stat(file).st_size for file in some])).encode()
+        except OSError as fault:
+            raise DataError(f"{fault.filename}: {fault.strerror}") from None
 
 
 def folder(path: Path) -> Files:

@@ -77,6 +77,10 @@ class RecordFile:
         """How a message calls record i."""
         return f"{self.path}: record {i} (byte {self.offsets[i]})"
 
+    def facts(self) -> bytes:
+        """What tells this file from a changed one: its records' places and its length."""
+        return self.offsets.tobytes() + str(self.path.stat().st_size).encode()
+
     def parts(self, i: int) -> list[bytes]:
         """Payload of record i; split records get back the magic numbers they were split at."""
         if self.file is None:
