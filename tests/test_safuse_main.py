@@ -230,6 +230,28 @@ def test_loss_of_a_mixed_batch_golden(path, device):
     close(loss, case.tensor("loss_total", device))
 
 
+def test_weights_and_temperatures_of_the_loss_are_the_flags():
+    images, labels = batch()
+    net = small_net(arguments())
+    mixed = safuse.mix_batch(net, images, arguments(), Ten, torch.Generator().manual_seed(1))
+    outputs = net(mixed.images, mixed.fused, mixed.from_b.shape[1])
+
+    def loss(ce, scl, words="--temp 0.3 --base_temp 0.2"):
+        return safuse.superpixel_loss(outputs, labels, mixed, arguments(
+            f"--method lgcoamix --loss_gamma_CE {ce} --loss_gamma_SCL {scl} {words}")).item()
+
+    _, local, scores, counts = outputs
+    index, kept = safuse.mixing.top_superpixels(scores, counts, 0.7, at_least_one=False)
+    local = local.gather(1, index[..., None].expand(-1, -1, 10))
+    own = safuse.losses.superpixel_labels(labels, mixed.perm, mixed.from_b).gather(1, index)
+    cross = safuse.losses.local_cross_entropy(local, own, kept).item()
+    contrast = safuse.losses.superpixel_contrastive(local, own, kept, temperature=0.3,
+                                                    base_temperature=0.2).item()
+    assert loss(1, 0) - loss(0, 0) == pytest.approx(cross, rel=1e-4)
+    assert loss(0, 2) - loss(0, 0) == pytest.approx(2 * contrast, rel=1e-4)
+    assert loss(1, 0, "--topN_local_ratio 0.3") < 0.6 * loss(1, 0)      # sums over fewer
+
+
 @pytest.mark.parametrize("method", ["safuse", "lgcoamix", "occamix", "cutmix"])
 def test_mixed_images_come_from_both_by_whole_superpixels(method):
     images, _ = batch()
@@ -283,7 +305,7 @@ def test_share_of_mixed_batches():
 @pytest.mark.parametrize("method, mixed_step", [
     (method, mixed_step) for method in safuse.METHODS for mixed_step in (False, True)
     if method != "baseline" or not mixed_step])
-def test_a_step_is_cross_entropy_and_what_the_method_adds(method, mixed_step):
+def test_a_step_is_cross_entropy_and_what_the_method_adds(method, mixed_step, monkeypatch):
     images, labels = batch()
     args, scaler = arguments(f"--method {method}"), torch.amp.GradScaler("cpu", enabled=False)
     net = small_net(args)
@@ -309,6 +331,18 @@ def test_a_step_is_cross_entropy_and_what_the_method_adds(method, mixed_step):
             expected = mixed.ratio * expected + (1 - mixed.ratio) * other
         expected = expected.mean()
     assert torch.allclose(loss, expected, atol=1e-5)
+
+    if mixed.fused is None:             # among ranks idle parameters take part, without a gradient
+        waited = []
+        hooks = [p.register_hook(lambda grad: waited.append(float(grad.abs().max())))
+                 for p in net.local_parameters()]
+        monkeypatch.setattr(runtime, "world", lambda: 2)
+        net.load_state_dict(state)
+        net.zero_grad()
+        among, _ = safuse.training_step(net, net, images, labels, args, Ten, mixed_step,
+                                        torch.Generator().manual_seed(1), scaler)
+        assert torch.equal(among, loss) and waited == [0.0] * len(hooks)
+        assert used == {name for name, p in net.named_parameters() if p.grad is not None}
 
 
 def test_a_run_is_the_recipe_step_by_step(tmp_path):
