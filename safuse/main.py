@@ -180,7 +180,8 @@ def mix_batch(net, images, args, info, generator) -> Mixed:
     labels = SLICS[args.superpixels](as_pixels(images, info), segments, args.compactness)
     most = superpixels.most_superpixels(torch.arange(args.N_min, args.N_max + 1), height, width)
     if args.method == "occamix":
-        scores = network.attention_scores(net, images)
+        with runtime.autocast(args, images.device):
+            scores = network.attention_scores(net, images).float()
         mask = mixing.attentive_mask(scores[perm], labels[perm], args.cells, num_b=most)
         return Mixed(mixing.paste(images, perm, mask), perm, 1 - mask.float().mean((1, 2)),
                      labels, mask)

@@ -249,7 +249,14 @@ def test_weights_and_temperatures_of_the_loss_are_the_flags():
                                                     base_temperature=0.2).item()
     assert loss(1, 0) - loss(0, 0) == pytest.approx(cross, rel=1e-4)
     assert loss(0, 2) - loss(0, 0) == pytest.approx(2 * contrast, rel=1e-4)
-    assert loss(1, 0, "--topN_local_ratio 0.3") < 0.6 * loss(1, 0)      # sums over fewer
+
+    def terms(words):                   # sums over the superpixels chosen
+        return loss(1, 0, words) - loss(0, 0, words)
+
+    assert terms("--topN_local_ratio 0.3") < 0.6 * terms("--topN_local_ratio 0.9")
+    everything = terms("--topN_local_ratio 1")              # where the share is less than one:
+    assert terms("--topN_local_ratio 0.01") == pytest.approx(everything, rel=1e-4)
+    assert terms("--topN_local_ratio 0.01 --label_share attention") < 0.1 * everything
 
 
 @pytest.mark.parametrize("method", ["safuse", "lgcoamix", "occamix", "cutmix"])
