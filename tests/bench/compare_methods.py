@@ -9,11 +9,14 @@ weight decay 1e-4, learning rate 0.2 (methods with binary cross-entropy) or 0.05
 times 0.1 after epochs 10 and 15 of 20; reported is the median test accuracy (and calibration
 error, where a method logs it) of the last five epochs. P100: 100 epochs, times 0.1 after 50 and
 75. softaug_*: ResNet-18, a crop with padding 4 (standard) or of SoftCrop's strength. Stopped at
-any moment, the same command goes on where it was; finished runs are not repeated.
+any moment, the same command goes on where it was. Finished runs are not repeated: their results
+and logs are kept in tests/bench/logs/PROTOCOL (--keep).
 """
 import argparse
 import csv
+import io
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -21,8 +24,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from common.runlog import BLUE, GRID, INK, save_figure, write_atomic
+
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
 
 PROTOCOLS = {"p20": (20, "10 15"), "p100": (100, "50 75")}
 SAGE = ("sage/main.py --dataset npz --data_dir {data} --arch preactresnet18 --initial_channels 16 "
@@ -56,8 +62,9 @@ COMMANDS |= {name: SAFUSE + f"--method {words}" for name, words in (
 
 # branch k's 0.999 is for 200,000 steps; after the 800 of P20 half of it would be its random start
 SAMIX = ("samix/main.py --config cifar100_r18 --dataset npz --data_dir {data} "
-         "--initial_channels 16 --epochs {epochs} --milestones {schedule} --lr 0.05 --block_lr 0.05 --nesterov True "
-         "--batch_size 100 --crop zero --padding 2 --ema_base 0.99 --ema_end 0.99 --seed {seed} ")
+         "--initial_channels 16 --epochs {epochs} --milestones {schedule} --lr 0.05 "
+         "--block_lr 0.05 --nesterov True --batch_size 100 --crop zero --padding 2 "
+         "--ema_base 0.99 --ema_end 0.99 --seed {seed} ")
 COMMANDS |= {name: SAMIX + f"--method {name.removeprefix('samix_')}" for name in
              ("samix_vanilla", "samix_mixup", "samix_cutmix", "automix", "samix")}
 
@@ -78,6 +85,9 @@ def run(method: str, seed: int, args) -> dict:
     with open(log) as file:
         rows = list(csv.DictReader(file))
     facts = json.loads(log.with_name("args.json").read_text())
+    for file in log.parent.glob("*.csv"):
+        part = "" if file == log else f"_{file.stem}"
+        shutil.copy(file, args.keep / f"{method}_seed{seed}{part}.csv")
     return {"method": method, "seed": seed,
             "accuracy": statistics.median(float(row["test_accuracy"]) for row in rows[-5:]),
             "best": max(float(row["test_accuracy"]) for row in rows),
@@ -85,7 +95,18 @@ def run(method: str, seed: int, args) -> dict:
             if "test_ece" in rows[0] else "",
             "seconds_per_epoch": statistics.median(float(row["seconds"]) for row in rows),
             "device": facts["gpu"] or f"cpu, {facts['threads']} threads",
-            "commit": facts["commit"], "command": f"python {command}"}
+            "commit": facts["commit"],
+            "command": f"python {command}".replace(args.data, Path(args.data).name)}
+
+
+def read(file: Path) -> dict:
+    """Table lines of finished runs, by (method, seed)."""
+    with open(file) as lines:
+        rows = list(csv.DictReader(lines))
+    for row in rows:
+        row |= {name: float(row[name]) for name in
+                ("accuracy", "best", "ece", "seconds_per_epoch") if row[name]}
+    return {(row["method"], int(row["seed"])): row for row in rows}
 
 
 def table(results: list[dict]) -> str:
@@ -109,8 +130,6 @@ def chart(results: list[dict], path: Path, title: str):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-
-    from common.runlog import BLUE, GRID, INK, save_figure
     methods = list(dict.fromkeys(row["method"] for row in results))
     values = [[row["accuracy"] for row in results if row["method"] == m] for m in methods]
     means = [statistics.mean(v) for v in values]
@@ -135,26 +154,34 @@ def main():
                         help=".npz of train_images, train_labels, test_images, test_labels")
     parser.add_argument("--out", required=True, type=Path, help="folder of the runs and results")
     parser.add_argument("--protocol", choices=PROTOCOLS, default="p20")
+    parser.add_argument("--keep", type=Path, help="folder of finished runs' logs and results.csv")
     parser.add_argument("--methods", nargs="+", choices=COMMANDS, default=list(COMMANDS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--amp", choices=["off", "bf16"], default="off")
     args = parser.parse_args()
     args.out = args.out.resolve()
-    results = []
-    for seed, method in tqdm([(s, m) for s in args.seeds for m in args.methods], desc="runs"):
+    args.keep = args.keep or ROOT / "tests" / "bench" / "logs" / args.protocol
+    args.keep.mkdir(parents=True, exist_ok=True)
+    kept, names = args.keep / "results.csv", list(COMMANDS)
+    results = read(kept) if kept.exists() else {}
+    wanted = [(m, s) for s in args.seeds for m in args.methods]
+    for method, seed in tqdm(wanted, desc="runs"):
         try:
-            results.append(run(method, seed, args))
+            if (method, seed) not in results:
+                results[method, seed] = run(method, seed, args)
         except subprocess.CalledProcessError as fault:
             parser.exit(1, f"error: {method}, seed {seed} ended with {fault.returncode}; see "
                            f"{args.out / method / f'seed{seed}' / 'output.txt'}\n")
-        results.sort(key=lambda row: (args.methods.index(row["method"]), row["seed"]))
-        with open(args.out / "results.csv", "w", newline="") as file:
-            writer = csv.DictWriter(file, results[0], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(results)
+        lines = sorted(results.items(), key=lambda item: (names.index(item[0][0]), item[0][1]))
+        text = io.StringIO()
+        writer = csv.DictWriter(text, lines[0][1], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(row for _, row in lines)
+        write_atomic(kept, text.getvalue())
+    results = [results[key] for key in sorted(wanted, key=lambda key: names.index(key[0]))]
     print(table(results))
     chart(results, args.out / "chart.png", f"{args.protocol.upper()} on {Path(args.data).stem}")
-    print(f"{args.out / 'results.csv'}\n{args.out / 'chart.png'}")
+    print(f"{kept}\n{args.out / 'chart.png'}")
 
 
 if __name__ == "__main__":
