@@ -28,6 +28,7 @@ from samix.contrast import (
 from samix.losses import head_loss, mixed_accuracy
 from samix.main import Draws, SAMix
 from samix.mixblock import (
+    ELU,
     MixBlock,
     adjust_mask,
     draw_partners,
@@ -226,6 +227,16 @@ def test_block_options(variant, device):
     assert mask.dtype == torch.float32 and mask.isfinite().all()
     mask[:, 1].square().sum().backward()
     assert all(p.grad.isfinite().all() for p in block.parameters())
+
+
+def test_elu():
+    """The faster ELU has the values and gradients of torch's."""
+    x = torch.linspace(-30, 5, 999, requires_grad=True)
+    ours, theirs = ELU()(x), F.elu(x)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+    weight = torch.linspace(0, 1, 999)
+    torch.testing.assert_close(*(torch.autograd.grad((y * weight).sum(), x)[0]
+                                 for y in (ours, theirs)), rtol=0, atol=1e-6)
 
 
 def test_parameter_counts():

@@ -3,7 +3,7 @@
 
     python tests/bench/samix.py                                       # batch 100, 32×32, ResNet-18
     python tests/bench/samix.py --initial_channels 16 --rounds 5      # on a small machine
-    python tests/bench/samix.py --device cuda --amp bf16 --channels_last
+    python tests/bench/samix.py --device cuda --amp bf16
     python tests/bench/samix.py --cpu_time                            # on a busy machine
 
 Everything measured takes turns, round by round, so that what else the machine does weighs on all
@@ -21,13 +21,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
-from common import models, runtime
-from common.mixing import soft_targets
-from samix.losses import head_loss
-from samix.mixblock import MixBlock, mask_loss, mix, plain_near_ends, rescale_lambda
-from samix.momentum import Branch, momentum_copy, momentum_update
+from common import runtime
+from samix import main as samix
+from samix.mixblock import MixBlock, mask_loss, rescale_lambda
+from samix.momentum import momentum_update
 
 
 def rounds_of(functions: dict, rounds: int, device, clock) -> dict:
@@ -60,7 +58,9 @@ def bench_block(args, device) -> dict:
         both = torch.cat([first, second], 1)
         query, key = (layer(both).flatten(2) for layer in (block.query, block.key))
         attention = (query.transpose(1, 2) @ key / 128 ** 0.5).softmax(2)
-        value = attention @ block.value(second).flatten(2).transpose(1, 2)
+        value = block.value[0](second)
+        value = block.value[3](F.elu(block.value[1](value)))
+        value = attention @ value.flatten(2).transpose(1, 2)
         logits = value.transpose(1, 2).unflatten(2, (8, 8)).float()
         share = F.interpolate(logits, scale_factor=4, mode="bilinear").sigmoid()
         return torch.cat([1 - share, share], 1)
@@ -86,60 +86,32 @@ def bench_block(args, device) -> dict:
             "matrix products alone": products}
 
 
-class Backbone(nn.Module):
-    """The networks' third and last stages."""
-
-    def __init__(self, network):
-        super().__init__()
-        self.before = nn.Sequential(network.stem, *network.stages[:3])
-        self.last = nn.Sequential(network.stages[3], network.tail)
-
-    def forward(self, images):
-        middle = self.before(images)
-        return middle, self.last(middle)
-
-
 def bench_step(args, device) -> dict:
-    """The step of one optimizer update: vanilla, Mixup's cost, and SAMix's."""
-    def backbone():
-        return Backbone(models.build(args.arch, 100, 32, initial_channels=args.initial_channels))
-
-    def placed(module):
-        return module.to(device, memory_format=torch.channels_last if args.channels_last
-                         else torch.contiguous_format)
-
-    width = args.initial_channels * 8 * (4 if args.arch.startswith(("resnet50", "resnext")) else 1)
-    q = placed(Branch(backbone(), width, 100))
-    k, block = momentum_copy(q), placed(MixBlock(width // 2, 0.25))
-    optimizer = torch.optim.SGD([*q.parameters(), *block.parameters()], 1e-3, momentum=0.9)
-    images = placed(torch.randn(args.batch_size, 3, 32, 32))
+    """main.py's step of each method, optimizer and momentum update included."""
+    class Info:
+        num_classes, image_size = 100, 32
+    images = torch.randn(args.batch_size, 3, 32, 32, device=device)
     labels = torch.randint(100, (args.batch_size,), device=device)
-    perm, lam = torch.randperm(args.batch_size).to(device), torch.tensor(0.4)
+    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
 
-    def vanilla():
-        with runtime.autocast(args, device):
-            loss = head_loss(q(images, "one"), labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    def step_of(method):
+        flags = samix.parse_args([
+            "--config", "cifar100_r18", "--arch", args.arch, "--method", method, "--amp", args.amp,
+            "--initial_channels", str(args.initial_channels), "--compile", str(args.compile)])
+        net, model = runtime.prepare(samix.build(flags, Info), flags, device)
+        optimizer = torch.optim.SGD(samix.parameter_groups(net, flags), 1e-3, 0.9)
 
-    def samix():
-        targets = soft_targets(labels, perm, lam, 100)
-        with runtime.autocast(args, device):
-            with torch.no_grad():
-                features = k.features(images)
-                mask_bb = plain_near_ends(block(features, lam, perm, 4), lam)
-            mask_mb = block(features, lam, perm, 4)
-            loss = 0.1 * mask_loss(mask_mb, lam) \
-                + head_loss(k(mix(images, mask_mb, perm), "mix"), targets) \
-                + head_loss(q(images, "one"), labels) \
-                + head_loss(q(mix(images, mask_bb, perm), "mix"), targets)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        momentum_update(k, q, 0.999)
-
-    return {"vanilla step": vanilla, "SAMix step": samix}
+        def step():
+            generator = torch.Generator().manual_seed(0)
+            optimizer.zero_grad(set_to_none=True)
+            samix.training_step(model, images, labels, flags, Info, generator, scaler, 0.5)
+            scaler.step(optimizer)
+            scaler.update()
+            if method in ("samix", "automix"):
+                momentum_update(net.k, net.q, 0.999)
+        return step
+    methods = ("vanilla", "mixup", "automix", "samix")
+    return {f"{method} step": step_of(method) for method in methods}
 
 
 def main():
