@@ -6,6 +6,8 @@ from scipy import ndimage
 from torch import Tensor
 from torchvision.ops import box_iou
 
+from common import runtime
+
 THRESHOLD = 0.2                # of the map's maximum
 LEAST_IOU = 0.5                # with the true box
 
@@ -45,3 +47,26 @@ def localised(logits: Tensor, maps: Tensor, labels: Tensor, boxes: Tensor, heigh
     found = boxes_of(maps[image, labels], height, width)
     given = box_iou(found, boxes.cpu().float()).diagonal() >= LEAST_IOU
     return given & (logits.argmax(1) == labels).cpu(), given
+
+
+@torch.no_grad()
+def localise(net, batches, *, autocast, max_steps: int | None = None) -> tuple[float, float]:
+    """Share in % of images that are localised, over all processes: by the predicted class, and
+    with the class given.
+
+    `net` is a `Network`, in evaluation mode afterwards; `batches` (images, labels) in the order of
+    `batches.boxes()`; `autocast` gives the precision context; `max_steps`: only so many batches.
+    """
+    boxes, hits, start = batches.boxes(), torch.zeros(3, device=batches.device), 0
+    net.eval()
+    for step, (images, labels) in enumerate(batches):
+        if max_steps and step >= max_steps:
+            break
+        with autocast():
+            logits, maps = net.activation_maps(images)
+        found = localised(logits, maps, labels, boxes[start:start + len(labels)],
+                          *images.shape[2:])
+        hits += torch.tensor([*(part.sum() for part in found), len(labels)], device=hits.device)
+        start += len(labels)
+    right, given, count = runtime.total(hits).tolist()
+    return 100 * right / count, 100 * given / count

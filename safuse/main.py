@@ -35,7 +35,7 @@ from common.mixing import (
 )
 from common.runtime import RunError, add_boolean, amount, count, number, positive, share
 from safuse import losses, mixing, network, picture, superpixels
-from safuse.localisation import localised
+from safuse.localisation import localise
 from safuse.recipes import SCHEDULES, STREAMING, defaults, learning_rate
 
 METHODS = ["safuse", "lgcoamix", "occamix", "cutmix", "baseline"]
@@ -264,33 +264,16 @@ def train_one_epoch(net, model, loader, optimizer, scaler, args, info, run):
     return sums
 
 
-@torch.no_grad()
-def localise(net, test, args) -> list[float]:
-    """Share in % of test images whose object is found: by the predicted class, by the true one."""
-    boxes, hits, start = test.boxes(), torch.zeros(3, device=test.device), 0
-    net.eval()
-    for step, (images, labels) in enumerate(test):
-        if args.max_steps and step >= args.max_steps:
-            break
-        with runtime.autocast(args, images.device):
-            logits, maps = net.activation_maps(images)
-        found = localised(logits, maps, labels, boxes[start:start + len(labels)],
-                          *images.shape[2:])
-        hits += torch.tensor([*(part.sum() for part in found), len(labels)], device=test.device)
-        start += len(labels)
-    right, given, count = runtime.total(hits).tolist()
-    return [100 * right / count, 100 * given / count]
-
-
 def evaluate(net, test, args):
     """--evaluate: accuracy, and for cub200 with its boxes weakly supervised localisation."""
-    result = metrics.evaluate(net, test, max_steps=args.max_steps,
-                              autocast=lambda: runtime.autocast(args, test.device))
+    options = {"max_steps": args.max_steps,
+               "autocast": lambda: runtime.autocast(args, test.device)}
+    result = metrics.evaluate(net, test, **options)
     runtime.say(f"test: accuracy {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, "
                 f"loss {result['loss']:.4f} on {result['count']} images")
     if args.dataset == "cub200" and test.data.boxes:
         runtime.say("localisation (IoU at least 0.5): {:.2f} % with the right class, {:.2f} % "
-                    "with the class given".format(*localise(net, test, args)))
+                    "with the class given".format(*localise(net, test, **options)))
 
 
 @torch.no_grad()
@@ -304,29 +287,19 @@ def draw_preview(path, net, train, args, info):
                             F.one_hot(labels, info.num_classes).float(), info)
     net.eval()
     mixed = mix_batch(net, images, args, info, generator)
-    perm, shares = mixed.perm, {"area": mixed.ratio}
+    perm, shares, mask = mixed.perm, {"area": mixed.ratio}, mixed.mask
     if mixed.labels is None:
         rows = {"image": images, "partner": images[perm], "mixed": mixed.images}
         return preview.draw(path, title, rows, soft_targets(labels, perm, mixed.ratio,
                                                             info.num_classes), info)
-    mask = mixed.mask
     if mixed.fused is not None:
         _, _, scores, counts = net(mixed.images, mixed.fused, mixed.from_b.shape[1])
-        shares = dict(zip(("area", "attention"),
-                          (1 - b for b in label_shares(scores, counts, mixed.from_b)), strict=True))
+        area, attention = label_shares(scores, counts, mixed.from_b)
+        shares = {"area": 1 - area, "attention": 1 - attention}
         mask = mixed.from_b.gather(1, mixed.fused.flatten(1)).view(mixed.fused.shape)
-    fused = torch.where(mask, mixed.labels[perm] + mixed.labels.max() + 1, mixed.labels)
     seen, shown = as_pixels(images, info), as_pixels(mixed.images, info)
-    rows = {"image a": picture.borders(seen, mixed.labels),
-            "image b": picture.borders(seen[perm], mixed.labels[perm]),
-            "mask": mask.cpu().numpy(), "fused": picture.borders(shown, fused)}
-    percent = [(100 * share).round().int().tolist() for share in shares.values()]
     names = [info.classes[label][:12] for label in labels.tolist()]
-    captions = ["\n".join([f"{names[i]} : {names[j]}",
-                           *(f"{name} {of[i]} : {100 - of[i]}"
-                             for name, of in zip(shares, percent, strict=True))])
-                for i, j in enumerate(perm.tolist())]
-    return picture.draw(path, title, rows, captions)
+    return picture.draw_mixed(path, title, seen, shown, perm, mixed.labels, mask, names, shares)
 
 
 def main(argv=None):

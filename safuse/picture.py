@@ -24,6 +24,24 @@ def borders(pixels: Tensor, labels: Tensor):
     return torch.where(edge[:, None], yellow, pixels).clamp(0, 1).permute(0, 2, 3, 1).numpy()
 
 
+def draw_mixed(path, title: str, images: Tensor, mixed: Tensor, perm: Tensor, labels: Tensor,
+               mask: Tensor, names: list[str], shares: dict[str, Tensor]) -> Path:
+    """Draws what became of `images` (B, 3, H, W) in [0, 1] and images[perm].
+
+    `mixed` (B, 3, H, W); `labels` (B, H, W) superpixels of the images; `mask` (B, H, W) where
+    images[perm] was pasted; `names` of the images' classes; `shares`: name -> (B,) of the first
+    image in the label.
+    """
+    fused = torch.where(mask, labels[perm] + labels.max() + 1, labels)
+    rows = {"image a": borders(images, labels), "image b": borders(images[perm], labels[perm]),
+            "mask": mask.cpu().numpy(), "fused": borders(mixed, fused)}
+    percent = {name: (100 * share).round().int().tolist() for name, share in shares.items()}
+    return draw(path, title, rows, [
+        "\n".join([f"{names[i]} : {names[j]}",
+                   *(f"{name} {of[i]} : {100 - of[i]}" for name, of in percent.items())])
+        for i, j in enumerate(perm.tolist())])
+
+
 def draw(path, title: str, rows: dict, captions: list[str] | dict) -> Path:
     """Writes a PNG with one row of pictures per entry of `rows`: name -> arrays (H, W[, 3]).
 
