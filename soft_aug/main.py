@@ -13,8 +13,9 @@ two machines      torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d \\
 """
 import argparse
 import dataclasses
-import glob
+import math
 import random
+import re
 import sys
 from functools import partial
 from pathlib import Path
@@ -26,8 +27,9 @@ import torch
 import torch.nn.functional as F
 
 from common import checkpoint, data, metrics, models, preview, runlog, runtime
+from common.data.sets import STREAMED
 from common.mixing import draw_lambda, draw_perm, mixup
-from common.runtime import add_boolean
+from common.runtime import RunError, add_boolean, amount, count, number, positive, share
 from soft_aug import plots
 from soft_aug.losses import (
     cross_entropy,
@@ -49,6 +51,7 @@ from soft_aug.softcrop import (
     soft_noise,
 )
 
+DATASETS = [name for name in data.NAMES if name not in STREAMED]
 NETS = ["resnet18", "resnet50", "resnet101", "wideresnet28", "pyramidnet272", "pyramid272"]
 STATISTICS = {"cifar100": ((0.5070751592371323, 0.48654887331495095, 0.4409178433670343),
                            (0.2673342858792401, 0.2564384629170883, 0.27615047132568404))}
@@ -61,34 +64,37 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument_group("data, network and schedule").add_argument
-    add("--dataset", "--task", choices=data.NAMES, default="cifar10")
+    add("--dataset", "--task", choices=DATASETS, default="cifar10")
     add("--data_dir", default="data", help="folder (or .npz file) of the data set")
     add("--root_dir", default="experiments", help="where the run's folder is made")
-    add("--labels_per_class", type=runtime.positive, default=None,
+    add("--labels_per_class", type=positive, default=None,
         help="training images of each class (default: all)")
     add("--net", choices=NETS, default="resnet18")
-    add("--initial_channels", type=runtime.positive, default=64,
+    add("--initial_channels", type=number(int, low=4), default=64,
         help="64 is the network as published, 16 has a quarter of all its widths")
-    add("--sch", type=float, default=2.5, help="length of training, in 200 epochs")
-    add("--epochs", type=runtime.positive, default=None, help="(default: 200 times --sch)")
-    add("--batch_size", "--b", type=runtime.positive, default=128, help="over all processes")
+    add("--sch", type=number(above=0, high=1e4), default=2.5,
+        help="length of training, in 200 epochs")
+    add("--epochs", type=positive, default=None, help="(default: 200 times --sch)")
+    add("--batch_size", "--b", type=positive, default=128, help="over all processes")
     add("--optimizer", choices=["sgd"], default="sgd")
-    add("--lr", "--learning_rate", type=float, default=0.1)
-    add("--momentum", type=float, default=0.9)
+    add("--lr", "--learning_rate", type=amount, default=0.1)
+    add("--momentum", type=share, default=0.9)
     add_boolean(parser, "--no-nag", False, "momentum that is not Nesterov's")
-    add("--wd", type=float, default=5e-4, help="weight decay")
+    add("--wd", type=amount, default=5e-4, help="weight decay")
     add("--decay", choices=["c", "l", "s"], default="c", help="LR: cosine, linear or in steps")
-    add("--gamma", type=float, default=0.2, help="LR factor of a step (--decay s)")
-    add("--milestones", type=int, nargs="*", default=None,
+    add("--gamma", type=amount, default=0.2, help="LR factor of a step (--decay s)")
+    add("--milestones", type=count, nargs="*", default=None,
         help="epochs of the steps (default: at 1/2, 3/4 and 9/10 of the epochs)")
-    add("--warm", type=int, default=0, help="epochs of linear warm-up")
-    add("--ft", type=int, default=20,
+    add("--warm", type=count, default=0, help="epochs of linear warm-up")
+    add("--ft", type=count, default=20,
         help="closing epochs of weak augmentation (but never the first 5 %% of all)")
-    add("--r", type=float, default=1000.0, help="divides the augmentations' strength there")
-    add("--eval_every", type=runtime.positive, default=5, help="epochs from test to test")
-    add("--workers", "--n", type=int, default=16, help="threads that decode image files")
-    add("--seed", type=int, default=-1, help="-1: drawn, or that of the run resumed or evaluated")
-    add("--print_freq", type=runtime.positive, default=100, help="steps between log lines")
+    add("--r", type=number(above=0), default=1000.0,
+        help="divides the augmentations' strength there")
+    add("--eval_every", type=positive, default=5, help="epochs from test to test")
+    add("--workers", "--n", type=count, default=16, help="threads that decode image files")
+    add("--seed", type=number(int, low=-1, high=2**63 - 1), default=-1,
+        help="-1: drawn, or that of the run resumed or evaluated")
+    add("--print_freq", type=positive, default=100, help="steps between log lines")
     add("--prefix", default="", help="part of the name of the run's folder")
     add_boolean(parser, "--nogpu", False, "the same as --device cpu")
 
@@ -96,21 +102,21 @@ def parse_args(argv=None):
     add("--da", type=int, choices=[-1, 0, 1, 2], default=0,
         help="-1: none; 0: flip, crop of 4 pixels; 1: these and Cutout; 2: flip, SoftCrop")
     add_boolean(parser, "--ra", False, "RandAugment")
-    add("--crop", type=float, default=12.0, help="SoftCrop: standard deviation, pixels")
-    add("--pcrop", type=float, default=2.0, help="SoftCrop: power k of the confidence curve")
-    add("--bgcrop", type=float, default=0.01, help="SoftCrop: standard deviation of the colour")
-    add("--l", type=float, default=0.0, help="Cutout: side of the hole, pixels (often 16)")
-    add("--noise", type=float, default=0.0, help="soft noise: spread of its standard deviation")
-    add("--pnoise", type=float, default=1.0, help="soft noise: power k of the confidence curve")
-    add("--bgnoise", type=float, default=1.0, help="soft noise: multiplies the noise")
+    add("--crop", type=amount, default=12.0, help="SoftCrop: standard deviation, pixels")
+    add("--pcrop", type=amount, default=2.0, help="SoftCrop: power k of the confidence curve")
+    add("--bgcrop", type=amount, default=0.01, help="SoftCrop: standard deviation of the colour")
+    add("--l", type=amount, default=0.0, help="Cutout: side of the hole, pixels (often 16)")
+    add("--noise", type=amount, default=0.0, help="soft noise: spread of its standard deviation")
+    add("--pnoise", type=amount, default=1.0, help="soft noise: power k of the confidence curve")
+    add("--bgnoise", type=amount, default=1.0, help="soft noise: multiplies the noise")
     add_boolean(parser, "--mixup", False, "Mixup of the augmented images")
-    add("--a", type=float, default=1.0, help="Mixup: Beta parameter")
+    add("--a", type=amount, default=1.0, help="Mixup: Beta parameter")
 
     add = parser.add_argument_group("loss").add_argument
     add("--loss", choices=["ce", "st", "sce", "fl"], default="ce",
         help="cross-entropy, soft targets, label smoothing (1 - max_p), focal")
-    add("--max_p", type=float, default=1.0, help="highest confidence")
-    add("--g", type=float, default=2.0, help="fl: gamma")
+    add("--max_p", type=number(above=0, high=1), default=1.0, help="highest confidence")
+    add("--g", type=amount, default=2.0, help="fl: gamma")
     add("--rw", nargs="?", choices=["batch", "sample", "off"], const="batch", default="batch",
         help="st: the loss is multiplied by the mean confidence, or each image's by its own")
     add_boolean(parser, "--no-soften", False, "st: hard targets, only reweighted")
@@ -123,13 +129,10 @@ def parse_args(argv=None):
         parser.error(f"--sch {args.sch} is less than one epoch")
     if args.milestones is not None and args.decay != "s":
         parser.error("--milestones are for --decay s")
-    if not 0 < args.max_p <= 1:
-        parser.error(f"--max_p {args.max_p} is not above 0 and at most 1")
-    if args.r <= 0:
-        parser.error(f"--r {args.r} is not positive")
-    for name in ("crop", "pcrop", "bgcrop", "l", "noise", "pnoise", "bgnoise", "warm", "ft", "g"):
-        if getattr(args, name) < 0:
-            parser.error(f"--{name} {getattr(args, name)} is negative")
+    if args.warm >= args.epochs:
+        parser.error(f"--warm {args.warm} is not below the {args.epochs} epochs")
+    if "/" in args.prefix:
+        parser.error(f"--prefix {args.prefix} is part of a name and holds no '/'")
     if args.other and args.loss != "st":
         parser.error("--other is for --loss st")
     if args.nogpu:
@@ -153,11 +156,11 @@ def choose_seed(args, device) -> int:
         return args.seed
     seed, wish = random.randrange(1001), args.resume or args.evaluate
     if wish == "auto":              # the newest run that these flags name
-        name = "_".join(part for part in run_name(args, "") if part)
-        runs = list(Path(args.root_dir).expanduser().glob(f"{glob.escape(name)}[0-9]*/args.json"))
-        if runs:
-            newest = max(runs, key=lambda path: path.stat().st_mtime)
-            seed = int(newest.parent.name.rpartition("seed")[2])
+        name = re.escape("_".join(part for part in run_name(args, "") if part)) + r"(\d+)"
+        runs = [(path.stat().st_mtime, int(found[1]))
+                for path in Path(args.root_dir).expanduser().glob("*/args.json")
+                if (found := re.fullmatch(name, path.parent.name))]
+        seed = max(runs, default=(0, seed))[1]
     elif args.resume:
         seed = checkpoint.resume(args.resume, Path()).get("args", {}).get("seed", seed)
     seed = int(runtime.total(torch.tensor(seed * (runtime.rank() == 0), device=device)))
@@ -338,8 +341,8 @@ def evaluate(net, test, args, info, folder: Path | None, prefix: str = ""):
     Writes <prefix>reliability, occlusion and, of SoftCrop, softening (.png and .csv) into `folder`.
     """
     rows = []
-    for share in OCCLUDED:
-        offset = round(share * info.image_size)
+    for hidden in OCCLUDED:
+        offset = round(hidden * info.image_size)
         visible = (1 - offset / info.image_size) ** 2
         result = measure(net, test, args, info, occlude(offset))
         rows.append({"offset": offset, "visible": visible, "accuracy": result["top1"],
@@ -403,6 +406,8 @@ def main(argv=None):
             images, *draw_randaugment(len(images), generator))) if args.ra else None,
         mean=mean, std=std, workers=args.workers)
     runtime.say(str(info))
+    if args.ra and min(info.image_size, info.width) < 3:
+        raise RunError("--ra needs images of at least 3 pixels a side")
     torch.manual_seed(args.seed)
     net, model = runtime.prepare(
         models.build(args.net, info.num_classes + args.other, info.image_size,
@@ -415,9 +420,9 @@ def main(argv=None):
     runtime.say(f"network: {args.net}, {parameters:,} parameters; {len(train)} steps of "
                 f"{args.batch_size} images an epoch, {args.epochs} epochs; augmentation {args.da}"
                 + (" with RandAugment" if args.ra else "") + f", loss {args.loss}")
-    weak = sum(fine_tuning(epoch, args.epochs, args.ft) for epoch in range(args.epochs))
-    if 2 * weak > args.epochs and (args.da > 0 or args.noise or args.mixup):
-        runtime.warn(f"--ft {args.ft} leaves {args.epochs - weak} of {args.epochs} epochs with "
+    strong = math.ceil(max(0.05 * args.epochs, args.epochs - args.ft))
+    if 2 * strong < args.epochs and (args.da > 0 or args.noise or args.mixup):
+        runtime.warn(f"--ft {args.ft} leaves {strong} of {args.epochs} epochs with "
                      "the augmentation asked for; --ft 0 augments in all")
 
     # The run: its folder, what it holds already, and the place to go on from
@@ -439,8 +444,7 @@ def main(argv=None):
     while not run.over:
         epoch = run.epoch
         sums = train_one_epoch(net, model, train, optimizer, scaler, args, info, run)
-        row = {"lr": step_rate(args, epoch * len(train), len(train))} | sums.result()
-        timing = run.clock()
+        row, timing = {"lr": optimizer.param_groups[0]["lr"]} | sums.result(), run.clock()
         runtime.share_buffers(net)
         if epoch % args.eval_every == 0 or epoch + 1 == args.epochs or run.steps_left == 0:
             result = measure(net, test, args, info)

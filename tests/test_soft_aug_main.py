@@ -1,7 +1,9 @@
 """Soft Augmentation's program as users run it: recipes, losses, resume, two ranks, evaluation."""
 import csv
 import json
+import math
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,6 +11,7 @@ import time
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import ROOT
 from PIL import Image
 
@@ -36,6 +39,13 @@ def train(root, *words):
     """Runs main() in this process; returns the run's folder."""
     soft_aug.main([*SMALL, "--root_dir", str(root), *map(str, words)])
     return next(folder for folder in root.iterdir())
+
+
+def faults(capsys, *words):
+    """Exit code and stderr of main() under the program's own handling of faults."""
+    with pytest.raises(SystemExit) as end:
+        runtime.launch(lambda: soft_aug.main([*SMALL, *map(str, words)]))
+    return end.value.code, capsys.readouterr().err
 
 
 def weights(folder, name="checkpoint.pt"):
@@ -123,20 +133,141 @@ def test_the_logs_follow_the_schedule(tmp_path, no_pictures):
                    "--batch_size", 60)
     rows = table(folder / "log.csv")
     assert [int(row["epoch"]) for row in rows if "test_ece" in row] == [0, 5, 6]
-    args = soft_aug.parse_args([*SMALL, "--epochs", "7"])
-    assert [row["lr"] for row in rows] == pytest.approx(
-        [soft_aug.step_rate(args, 2 * epoch, 2) for epoch in range(7)], rel=1e-4)
+    rates = [0.025 * (1 + math.cos(math.pi * 2 * epoch / 15)) for epoch in range(1, 8)]
+    assert [row["lr"] for row in rows] == pytest.approx(rates, rel=1e-4)    # of their last steps
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     events = EventAccumulator(str(folder / "tensorboard")).Reload()
     logged = {tag: [event.value for event in events.Scalars(tag)]
               for tag in ("learning/lr", "Train/loss", "Test/Average loss", "Test/Accuracy",
                           "Test/ECE", "Test/Best Accuracy", "Test/Best Average loss",
                           "Train/Best Accuracy", "Train/Best Average loss")}
+    assert logged["learning/lr"] == pytest.approx(rates, rel=1e-4)
     assert len(logged["Train/loss"]) == 7 and len(logged["Test/ECE"]) == 3
     tested = [row["test_accuracy"] for row in rows if "test_accuracy" in row]
     assert logged["Test/Best Accuracy"] == pytest.approx(
         [max(tested[:i]) for i in (1, 2, 3)], rel=1e-4)
     assert checkpoint.load(folder / "best.pt")["accuracy"] == pytest.approx(max(tested), rel=1e-4)
+
+
+def smooth_network(*_, **__):
+    """A network in which roundings stay small, unlike in a narrow ResNet's."""
+    return torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, 2), torch.nn.BatchNorm2d(8),
+                               torch.nn.Tanh(), torch.nn.Flatten(), torch.nn.Linear(8 * 49, 10))
+
+
+def loss_by_hand(net, images, labels, args, epoch, generator):
+    """The loss of one step of the four recipes and of Mixup, from the paper's description."""
+    shrink = args.r if epoch >= args.epochs - args.ft else 1
+    sure = torch.ones(len(images))
+    if args.da == 1:
+        centres = [torch.randint(16, (len(images),), generator=generator) for _ in range(2)]
+        half = args.l / shrink // 2
+        for image, y, x in zip(images, *centres, strict=True):
+            down, across = ((torch.arange(16) >= c - half) & (torch.arange(16) < c + half)
+                            for c in (y, x))
+            image[:, down[:, None] & across] = 0
+    if args.da == 2:
+        colour = soft_aug.draw_background(len(images), 3, args.bgcrop, generator)
+        offsets = soft_aug.draw_offsets(len(images), (16, 16), args.crop / shrink, generator)
+        images, visible = soft_aug.soft_crop(images, offsets, colour)
+        sure = 1 - 0.9 * (1 - visible) ** args.pcrop
+    perm, lam = torch.arange(len(images)), 1.0
+    if args.mixup:
+        perm = soft_aug.draw_perm(len(images), generator)
+        lam = float(soft_aug.draw_lambda(args.a, generator)) if shrink == 1 else 1.0
+    logs = net(lam * images + (1 - lam) * images[perm]).log_softmax(1)
+    total = 0
+    for share, order in ((lam, torch.arange(len(images))), (1 - lam, perm)):
+        label, p = F.one_hot(labels[order], 10), sure[order, None]
+        if args.loss == "fl":
+            log = (logs * label).sum(1)
+            total += share * (-(1 - log.exp()) ** args.g * log).mean()
+        elif args.loss == "st":
+            target = label * p + (1 - label) * (1 - p) / 9
+            total += share * F.kl_div(logs, target, reduction="batchmean") * p.mean()
+        else:
+            total -= share * (logs * label).sum(1).mean()
+    return total
+
+
+@pytest.mark.parametrize("words, rate", [
+    ("--da -1 --no-nag --decay l --warm 1", lambda k: 0.1 * (1 - k / 7) * min(1, k / 2)),
+    ("--da 2 --loss st --r 4 --pcrop 3 --bgcrop 0.5",
+     lambda k: 0.05 * (1 + math.cos(math.pi * k / 7))),
+    ("--da 0 --mixup 1 --a 0.3 --momentum 0",
+     lambda k: 0.05 * (1 + math.cos(math.pi * k / 7))),
+    ("--da 1 --l 8 --loss fl --g 1 --decay s --gamma 0.5 --milestones 1 2 --momentum 0.5",
+     lambda k: 0.1 * 0.5 ** ((k - 1) // 2))])
+def test_training_is_the_recipe(tmp_path, words, rate, no_pictures, monkeypatch):
+    """Augmentation, fine-tune phase, losses, weight decay, momentum and learning rate, by hand."""
+    words = [*words.split(), "--wd", 0.01, "--epochs", 3, "--ft", 1, "--lr", 0.1,
+             "--labels_per_class", 6]
+    monkeypatch.setattr(soft_aug.models, "build", smooth_network)
+    trained = weights(train(tmp_path, *words))
+    args = soft_aug.parse_args([*SMALL, *map(str, words)])
+    padding = 4 if args.da in (0, 1) else 0
+    batches, _, info = soft_aug.data.load(
+        "digits", "", batch_size=30, image_size=16, device=torch.device("cpu"), seed=0,
+        labels_per_class=6, padding=padding, flip=False)
+    torch.manual_seed(0)
+    net = smooth_network()
+    velocity = {name: torch.zeros_like(p) for name, p in net.named_parameters()}
+    for epoch in range(3):
+        batches.set_epoch(epoch)
+        for step, (images, labels) in enumerate(batches):
+            net.zero_grad()
+            loss_by_hand(net, images, labels, args, epoch,
+                         runtime.step_generator(0, epoch, step)).backward()
+            with torch.no_grad():
+                for name, p in net.named_parameters():
+                    grad = p.grad + 0.01 * p
+                    velocity[name] = args.momentum * velocity[name] + grad
+                    ahead = velocity[name] if args.no_nag else grad + args.momentum * velocity[name]
+                    p -= rate(2 * epoch + step + 1) * ahead
+    for name, value in net.state_dict().items():
+        assert torch.allclose(trained[name], value, rtol=1e-4, atol=1e-5), name
+
+
+@pytest.mark.parametrize("words, expected", [
+    ("--da -1", {"padding": 0, "flip": False}), ("--da 0", {"padding": 4, "flip": None}),
+    ("--da 1", {"padding": 4, "flip": None}), ("--da 2", {"padding": 0, "flip": None}),
+    ("--n 3 --loader dali --labels_per_class 5 --image_size 20 --b 10 --seed 4 --data_dir there",
+     {"workers": 3, "loader": "dali", "labels_per_class": 5, "image_size": 20, "batch_size": 10,
+      "seed": 4, "mean": None, "std": None, "transform": None}),
+    ("--task cifar100", {"mean": soft_aug.STATISTICS["cifar100"][0],
+                         "std": soft_aug.STATISTICS["cifar100"][1]})])
+def test_what_the_loader_is_asked_for(words, expected, monkeypatch):
+    seen = {}
+
+    def load(dataset, place, **options):
+        seen.update(options, dataset=dataset, place=place)
+        raise runtime.DataError("seen")
+
+    monkeypatch.setattr(soft_aug.data, "load", load)
+    with pytest.raises(runtime.DataError, match="seen"):
+        soft_aug.main([*SMALL, *words.split()])
+    assert {name: seen[name] for name in expected} == expected
+    assert seen["dataset"] == ("cifar100" if "cifar100" in words else "digits")
+    assert seen["place"] == ("there" if "there" in words else "data")
+    if seen["mean"]:                                        # the original's figures
+        assert (seen["mean"][0], seen["std"][2]) == (0.5070751592371323, 0.27615047132568404)
+
+
+@pytest.mark.parametrize("amp", ["off", "bf16"])
+def test_precision(info_and_batch, amp):
+    class Spy(torch.nn.Linear):
+        def forward(self, images):
+            seen.append(torch.is_autocast_enabled("cpu"))
+            return super().forward(images.mean((2, 3)))
+
+    info, images, labels = info_and_batch
+    args, seen = soft_aug.parse_args([*SMALL, "--amp", amp, "--max_steps", "1"]), []
+    soft_aug.training_step(Spy(3, 10), images, labels, args, info, 0, torch.Generator(),
+                           torch.amp.GradScaler("cpu", enabled=False))
+    _, test, _ = soft_aug.data.load("digits", "", batch_size=50, image_size=16,
+                                    device=torch.device("cpu"))
+    soft_aug.measure(Spy(3, 10), test, args, info)
+    assert seen == [amp == "bf16"] * 2
 
 
 def test_killed_and_resumed_is_the_run_never_killed(tmp_path):
@@ -247,12 +378,30 @@ def test_confidence_follows_what_is_hidden(info_and_batch):
     assert (holes.confidence == 1).all()
 
 
+@pytest.mark.parametrize("words, flag, parts", [
+    ("--da 1 --l 8", "--l 4", "images"), ("--da 2", "--crop 2", "images confidence"),
+    ("--da 2", "--pcrop 4", "confidence"), ("--da 2", "--bgcrop 1", "images"),
+    ("--da 2", "--max_p 0.5", "confidence"), ("--noise 1", "--noise 2", "images confidence"),
+    ("--noise 1", "--pnoise 3", "confidence"), ("--noise 1", "--bgnoise 2", "images"),
+    ("--mixup 1", "--a 9", "images lam"), ("--da 0", "--mixup 1", "images")])
+def test_every_flag_changes_its_part(words, flag, parts, info_and_batch):
+    one, two = (mix(text, info_and_batch)[0] for text in (words, f"{words} {flag}"))
+    for part in ("images", "confidence", "lam"):
+        a, b = getattr(one, part), getattr(two, part)
+        if torch.is_tensor(a) and torch.is_tensor(b):
+            assert torch.equal(a, b) == (part not in parts.split()), part
+
+
 def test_the_closing_epochs_augment_weakly(info_and_batch):
     for words in ("--da 2", "--da 1 --l 8", "--da 2 --mixup 1"):
         early, _ = mix(f"{words} --epochs 100", info_and_batch, epoch=79)
         late, _ = mix(f"{words} --epochs 100", info_and_batch, epoch=80)
         assert not torch.equal(early.images, info_and_batch[1])
         assert torch.equal(late.images, info_and_batch[1]) and (late.confidence == 1).all()
+        partly, _ = mix(f"{words} --epochs 100 --r 2", info_and_batch, epoch=80)
+        assert not torch.equal(partly.images, late.images)
+    late, _ = mix("--noise 1 --epochs 100", info_and_batch, epoch=80)
+    assert 0 < (late.images - info_and_batch[1]).abs().max() < 0.02
     strong, _ = mix("--da 2 --epochs 100 --ft 0", info_and_batch, epoch=99)
     assert not torch.equal(strong.images, info_and_batch[1])
 
@@ -361,34 +510,45 @@ def test_preview_shows_the_targets_of_the_loss(info_and_batch):
     torch.testing.assert_close(shares[:, 10], 1 - mixed.confidence)
 
 
-@pytest.mark.parametrize("words, line", [
-    ("--da 3", "invalid choice: 3"), ("--net nonet", "invalid choice: 'nonet'"),
-    ("--loss ols", "invalid choice: 'ols'"), ("--max_p 0", "--max_p 0.0 is not above 0"),
-    ("--sch 0.001", "--sch 0.001 is less than one epoch"), ("--r 0", "--r 0.0 is not positive"),
-    ("--crop -1", "--crop -1.0 is negative"), ("--other", "--other is for --loss st"),
-    ("--milestones 1 2", "--milestones are for --decay s")])
-def test_bad_flags_are_one_line(words, line, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        soft_aug.parse_args(words.split())
-    faults = [text for text in capsys.readouterr().err.splitlines() if "error:" in text]
-    assert len(faults) == 1 and line in faults[0]
+@pytest.mark.parametrize("words, code, line", [
+    ("--da 3", 2, "invalid choice: 3"), ("--net nonet", 2, "invalid choice: 'nonet'"),
+    ("--dataset imagenet", 2, "invalid choice: 'imagenet'"),
+    ("--loss ols", 2, "invalid choice: 'ols'"), ("--max_p 0", 2, "'0' is not a number at"),
+    ("--max_p 1.1", 2, "--max_p: '1.1'"), ("--sch 0.001", 2, "--sch 0.001 is less than one epoch"),
+    ("--sch inf", 2, "--sch: 'inf'"), ("--sch nan", 2, "--sch: 'nan'"),
+    ("--sch 1e300", 2, "--sch: '1e300'"), ("--r 0", 2, "--r: '0' is not"),
+    ("--r nan", 2, "--r: 'nan'"), ("--crop -1", 2, "--crop: '-1' is not a number of at least 0"),
+    ("--crop inf", 2, "--crop: 'inf'"), ("--mixup --a nan", 2, "--a: 'nan'"),
+    ("--pcrop -1", 2, "--pcrop: '-1'"), ("--bgcrop -1", 2, "--bgcrop: '-1'"),
+    ("--l -1", 2, "--l: '-1'"), ("--noise -1", 2, "--noise: '-1'"), ("--g -1", 2, "--g: '-1'"),
+    ("--lr -1", 2, "--learning_rate: '-1'"), ("--momentum -1", 2, "--momentum: '-1'"),
+    ("--wd -1", 2, "--wd: '-1'"), ("--gamma -1", 2, "--gamma: '-1'"),
+    ("--decay s --milestones -3", 2, "--milestones: '-3'"),
+    ("--milestones 1 2", 2, "--milestones are for --decay s"),
+    ("--epochs 2 --warm 2", 2, "--warm 2 is not below the 2 epochs"),
+    ("--seed 99999999999999999999", 2, "--seed: '99999999999999999999' is not an integer"),
+    ("--initial_channels 1", 2, "'1' is not an integer of at least 4"),
+    ("--prefix ../x", 2, "--prefix ../x is part of a name"),
+    ("--other", 2, "--other is for --loss st"),
+    ("--image_size 2 --ra", 1, "--ra needs images of at least 3 pixels"),
+    ("--labels_per_class 500", 1, "class 0 has only 143"),
+    ("--resume none.pt --seed -1", 1, "none.pt: no such checkpoint"),
+    ("--evaluate none.pt", 1, "none.pt: no such checkpoint"),
+    ("--epochs 1 --lr 1e30 --print_freq 1", 1, "at epoch 0, step")])
+def test_bad_input_is_one_line(tmp_path, words, code, line, capsys):
+    status, error = faults(capsys, "--root_dir", tmp_path, *words.split())
+    lines = [text for text in error.splitlines() if "error:" in text]
+    assert status == code and len(lines) == 1 and line in lines[0], error
+    assert "Traceback" not in error and not list(tmp_path.rglob("*.pt"))
 
 
-@pytest.mark.parametrize("words, line", [
-    ("--labels_per_class 500", "class 0 has only 143"),
-    ("--resume none.pt --seed -1", "none.pt: no such checkpoint"),
-    ("--evaluate none.pt", "none.pt: no such checkpoint")])
-def test_bad_input_is_named(tmp_path, words, line):
-    with pytest.raises(runtime.RunError, match=line):
-        soft_aug.main([*SMALL, *words.split(), "--root_dir", str(tmp_path)])
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_loss_that_is_no_number_is_one_line(tmp_path):
-    result = program("--epochs", 1, "--lr", 1e30, "--print_freq", 1, root=tmp_path)
-    faults = [text for text in result.stderr.splitlines() if "error:" in text]
-    assert result.returncode == 1 and len(faults) == 1 and "at epoch 0, step" in faults[0]
-    assert "Traceback" not in result.stderr and not list(tmp_path.rglob("*.pt"))
+def test_a_copied_run_does_not_hide_the_run(tmp_path, no_pictures, capsys):
+    folder = train(tmp_path, "--seed", 7, "--max_steps", 1, "--prefix", "mine")
+    assert folder.name == "digits_resnet18_da0_ce_mine_seed7"
+    shutil.copytree(folder, folder.with_name(folder.name + "_backup"))
+    soft_aug.main([*SMALL, "--root_dir", str(tmp_path), "--seed", "-1", "--prefix", "mine",
+                   "--max_steps", "1", "--evaluate"])
+    assert "seed: 7\n" in capsys.readouterr().out
 
 
 def test_checkpoints_of_others_are_refused(trained):
