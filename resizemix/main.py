@@ -24,7 +24,7 @@ import torch.nn.functional as F
 
 from common import data, metrics, models, preview, runlog, runtime
 from common.mixing import draw_lambda, draw_perm, soft_cross_entropy, soft_targets
-from common.runtime import RunError, add_boolean
+from common.runtime import RunError, add_boolean, amount, count, number, positive, share
 from resizemix import configs, mixing, randaugment
 from resizemix.augment import AutoAugment, cutout, draw_holes
 from resizemix.cost import latency, multiply_adds
@@ -47,7 +47,7 @@ def parse_args(argv=None):
     add("--data_dir", "--data_path", default="data", help="folder (or .npz file) of the data set")
     add("--root_dir", "--save", default="experiments", help="where the run's folder is made")
     add("--job_name", default="", help="suffix of the run's folder")
-    add("--print_freq", "--report_freq", type=runtime.positive, default=100,
+    add("--print_freq", "--report_freq", type=positive, default=100,
         help="steps between log lines")
     add("--load_path", default="", help="the same as --resume PATH")
     add("--tb_path", default="", help="if given, TensorBoard events (in the run's folder)")
@@ -57,47 +57,51 @@ def parse_args(argv=None):
         help="draw what --target_layer looks at (Grad-CAM) in test images, and exit")
     add("--launcher", choices=["none", "pytorch", "slurm"], default="none",
         help="who must have started the processes: torchrun, srun; none: whoever did")
-    add("--port", type=runtime.positive, default=23333, help="MASTER_PORT under slurm")
+    add("--port", type=number(int, low=1, high=65535), default=23333,
+        help="MASTER_PORT under slurm")
     add("--local_rank", "--local-rank", type=int, default=None,
         help="GPU of this process, from launchers that set no LOCAL_RANK")
-    add("--workers", type=int, default=4, help="threads that decode image files")
+    add("--workers", type=count, default=4, help="threads that decode image files")
 
     add = parser.add_argument_group("data, network and schedule").add_argument
     add("--dataset", choices=data.NAMES)
-    add("--labels_per_class", type=runtime.positive, default=None,
+    add("--labels_per_class", type=positive, default=None,
         help="training images of each class (default: all)")
-    add("--padding", type=int, default=4, help="pixels around an image before its random crop")
-    add("--min_scale", type=float, default=0.08, help="imagenet: least area of a training crop")
+    add("--padding", type=count, default=4,
+        help="pixels around an image before its random crop (not for imagenet)")
+    add("--min_scale", type=number(above=0, high=1), default=0.08,
+        help="imagenet: least area of a training crop")
     add_boolean(parser, "--color_jitter", False, "imagenet: change colours at random")
     add("--net_name", choices=NETS, metavar="NET", help=f"{', '.join(NETS)}")
-    add("--initial_channels", type=runtime.positive, default=64,
+    add("--initial_channels", type=number(int, low=4), default=64,
         help="64 is the network as published, 16 has a quarter of all its widths")
-    add("--epochs", type=runtime.positive)
-    add("--batch_size", type=runtime.positive, help="over all processes")
-    add("--init_lr", type=float)
-    add("--min_lr", type=float, help="at the end of the cosine")
-    add("--warmup_epochs", type=int)
-    add("--warmup_start_lr", type=float)
-    add("--restart_epochs", type=int, nargs="*", default=[],
+    add("--epochs", type=positive)
+    add("--batch_size", type=positive, help="over all processes")
+    add("--init_lr", type=amount)
+    add("--min_lr", type=amount, help="at the end of the cosine")
+    add("--warmup_epochs", type=count)
+    add("--warmup_start_lr", type=amount)
+    add("--restart_epochs", type=positive, nargs="*", default=[],
         help="lengths of cosine cycles that begin after one another, instead of one cosine")
     add("--lr_schedule", choices=["cosine", "step"], default="cosine")
-    add("--milestones", type=int, nargs="*", default=[], help="step: epochs of the LR changes")
-    add("--gamma", type=float, default=0.1, help="step: LR factor at these epochs")
-    add("--momentum", type=float)
+    add("--milestones", type=count, nargs="*", default=[], help="step: epochs of the LR changes")
+    add("--gamma", type=amount, default=0.1, help="step: LR factor at these epochs")
+    add("--momentum", type=share)
     add_boolean(parser, "--nesterov", False, "Nesterov's momentum")
-    add("--weight_decay", type=float)
-    add("--clip_grad", type=float, help="largest norm of the gradients; 0: not clipped")
-    add("--seed", type=int)
+    add("--weight_decay", type=amount)
+    add("--clip_grad", type=amount, help="largest norm of the gradients; 0: not clipped")
+    add("--seed", type=number(int, low=0, high=2**63 - 1))
 
     add = parser.add_argument_group("method").add_argument
-    add("--cutout", type=int, help="side of the erased square, pixels; 0: none")
+    add("--cutout", type=count, help="side of the erased square, pixels; 0: none")
     add_boolean(parser, "--randaugment", None, "RandAugment of the loaded images")
     add_boolean(parser, "--autoaugment", None, "AutoAugment of the loaded images")
-    add("--cutmix_prob", type=float, help="share of the batches mixed by CutMix")
-    add("--cutmix_beta", type=float, help="CutMix: Beta parameter")
+    add("--cutmix_prob", type=share, help="share of the batches mixed by CutMix")
+    add("--cutmix_beta", type=number(above=0), help="CutMix: Beta parameter")
     add_boolean(parser, "--resizemix", None, "ResizeMix of all other batches")
-    add("--resizemix_low", type=float, help="ResizeMix: scales are uniform between the two")
-    add("--resizemix_high", type=float)
+    add("--resizemix_low", type=number(above=0, high=1),
+        help="ResizeMix: scales are uniform between the two")
+    add("--resizemix_high", type=number(above=0, high=1))
     add_boolean(parser, "--batch_aug", None, "train on two RandAugments of each mixed batch")
     add_boolean(parser, "--crop_test", None, "evaluate the whole image and its centre together")
     add("--target_layer", metavar="layerN.M", help="--cam: block M of stage N")
@@ -115,22 +119,27 @@ def parse_args(argv=None):
         del config["image_size"]                            # every data set has its own
     parser.set_defaults(**config)
     args = parser.parse_args(argv)
+    if args.load_path and args.resume:
+        parser.error("--load_path and --resume: choose one of them")
     args.resume = args.resume or args.load_path
     args.tensorboard |= bool(args.tb_path)
     if args.cam:
         args.evaluate = args.evaluate or "auto"             # draw with the weights of that
     if args.randaugment and args.autoaugment:
         parser.error("--randaugment and --autoaugment: choose one of them")
-    if not 0 < args.resizemix_low <= args.resizemix_high <= 1:
-        parser.error(f"--resizemix_low {args.resizemix_low} and --resizemix_high "
-                     f"{args.resizemix_high} are not in ascending order within (0, 1]")
-    if not 0 <= args.cutmix_prob <= 1:
-        parser.error(f"--cutmix_prob {args.cutmix_prob} is not between 0 and 1")
-    for name in ("padding", "cutout", "warmup_epochs", "clip_grad"):
-        if getattr(args, name) < 0:
-            parser.error(f"--{name} {getattr(args, name)} is negative")
+    if args.resizemix_low > args.resizemix_high:
+        parser.error(f"--resizemix_low {args.resizemix_low} is above --resizemix_high "
+                     f"{args.resizemix_high}")
+    if args.warmup_epochs >= args.epochs:
+        parser.error(f"--warmup_epochs {args.warmup_epochs} are not below the {args.epochs} epochs")
     if args.milestones and args.lr_schedule != "step":
         parser.error("--milestones are for --lr_schedule step")
+    if args.lr_schedule == "step" and (args.restart_epochs or args.min_lr != config["min_lr"]):
+        parser.error("--restart_epochs and --min_lr are for --lr_schedule cosine")
+    if args.nesterov and not args.momentum:
+        parser.error("--nesterov needs a --momentum")
+    if "/" in args.job_name:
+        parser.error(f"--job_name {args.job_name} is part of a name and holds no '/'")
     return args
 
 
@@ -326,10 +335,10 @@ def main(argv=None):
             runtime.say(f"mixed images: {draw_preview(args.preview, train, args, info)}")
         return net
     run.start(parameters=parameters, multiply_adds=cost, data=str(info))
-    for place, count in (("cpu", 1), ("cuda", 32)):
+    for place, images in (("cpu", 1), ("cuda", 32)):
         if args.meas_lat and runtime.rank() == 0 and place in ("cpu", device.type):
-            seconds = latency(net, info.image_size, place, count)
-            runtime.say(f"latency: {1000 * seconds:.2f} ms for a batch of {count} ({place})")
+            seconds = latency(net, info.image_size, place, images)
+            runtime.say(f"latency: {1000 * seconds:.2f} ms for a batch of {images} ({place})")
     if args.evaluation:
         evaluate(net, test, args)
 

@@ -196,7 +196,7 @@ def test_each_image_gets_its_own_operations(device):
     operations = randaugment.draw_operations(len(images), seeded(3))
     together = randaugment.randaugment(images, operations)
     for i, row in enumerate(operations):
-        alone = randaugment.randaugment(images[i:i + 1], row[None])
+        alone = randaugment.randaugment(images[i:i + 1], row[None], 14)
         assert torch.equal(together[i:i + 1], alone)
     assert torch.equal(randaugment.transform(images, seeded(3)), together)
     counts = torch.bincount(randaugment.draw_operations(5000, seeded()).flatten())

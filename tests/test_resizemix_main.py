@@ -1,6 +1,7 @@
 """ResizeMix's program as users run it: every row of its table, ImageNet on two ranks, faults."""
 import importlib.util
 import json
+import math
 import os
 import re
 import shlex
@@ -17,9 +18,10 @@ import torch.nn.functional as F
 from conftest import ROOT
 from PIL import Image
 from test_imagenet import make_photos, pack
+from torchvision.transforms import v2
 
 from common import checkpoint, runtime
-from resizemix import augment, cost, gradcam
+from resizemix import augment, cost, gradcam, mixing
 from resizemix import main as resizemix
 
 TINY = "--net_name wrn16_8 --initial_channels 4 --init_lr 0.05 --warmup_epochs 0 --device cpu"
@@ -41,10 +43,18 @@ def train(root, *words):
     return next(folder for folder in root.iterdir())
 
 
-def program(*words):
-    """Runs resizemix/main.py in a process of its own."""
-    return subprocess.run([sys.executable, str(ROOT / "resizemix" / "main.py"), *map(str, words)],
-                          capture_output=True, text=True, timeout=300)
+def faults(capsys, *words):
+    """Exit code and stderr of main() under the program's own handling of faults."""
+    with pytest.raises(SystemExit) as end:
+        runtime.launch(lambda: resizemix.main([*map(str, words)]))
+    return end.value.code, capsys.readouterr().err
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Skips what takes most of a tiny run's time."""
+    monkeypatch.setattr(resizemix, "draw_preview", lambda *args: None)
+    monkeypatch.setattr(resizemix.runlog.Run, "draw_curves", lambda *args: None)
 
 
 def arguments(words=""):
@@ -79,11 +89,11 @@ def trained():
 
 @pytest.mark.parametrize("method", ROWS)
 def test_every_row_trains_and_closes(tmp_path, method, capsys, trained):
-    folder = train(tmp_path, *ROWS[method].split(), "--max_steps", 2)
+    folder = train(tmp_path, *ROWS[method].split(), "--max_steps", 2, "--job_name", "mine")
     printed = capsys.readouterr().out
     assert "median of the last 1 epochs" in printed and f"method {method}\n" in printed
     assert re.search(r"[\d,]{6,} parameters, [\d.]+ M multiply-adds; 4 steps of 30", printed)
-    assert folder.name == f"digits_wrn16_8_{method}_seed0"
+    assert folder.name == f"digits_wrn16_8_{method}_seed0_mine"
     assert {f.name for f in folder.iterdir()} == {
         "args.json", "log.csv", "curves.png", "mixed.png", "checkpoint.pt", "best.pt", ".lock"}
     assert json.loads((folder / "args.json").read_text())["multiply_adds"] > 1e5
@@ -106,6 +116,111 @@ def test_variants_train(tmp_path, words, capsys):
     printed = capsys.readouterr().out
     assert ("latency: " in printed) == ("meas_lat" in words) == (folder / "tensorboard").exists()
     assert printed.count("on 355 images") + printed.count("on 30 images") == ("evaluation" in words)
+
+
+def smooth_network(*_, **__):
+    """A network in which roundings stay small."""
+    return torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, 2), torch.nn.BatchNorm2d(8),
+                               torch.nn.Tanh(), torch.nn.Flatten(), torch.nn.Linear(8 * 49, 10))
+
+
+def half_cosine(share, low=0.0, high=0.1):
+    return low + (high - low) * (1 + math.cos(math.pi * share)) / 2
+
+
+@pytest.mark.parametrize("words, rate", [
+    ("--warmup_epochs 1 --warmup_start_lr 0.02 --min_lr 0.03",
+     lambda k: 0.02 + 0.08 * k / 2 if k < 2 else half_cosine((k - 2) / 4, 0.03)),
+    ("--cutmix_prob 1 --cutmix_beta 0.3 --restart_epochs 1 2 --nesterov True --min_lr 0",
+     lambda k: half_cosine(k / 2 if k < 2 else (k - 2) / 4)),
+    ("--resizemix_low 0.4 --resizemix_high 0.6 --momentum 0.5 --lr_schedule step --milestones 1 2 "
+     "--gamma 0.5", lambda k: 0.1 * 0.5 ** (k // 2))])
+def test_training_is_the_recipe(tmp_path, words, rate, no_pictures, monkeypatch):
+    """Mixing, loss, weight decay, momentum and learning rate, by hand."""
+    words = [*words.split(), "--weight_decay", 0.01, "--epochs", 3, "--init_lr", 0.1,
+             "--labels_per_class", 6]
+    monkeypatch.setattr(resizemix.models, "build", smooth_network)
+    trained = weights(train(tmp_path, *words))
+    args = arguments(" ".join(map(str, words)))
+    batches, _, _ = resizemix.data.load(
+        "digits", "", batch_size=30, image_size=16, device=torch.device("cpu"), seed=0,
+        labels_per_class=6, padding=4, drop_last=True)
+    torch.manual_seed(0)
+    net = smooth_network()
+    velocity = {name: torch.zeros_like(p) for name, p in net.named_parameters()}
+    for epoch in range(3):
+        batches.set_epoch(epoch)
+        for step, (images, labels) in enumerate(batches):
+            generator = runtime.step_generator(0, epoch, step)
+            torch.rand((), generator=generator)             # CutMix or ResizeMix
+            perm = torch.randperm(30, generator=generator)
+            if args.cutmix_prob:
+                lam = resizemix.draw_lambda(args.cutmix_beta, generator)
+                centre = mixing.draw_cutmix_centre((16, 16), generator)
+                mixed, ratio = mixing.cutmix(images, perm, centre, lam)
+            else:
+                scale = args.resizemix_low + torch.rand(
+                    (), generator=generator, dtype=torch.float64).item() * (
+                    args.resizemix_high - args.resizemix_low)
+                corners = mixing.draw_corners(30, (16, 16), scale, generator)
+                mixed, ratio = mixing.resize_mix(images, perm, scale, corners)
+            net.zero_grad()
+            logits, ratio = net(mixed), ratio[0]
+            (ratio * F.cross_entropy(logits, labels)
+             + (1 - ratio) * F.cross_entropy(logits, labels[perm])).backward()
+            with torch.no_grad():
+                for name, p in net.named_parameters():
+                    grad = p.grad + 0.01 * p
+                    velocity[name] = args.momentum * velocity[name] + grad
+                    ahead = velocity[name] * args.momentum + grad if args.nesterov else \
+                        velocity[name]
+                    p -= rate(2 * epoch + step) * ahead
+    for name, value in net.state_dict().items():
+        assert torch.allclose(trained[name], value, rtol=1e-4, atol=1e-5), name
+
+
+@pytest.mark.parametrize("words, expected", [
+    ("--padding 3 --workers 5 --loader dali --batch_size 10 --seed 4 --data_path there",
+     {"padding": 3, "workers": 5, "loader": "dali", "batch_size": 10, "seed": 4,
+      "drop_last": True, "transform": None}),
+    ("--min_scale 0.3 --color_jitter True",
+     {"streaming": {"min_scale": 0.3, "color_jitter": True, "auto_augment": None}}),
+    ("--dataset imagenet --randaugment True", {"transform_first": True, "streaming": {
+        "min_scale": 0.08, "color_jitter": False, "auto_augment": "randaugment"}}),
+    ("--dataset imagenet --autoaugment True", {"transform_first": True, "streaming": {
+        "min_scale": 0.08, "color_jitter": False, "auto_augment": "autoaugment"}}),
+    ("--dataset cifar100", {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2023, 0.1994, 0.2010)}),
+    ("--dataset cifar10", {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2023, 0.1994, 0.2010)})])
+def test_what_the_loader_is_asked_for(words, expected, monkeypatch):
+    seen = {}
+
+    def load(dataset, place, **options):
+        seen.update(options, dataset=dataset, place=place)
+        raise runtime.DataError("seen")
+
+    monkeypatch.setattr(resizemix.data, "load", load)
+    with pytest.raises(runtime.DataError, match="seen"):
+        resizemix.main([*SMALL, *words.split()])
+    assert {name: seen[name] for name in expected} == expected
+    assert seen["dataset"] == arguments(words).dataset
+    assert seen["place"] == ("there" if "there" in words else "data")
+    assert ("mean" in seen) == ("cifar" in words)
+
+
+@pytest.mark.parametrize("amp", ["off", "bf16"])
+def test_precision(amp):
+    class Spy(torch.nn.Linear):
+        def forward(self, images):
+            seen.append(torch.is_autocast_enabled("cpu"))
+            return super().forward(images.mean((2, 3)))
+
+    args, seen = arguments(f"--amp {amp} --max_steps 1"), []
+    resizemix.training_step(Spy(3, 10), *batch(), args, Ten, torch.Generator(),
+                            torch.amp.GradScaler("cpu", enabled=False))
+    _, test, _ = resizemix.data.load("digits", "", batch_size=50, image_size=16,
+                                     device=torch.device("cpu"))
+    resizemix.measure(Spy(3, 10), test, args)
+    assert seen == [amp == "bf16"] * 2
 
 
 def test_gradients_are_clipped(tmp_path):
@@ -205,6 +320,8 @@ def test_cutout():
 def test_autoaugment_changes_each_image_by_its_own_policy():
     images = torch.randint(256, (40, 3, 16, 16), dtype=torch.uint8)
     transform = augment.AutoAugment()
+    original = v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)
+    assert transform._policies == original._policies and len(original._policies) == 25
     changed = transform(images, torch.Generator().manual_seed(3))
     generator = torch.Generator().manual_seed(3)
     policy = torch.randint(25, (40,), generator=generator)
@@ -303,27 +420,46 @@ def test_killed_and_resumed_is_the_run_never_killed(tmp_path):
         [resizemix.step_rate(args, 4 * epoch + 3, 4) for epoch in range(6)], rel=1e-5)
 
 
-@pytest.mark.parametrize("words, line", [
-    ("--config nothing", "no configuration 'nothing'; there are cifar10_wrs"),
-    ("--net_name nonet", "invalid choice: 'nonet'"),
-    ("--randaugment True --autoaugment True", "choose one of them"),
-    ("--resizemix_low 0.9", "--resizemix_low 0.9 and --resizemix_high 0.8"),
-    ("--cutmix_prob 2", "--cutmix_prob 2.0 is not between 0 and 1"),
-    ("--padding -1", "--padding -1 is negative"),
-    ("--milestones 3", "--milestones are for --lr_schedule step"),
-    ("--launcher pytorch", "torchrun did not start this process"),
-    ("--launcher slurm", "SLURM_PROCID is not set"),
-    ("--batch_size 500", "--batch_size 500 is more than the 120"),
-    ("--dataset imagenet", "is for sets that fit in memory"),
-    ("--net_name resnet50 --image_size 128", "resnet50 for 128 pixels has 64 initial channels"),
-    ("--target_layer layer3.3 --cam cam.png --resume none.pt", "none.pt: no such checkpoint"),
-    ("--init_lr 1e30 --lr_schedule step --print_freq 1", "at epoch 0, step")])
-def test_bad_input_is_one_line(tmp_path, words, line, capsys, monkeypatch):
+@pytest.mark.parametrize("words, code, line", [
+    ("--config nothing", 2, "no configuration 'nothing'; there are cifar10_wrs"),
+    ("--net_name nonet", 2, "invalid choice: 'nonet'"),
+    ("--initial_channels 1", 2, "'1' is not an integer of at least 4"),
+    ("--randaugment True --autoaugment True", 2, "choose one of them"),
+    ("--load_path x.pt --resume auto", 2, "--load_path and --resume: choose one of them"),
+    ("--resizemix_low 0.9", 2, "--resizemix_low 0.9 is above --resizemix_high 0.8"),
+    ("--resizemix_high 2", 2, "--resizemix_high: '2'"), ("--cutmix_prob 2", 2, "cutmix_prob: '2'"),
+    ("--cutmix_beta 0", 2, "--cutmix_beta: '0' is not a number above 0"),
+    ("--padding -1", 2, "--padding: '-1' is not an integer of at least 0"),
+    ("--min_scale -1", 2, "--min_scale: '-1'"), ("--min_scale 5", 2, "--min_scale: '5'"),
+    ("--init_lr -1", 2, "--init_lr: '-1'"), ("--min_lr -1", 2, "--min_lr: '-1'"),
+    ("--warmup_start_lr -1", 2, "--warmup_start_lr: '-1'"),
+    ("--momentum -1", 2, "--momentum: '-1'"), ("--weight_decay -1", 2, "--weight_decay: '-1'"),
+    ("--nesterov True --momentum 0", 2, "--nesterov needs a --momentum"),
+    ("--restart_epochs 0", 2, "--restart_epochs: '0'"),
+    ("--restart_epochs -3", 2, "--restart_epochs: '-3'"),
+    ("--epochs 2 --warmup_epochs 2", 2, "--warmup_epochs 2 are not below the 2 epochs"),
+    ("--seed 99999999999999999999", 2, "--seed: '99999999999999999999' is not an integer"),
+    ("--milestones 3", 2, "--milestones are for --lr_schedule step"),
+    ("--lr_schedule step --milestones -3", 2, "--milestones: '-3'"),
+    ("--lr_schedule step --gamma -1", 2, "--gamma: '-1'"),
+    ("--lr_schedule step --min_lr 0.1", 2, "--min_lr are for --lr_schedule cosine"),
+    ("--lr_schedule step --restart_epochs 1", 2, "are for --lr_schedule cosine"),
+    ("--job_name ../x", 2, "--job_name ../x is part of a name"),
+    ("--launcher pytorch", 1, "torchrun did not start this process"),
+    ("--launcher slurm", 1, "SLURM_PROCID is not set"),
+    ("--batch_size 500", 1, "--batch_size 500 is more than the 120"),
+    ("--dataset imagenet", 1, "is for sets that fit in memory"),
+    ("--net_name resnet50 --image_size 128", 1,
+     "resnet50 for 128 pixels has 64 initial channels"),
+    ("--load_path none.pt", 1, "none.pt: no such checkpoint"),
+    ("--target_layer layer3.3 --cam cam.png --resume none.pt", 1, "none.pt: no such checkpoint"),
+    ("--init_lr 1e30 --lr_schedule step --print_freq 1", 1, "at epoch 0, step")])
+def test_bad_input_is_one_line(tmp_path, words, code, line, capsys, monkeypatch):
     monkeypatch.setattr(os, "environ", os.environ.copy())
-    with pytest.raises((SystemExit, runtime.RunError)) as fault:
-        resizemix.main([*SMALL, "--root_dir", str(tmp_path), *words.split()])
-    assert line in f"{fault.value} {capsys.readouterr().err}" and "\n" not in str(fault.value)
-    assert not list(tmp_path.rglob("*.pt"))
+    status, error = faults(capsys, *SMALL, "--root_dir", tmp_path, *words.split())
+    lines = [text for text in error.splitlines() if "error:" in text]
+    assert status == code and len(lines) == 1 and line in lines[0], error
+    assert "Traceback" not in error and not list(tmp_path.rglob("*.pt"))
 
 
 # -------------------------------------------------------------------------------------- streaming
@@ -334,6 +470,9 @@ def photos(tmp_path_factory):
     root = tmp_path_factory.mktemp("photos")
     for part, count in (("train", 9), ("val", 3)):
         make_photos(root / "folders" / part, count, (48, 80))
+        if part == "val":                   # 25 images: two ranks have unequal shares
+            place = root / "folders" / part / "class 3"
+            shutil.copy(place / "0.jpg", place / "odd.jpg")
         pack(root / "folders" / part, root / "records" / part)
     return root
 
@@ -344,7 +483,7 @@ def test_imagenet_trains_from_folders_and_records(photos, tmp_path, source, caps
     resizemix.main([*STREAM, "--data_dir", str(photos / source), "--root_dir", str(tmp_path),
                     "--epochs", "2", "--randaugment", "True"])
     printed = capsys.readouterr().out
-    assert "8 classes, 32×32 pixels, 72 training and 24 test images" in printed
+    assert "8 classes, 32×32 pixels, 72 training and 25 test images" in printed
     assert "5 steps of 16 images an epoch" in printed and "class 3" not in printed
     folder = next(tmp_path.iterdir())
     assert len((folder / "log.csv").read_text().splitlines()) == 3
@@ -366,7 +505,7 @@ def test_imagenets_parts_must_agree(photos, tmp_path):
     ("folders", "train/class 4/3.jpg", r"train/class 4/3\.jpg: no readable image"),
     ("records", "train.rec", r"train\.rec: record 71 .*truncated"),
     ("records", "train.idx", r"train\.idx is missing")])
-def test_damaged_data_end_the_run_with_one_line(photos, tmp_path, source, damaged, line):
+def test_damaged_data_end_the_run_with_one_line(photos, tmp_path, source, damaged, line, capsys):
     shutil.copytree(photos / source, tmp_path / "set")
     words = [*STREAM, "--data_dir", str(tmp_path / "set"), "--root_dir", str(tmp_path / "runs")]
     resizemix.main([*words, "--epochs", "1", "--warmup_epochs", "0"])
@@ -375,13 +514,15 @@ def test_damaged_data_end_the_run_with_one_line(photos, tmp_path, source, damage
     path = tmp_path / "set" / damaged
     if damaged.endswith("idx"):
         path.unlink()
+    elif damaged.endswith("jpg"):           # of the same size, as if a disk had lost its contents
+        path.write_bytes(b"nothing".ljust(path.stat().st_size))
     else:
         with path.open("r+b") as file:
             file.truncate(path.stat().st_size * 2 // 3)
-    result = program(*words, "--epochs", 3, "--resume", "auto")
-    faults = [text for text in result.stderr.splitlines() if "error:" in text]
-    assert result.returncode == 1 and len(faults) == 1 and re.search(line, faults[0]), result.stderr
-    assert "Traceback" not in result.stderr
+    code, error = faults(capsys, *words, "--epochs", 3, "--resume", "auto")
+    lines = [text for text in error.splitlines() if "error:" in text]
+    assert code == 1 and len(lines) == 1 and re.search(line, lines[0]), error
+    assert "Traceback" not in error
     assert same(before, weights(folder)) and checkpoint.load(folder / "checkpoint.pt")["epoch"] == 1
 
 
@@ -396,7 +537,7 @@ def children(pid: int) -> dict:
 
 
 @needs_dali
-def test_script_two_ranks_one_killed_and_resumed(photos, tmp_path):
+def test_script_two_ranks_one_killed_and_resumed(photos, tmp_path, capsys):
     words = ["sh", str(ROOT / "resizemix" / "scripts" / "train_dist.sh"), *STREAM]
     options = {"text": True, "cwd": tmp_path, "env": os.environ | {
         "DATA": str(photos / "records"), "OUT": "runs", "NPROC": "2", "PYTHON": sys.executable}}
@@ -421,23 +562,46 @@ def test_script_two_ranks_one_killed_and_resumed(photos, tmp_path):
                             **options)
     assert result.returncode == 0, result.stderr
     assert f"resumed at epoch {done}, step 0" in result.stdout and "2 processes" in result.stdout
-    assert len((folder / "log.csv").read_text().splitlines()) == done + 2
+    log = (folder / "log.csv").read_text().splitlines()
+    assert len(log) == done + 2
+    capsys.readouterr()                     # one process measures what the two did
+    resizemix.main([*STREAM, "--data_dir", str(photos / "records"), "--root_dir",
+                    str(tmp_path / "runs"), "--evaluate", str(folder / "checkpoint.pt")])
+    row = dict(zip(log[0].split(","), map(float, log[-1].split(",")), strict=True))
+    found = re.search(r"accuracy ([\d.]+) %.* loss ([\d.]+) on 25 images",
+                      capsys.readouterr().out)
+    assert float(found[1]) == pytest.approx(row["test_accuracy"], abs=0.01)
+    assert float(found[2]) == pytest.approx(row["test_loss"], abs=1e-3)
 
 
-@needs_dali
-def test_slurm_script_starts_the_ranks(photos, tmp_path):
-    """srun and scontrol are stood in for: two tasks, with the variables that slurm sets."""
+def test_slurm_script_starts_the_ranks(tmp_path, capsys):
+    """srun and scontrol are stood in for: two tasks, with the variables that slurm sets.
+
+    The two ranks evaluate every image once, and with one and the same network.
+    """
     (tmp_path / "srun").write_text(
-        "#!/bin/sh\nfor id in 0 1; do SLURM_PROCID=$id SLURM_LOCALID=$id SLURM_STEP_NUM_TASKS=2 "
+        '#!/bin/sh\n[ "$SRUN_CPUS_PER_TASK" = 3 ] || exit 3\n'
+        "for id in 0 1; do SLURM_PROCID=$id SLURM_LOCALID=$id SLURM_STEP_NUM_TASKS=2 "
         '"$@" & pids="$pids $!"; done\nfor pid in $pids; do wait $pid || exit 1; done\n')
     (tmp_path / "scontrol").write_text("#!/bin/sh\necho 127.0.0.1\necho 127.0.0.2\n")
     for name in ("srun", "scontrol"):
         (tmp_path / name).chmod(0o755)
+    words = [*SMALL, "--epochs", "1"]
     result = subprocess.run(
-        ["sh", str(ROOT / "resizemix" / "scripts" / "train_slurm.sh"), *STREAM, "--max_steps", "1"],
-        text=True, capture_output=True, timeout=200, cwd=tmp_path, env=os.environ | {
+        ["sh", str(ROOT / "resizemix" / "scripts" / "train_slurm.sh"), *words, "--evaluation",
+         "True"], text=True, capture_output=True, timeout=200, cwd=tmp_path, env=os.environ | {
             "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "node[1-2]",
-            "SLURM_SUBMIT_DIR": str(ROOT), "DATA": str(photos / "folders"), "OUT": "runs",
-            "PYTHON": sys.executable, "MASTER_PORT": str(20000 + os.getpid() % 9000)})
+            "SLURM_CPUS_PER_TASK": "3", "SLURM_SUBMIT_DIR": str(ROOT), "DATA": "data",
+            "OUT": "runs", "CONFIG": "cifar100_wrs", "PYTHON": sys.executable,
+            "MASTER_PORT": str(20000 + os.getpid() % 9000)})
     assert result.returncode == 0, result.stderr
     assert "2 processes" in result.stdout and "mixed images" in result.stdout
+    assert "on 355 images" in result.stdout
+    folder, = (tmp_path / "runs").iterdir()
+    names, row = ((folder / "log.csv").read_text().splitlines()[i].split(",") for i in (0, 1))
+    row = dict(zip(names, map(float, row), strict=True))
+    resizemix.main([*words, "--evaluate", str(folder / "checkpoint.pt")])
+    found = re.search(r"accuracy ([\d.]+) %.* loss ([\d.]+) on 355 images",
+                      capsys.readouterr().out)
+    assert float(found[1]) == pytest.approx(row["test_accuracy"], abs=0.01)
+    assert float(found[2]) == pytest.approx(row["test_loss"], abs=1e-3)

@@ -15,7 +15,8 @@ root=${SLURM_SUBMIT_DIR:-.}                 # slurm runs a copy of this script, 
 [ -x "$root/.venv/bin/python" ] && python=$root/.venv/bin/python || python=python3
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_PORT=${MASTER_PORT:-23333}
-export MASTER_ADDR MASTER_PORT
+SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-8}   # srun no longer takes over sbatch's own
+export MASTER_ADDR MASTER_PORT SRUN_CPUS_PER_TASK
 exec srun "${PYTHON:-$python}" "$root/resizemix/main.py" --launcher slurm \
     --config "${CONFIG:-imagenet_res}" --data_dir "$DATA" --root_dir "${OUT:-experiments}" \
     --resume auto "$@"
