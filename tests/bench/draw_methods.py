@@ -1,0 +1,167 @@
+#!/usr/bin/env python3
+"""The picture at the top of the README: four photographs mixed by every method, label shares below.
+
+    python tests/bench/draw_methods.py methods.png [--epochs 12]
+
+Saliency, attention and the MixBlock's masks come from networks trained for a few minutes to tell
+random crops of these photographs apart (ResNet-18 with 16 channels, by samix/main.py), which is
+enough to look at and no more. LGCOAMix pastes as SAFuse does; Manifold Mixup mixes activations, of
+which there is no picture.
+"""
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import skimage.data
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torchvision.transforms import v2
+
+from common import mixing
+from common.runlog import INK, save_figure
+from resizemix.mixing import resize_mix
+from safuse import superpixels
+from safuse.mixing import attentive_mask, draw_chosen, paste, superpixel_mix
+from safuse.network import activation_maps
+from sage import comixup, puzzlemix, saliencymix
+from sage.rearrange import draw_offsets, gradient_saliency, sage_mix
+from samix import main as samix
+from samix.mixblock import mix
+from soft_aug.softcrop import confidence, soft_crop
+
+PHOTOS = {"astronaut": "astronaut", "cat": "chelsea", "coffee": "coffee", "rocket": "rocket"}
+SIDE = 128                              # pixels of the photographs that are mixed
+MEAN, STD = (0.5,) * 3, (0.25,) * 3
+
+
+def photographs() -> torch.Tensor:
+    """(4, 3, SIDE, SIDE) uint8: the middle squares."""
+    square = v2.Compose([v2.ToImage(), v2.Lambda(lambda x: v2.functional.center_crop(
+        x, min(x.shape[-2:]))), v2.Resize(SIDE, antialias=True)])
+    return torch.stack([square(getattr(skimage.data, name)()) for name in PHOTOS.values()])
+
+
+def train(method: str, photos: torch.Tensor, epochs: int):
+    """A network that tells crops of the photographs apart, and the MixBlock that learnt with it."""
+    crop = v2.RandomResizedCrop(64, (0.3, 1.0), (0.8, 1.25), antialias=True)
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as place:
+        for part, number in (("train", 120), ("test", 12)):
+            for name, photo in zip(PHOTOS, photos, strict=True):
+                folder = Path(place, part, name)
+                folder.mkdir(parents=True)
+                for i in range(number):
+                    Image.fromarray(crop(photo).permute(1, 2, 0).numpy()).save(folder / f"{i}.png")
+        return samix.main(
+            f"--method {method} --dataset folder --data_dir {place} --root_dir {place}/runs "
+            f"--initial_channels 16 --epochs {epochs} --batch_size 48 --lr 0.05 --min_lr 0 "
+            "--block_lr 0.05 --block_min_lr 0 --ema_base 0.95 --ema_end 0.99 --seed 1".split())
+
+
+def mixtures(images, nets) -> dict:
+    """Method -> (images, soft targets)."""
+    generator = torch.Generator().manual_seed(4)
+    n, half = len(images), torch.tensor(0.5)
+    labels, perm = torch.arange(n), torch.tensor([1, 2, 3, 0])
+    one_hot = torch.eye(n)
+    net = nets["samix"].eval()
+    leaf = images.clone().requires_grad_()
+    grad, = torch.autograd.grad(F.cross_entropy(net.q(leaf, "one"), labels), leaf)
+    centres = torch.tensor([[64, 40], [70, 90], [40, 60], [90, 64]])
+    found = {"Mixup": mixing.mixup(images, perm, half),
+             "CutMix": mixing.cutmix(images, perm, centres, torch.tensor(0.7))}
+
+    pixels = (images * 0.25 + 0.5).mul(255).round().to(torch.uint8)
+    saliency = saliencymix.fine_grained_saliency(pixels)
+    boxes = [saliencymix.saliency_mix(images[i:i + 1], torch.zeros(1, dtype=torch.long),
+                                      torch.tensor(0.7), saliency[perm[i]])[1] for i in range(n)]
+    pasted = [saliencymix.saliency_mix(images[[i, int(perm[i])]], torch.tensor([1, 0]),
+                                       torch.tensor(0.7), saliency[perm[i]])[0][0]
+              for i in range(n)]
+    found["SaliencyMix"] = torch.stack(pasted), torch.cat(boxes)
+
+    magnitude = puzzlemix.gradient_magnitude(grad)
+    found["Puzzle Mix"] = puzzlemix.puzzle_mix(images, magnitude, perm, half, 16, mean=MEAN,
+                                               std=STD, solver="gco")
+    offsets = draw_offsets(SIDE, SIDE, 0.01, generator)
+    found["SAGE"] = sage_mix(images, gradient_saliency(grad, 9, 3.0), perm, offsets, 0.5)
+    found["ResizeMix"] = resize_mix(images, perm, torch.tensor(0.55),
+                                    torch.tensor([[50, 5], [8, 50], [50, 50], [5, 8]]))
+    wanted = torch.full((n,), 40)
+    segments = superpixels.slic(images * 0.25 + 0.5, wanted, 10.0)
+    chosen = draw_chosen(n, int(segments.max()) + 1, 0.5, generator)
+    mixed, fused, from_b = superpixel_mix(images, perm, segments, segments[perm], chosen)
+    count = torch.stack([(fused == i).sum((1, 2)) for i in range(from_b.shape[1])], 1)
+    found["SAFuse"] = mixed, 1 - (count * from_b).sum(1) / count.sum(1)
+    with torch.no_grad():
+        attention = activation_maps(net.q.backbone(images)[-1], net.q.one.weight).amax(1)
+    mask = attentive_mask(attention[perm], segments[perm], 3)
+    found["OcCaMix"] = paste(images, perm, mask), 1 - mask.float().mean((1, 2))
+    for name, title in (("automix", "AutoMix"), ("samix", "SAMix")):
+        with torch.no_grad():
+            features = nets[name].eval().k.features(images)
+            masks = nets[name].block(features, half, perm, SIDE // features.shape[-1],
+                                     mode="bilinear")
+        found[title] = mix(images, masks, perm), torch.full((n,), 0.5)
+
+    results = {title: (mixed, mixing.soft_targets(labels, perm, ratio.expand(n), n))
+               for title, (mixed, ratio) in found.items()}
+    draws = comixup.draw_comix(n, generator, m_part=n, block_num=16, mixup_alpha=2.0)
+    results["Co-Mixup"] = comixup.co_mix_batch(images, one_hot, magnitude, draws, m_part=n,
+                                               solver="gco")
+    crops, visible = soft_crop(images, torch.tensor([[40, 30], [-30, 50], [10, -60], [-50, -20]]),
+                               torch.zeros(n, 3))
+    sure = confidence(visible, n, power=2.0)[:, None]
+    results["Soft Augmentation"] = crops, sure * one_hot + (1 - sure) * (1 - one_hot) / (n - 1)
+    order = list(results)               # Co-Mixup beside Puzzle Mix
+    order.insert(4, order.pop(order.index("Co-Mixup")))
+    return {title: results[title] for title in order}
+
+
+def caption(target, names) -> str:
+    """Shares of a soft target (classes,) in %, the largest first; equal rests as one."""
+    shares, index = target.sort(descending=True)
+    lines = [f"{100 * share:.0f} {names[c]}" for share, c in
+             zip(shares.tolist(), index.tolist(), strict=True) if share >= 0.005]
+    if len(lines) == len(names) and shares[1] - shares[-1] < 1e-3:
+        lines[1:] = [f"{100 * float(shares[1:].sum()):.0f} all others"]
+    return "\n".join(lines)
+
+
+def draw(path, images, names, results):
+    """A row a photograph, a column a method."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    columns = {"photograph": (images, None)} | results
+    figure, axes = plt.subplots(len(images), len(columns), layout="constrained",
+                                figsize=(1.18 * len(columns), 1.5 * len(images) + 0.2))
+    for line, (title, (batch, targets)) in zip(axes.T, columns.items(), strict=True):
+        shown = (batch * 0.25 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
+        for i, axis in enumerate(line):
+            axis.imshow(shown[i])
+            axis.set(xticks=[], yticks=[])
+            axis.spines[:].set_visible(False)
+            axis.set_xlabel(names[i] if targets is None else caption(targets[i], names),
+                            fontsize=6, color=INK, labelpad=2)
+        line[0].set_title(title, fontsize=8, color=INK)
+    save_figure(figure, path)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("path", type=Path)
+    parser.add_argument("--epochs", type=int, default=12)
+    args = parser.parse_args()
+    photos = photographs()
+    nets = {method: train(method, photos, args.epochs) for method in ("automix", "samix")}
+    images = (photos.float() / 255 - 0.5) / 0.25
+    draw(args.path, images, list(PHOTOS), mixtures(images, nets))
+
+
+if __name__ == "__main__":
+    main()
