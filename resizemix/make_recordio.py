@@ -11,10 +11,13 @@ in PREFIX_unreadable.txt. A run that was stopped, even killed, goes on where it 
 command is given again; until the end its files are called PREFIX.rec.part and PREFIX.idx.part.
 """
 import argparse
+import fcntl
 import hashlib
 import io
+import itertools
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -27,6 +30,7 @@ from tqdm import tqdm
 
 from common import runtime
 from common.data import recordio
+from common.runtime import DataError
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".gif"}
 KEPT = {"JPEG", "PNG"}                  # formats whose bytes are stored as they are
@@ -46,7 +50,8 @@ def parse_args(argv=None):
                         help="class names by label, one a line (default: the folders' names)")
     parser.add_argument("--shuffle", type=runtime.boolean, default=True, metavar="BOOL",
                         help="False keeps the alphabetical order")
-    parser.add_argument("--seed", type=int, default=0, help="of the shuffle")
+    parser.add_argument("--seed", type=runtime.number(int, low=0, high=2**63 - 1), default=0,
+                        help="of the shuffle")
     parser.add_argument("--workers", type=runtime.positive, metavar="N",
                         default=len(os.sched_getaffinity(0)), help="processes (default: cores)")
     args = parser.parse_args(argv)
@@ -57,20 +62,34 @@ def parse_args(argv=None):
     return args
 
 
+def printable(text: str) -> str:
+    """`text` with line breaks and whatever else cannot be printed written as escapes."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
 def list_images(args) -> tuple[list[tuple[str, int]], list[str]]:
     """(path below the folder, label) of all images in writing order, and the class names."""
     folders = sorted(entry.name for entry in args.images.iterdir() if entry.is_dir())
-    classes = args.classes.read_text().split("\n") if args.classes else folders
+    try:
+        classes = args.classes.read_text("utf-8").splitlines() if args.classes else folders
+    except UnicodeDecodeError:
+        raise DataError(f"{args.classes} is no text in UTF-8") from None
     classes = [name for name in classes if name]
     unknown = [name for name in folders if name not in classes]
+    odd = [name for name in classes if name.splitlines() != [name]
+           or name.encode(errors="replace").decode() != name]
+    twice = [one for one, other in itertools.pairwise(sorted(classes)) if one == other]
     if unknown:
-        raise runtime.DataError(f"{args.images / unknown[0]}: no such class in {args.classes}")
+        raise DataError(f"{args.images / unknown[0]}: no such class in {args.classes}")
+    if odd or twice:
+        raise DataError(f"{args.classes or args.images}: the class {printable((odd + twice)[0])} "
+                        + ("has a name that cannot be listed" if odd else "is there twice"))
     labels = {name: label for label, name in enumerate(classes)}
     items = [(str(path.relative_to(args.images)), labels[name]) for name in folders
              for path in sorted((args.images / name).rglob("*"))
              if path.suffix.lower() in SUFFIXES]
     if not items:
-        raise runtime.DataError(f"{args.images} holds no folder with images")
+        raise DataError(f"{args.images} holds no folder with images")
     if args.shuffle:
         order = torch.randperm(len(items), generator=torch.Generator().manual_seed(args.seed))
         items = [items[i] for i in order.tolist()]
@@ -114,6 +133,7 @@ class Files:
     """The files of one output; `done` items have been written or listed by an earlier run."""
 
     def __init__(self, args, items, classes):
+        self.items = items
         self.rec, self.idx, self.bad, self.names, self.job = (
             args.prefix.parent / (args.prefix.name + end) for end in
             (".rec", ".idx", "_unreadable.txt", "_classes.txt", ".job.part"))
@@ -121,36 +141,50 @@ class Files:
         self.names_text = "".join(name + "\n" for name in classes)
         self.job_text = json.dumps({
             "images": str(args.images.resolve()), "resize": args.resize, "quality": args.quality,
-            "list": hashlib.sha256(json.dumps([items, classes]).encode()).hexdigest()})
+            "list": hashlib.sha256(json.dumps([items, classes]).encode()).hexdigest()}).encode()
 
     def begin(self) -> int:
-        """Number of items done by an earlier run of the same job; forgets those of others."""
-        rec, idx = self.parts
+        """Number of items done by an earlier run of the same job; forgets those of others.
+
+        Raises DataError when the files are there already or another run is writing them.
+        """
         self.rec.parent.mkdir(parents=True, exist_ok=True)
-        same = self.job.exists() and self.job.read_text() == self.job_text
-        if same and self.rec.exists() and not rec.exists():
-            if idx.exists():                    # killed between the two renamings at the end
-                os.replace(idx, self.idx)
-            self.job.unlink()
-        if self.rec.exists() and self.idx.exists():
-            raise runtime.DataError(f"{self.rec} is there already: remove it to write it anew")
+        if not self.job.exists():
+            self.refuse()
+        self.lock = open(self.job, "ab+")       # never opened again: closing would free the lock
+        try:
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise DataError(f"{self.rec}: another run is writing it") from None
+        self.lock.seek(0)
+        same = self.lock.read() == self.job_text
+        if same and self.rec.exists() and not self.parts[0].exists():
+            return len(self.items)              # killed while the files got their names
+        self.refuse()
         if not same:
             for path in (*self.parts, self.bad):
                 path.unlink(missing_ok=True)
-            self.job.write_text(self.job_text)
+            self.lock.truncate(0)
+            self.lock.write(self.job_text)
+            self.lock.flush()
         for path in (*self.parts, self.bad):
             path.touch()
         return self.recover()
 
+    def refuse(self):
+        """Raises DataError where a finished file would be overwritten."""
+        for path in (self.rec, self.idx):
+            if path.exists():
+                raise DataError(f"{path} is there already: remove it to write it anew")
+
     def recover(self) -> int:
         """Cuts both files after the last whole record and tells the next item's number."""
         rec, idx = self.parts
-        lines = idx.read_text().splitlines(keepends=True)
-        if lines and not lines[-1].endswith("\n"):
-            lines.pop()
+        lines = idx.read_bytes().splitlines(keepends=True)
+        lines = list(itertools.takewhile(re.compile(rb"\d{1,18}\t\d{1,18}\n").fullmatch, lines))
         size, end = rec.stat().st_size, 0
         while lines and not end:
-            offset = int(lines[-1].split("\t")[1])
+            offset = int(lines[-1].split(b"\t")[1])
             with rec.open("rb") as file:
                 file.seek(offset)
                 frame = file.read(recordio.FRAME.size)
@@ -161,23 +195,24 @@ class Files:
             if not end:
                 lines.pop()                     # after a power cut the index may be ahead
         os.truncate(rec, end)
-        idx.write_text("".join(lines))
-        done = int(lines[-1].split("\t")[0]) + 1 if lines else 0
-        bad = [line for line in self.bad.read_text().splitlines(keepends=True)
-               if line.endswith("\n") and int(line.split("\t")[0]) < done]
-        self.bad.write_text("".join(bad))
+        idx.write_bytes(b"".join(lines))
+        done = int(lines[-1].split(b"\t")[0]) + 1 if lines else 0
+        bad = [line for line in self.bad.read_bytes().splitlines(keepends=True)
+               if re.fullmatch(rb"\d{1,18}\t.*\n", line) and int(line.split(b"\t")[0]) < done]
+        self.bad.write_bytes(b"".join(bad))
         return done
 
     def finish(self):
         """Gives the finished files their names, the index last."""
-        self.names.write_text(self.names_text)
+        self.names.write_text(self.names_text, "utf-8")
         for part, path in zip(self.parts, (self.rec, self.idx), strict=True):
-            with part.open("rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(part, path)
-        self.job.unlink()
-        if not self.bad.stat().st_size:
+            if part.exists():
+                with part.open("rb+") as file:
+                    os.fsync(file.fileno())
+                os.replace(part, path)
+        if self.bad.exists() and not self.bad.stat().st_size:
             self.bad.unlink()
+        self.job.unlink()
 
 
 def write(files: Files, encoder: Encoder, number: int, workers: int):
@@ -185,13 +220,15 @@ def write(files: Files, encoder: Encoder, number: int, workers: int):
     batches = DataLoader(encoder, sampler=range(number, len(encoder)), batch_size=16,
                          num_workers=workers, collate_fn=list)
     rec_part, idx_part = files.parts
-    with (open(rec_part, "ab") as rec, open(idx_part, "a") as idx, open(files.bad, "a") as bad,
+    with (open(rec_part, "ab") as rec, open(idx_part, "a") as idx,
+          open(files.bad, "a", encoding="utf-8") as bad,
           tqdm(total=len(encoder), initial=number, unit="img", smoothing=0.05) as progress):
         for batch in batches:
             index = ""
             for record, fault in batch:
                 if fault:
-                    bad.write(f"{number}\t{encoder.items[number][0]}\t{fault}\n")
+                    name = printable(encoder.items[number][0])
+                    bad.write(f"{number}\t{name}\t{fault}\n")
                 else:
                     index += f"{number}\t{rec.tell()}\n"
                     rec.write(record)
@@ -211,14 +248,15 @@ def main(argv=None):
     if done:
         print(f"going on after {done} of {len(items)} images")
     try:
-        write(files, Encoder(args, items), done, args.workers)
+        if done < len(items):
+            write(files, Encoder(args, items), done, args.workers)
     except KeyboardInterrupt:
         raise runtime.Stopped("stopped; the same command goes on from here", 130) from None
-    with open(files.parts[1]) as idx:
+    with open(next(path for path in (files.parts[1], files.idx) if path.exists())) as idx:
         written = sum(1 for _ in idx)
     if not written:
-        raise runtime.DataError(f"{args.images}: not one of {len(items)} files is a readable "
-                                f"image; see {files.bad}")
+        raise DataError(f"{args.images}: not one of {len(items)} files is a readable image; see "
+                        f"{files.bad}")
     files.finish()
     print(f"{files.rec}: {written} images of {len(classes)} classes, "
           f"{files.rec.stat().st_size / 1e6:.1f} MB")

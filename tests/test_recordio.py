@@ -15,9 +15,11 @@ from conftest import ROOT
 from PIL import Image
 from test_imagenet import HAS_DALI, make_photos, pack
 
+from common import runtime
 from common.data import recordio
 from common.data.recordio import RecordFile
 from common.runtime import DataError
+from resizemix import make_recordio
 
 PROGRAM = ROOT / "resizemix" / "make_recordio.py"
 
@@ -85,11 +87,24 @@ def test_faults_name_the_file(tmp_path):
     assert file[0][1] == b"x" * 100
     with pytest.raises(DataError, match=r"record 1 \(byte 132\) does not begin with"):
         file[1]
-    for text, message in (("", "is empty"), ("hello\n", "is no RecordIO index")):
+    for text, message in (("", "is empty"), ("hello\n", "is no RecordIO index"),
+                          (f"0\t{10 ** 20}\n", "is no RecordIO index"),
+                          ("0\t-4\n", "is no RecordIO index")):
         path.with_suffix(".idx").write_text(text)
         with pytest.raises(DataError, match=rf"a\.idx {message}"):
             RecordFile(path)
     path.with_suffix(".idx").write_text(index)
+    path.write_bytes(whole)
+    names = tmp_path / "a_classes.txt"
+    names.write_text("a\nb\nc\nd\n")
+    assert RecordFile(path).classes == list("abcd")
+    names.write_text("a\nb\nc\n")
+    with pytest.raises(DataError, match=r"a\.rec: record 3 .* label 3, but a_classes.txt names 3"):
+        RecordFile(path)
+    names.write_bytes(b"\xff\xfe")
+    with pytest.raises(DataError, match=r"a_classes\.txt is no text"):
+        RecordFile(path)
+    names.unlink()
     path.unlink()
     with pytest.raises(DataError, match=r"a\.rec is missing"):
         RecordFile(path)
@@ -193,6 +208,11 @@ def test_classes_of_another_split(photos, records, tmp_path):
     names = records.with_name("train_classes.txt")
     pack(tmp_path / "images", tmp_path / "val", "--classes", names)
     assert {label for _, label in contents(tmp_path / "val.rec")} == {1, 6}
+    for text, message in ((names.read_bytes() + b"class 3\n", "the class class 3 is there twice"),
+                          (b"\xff\xfe\n", "classes.txt is no text in UTF-8")):
+        (tmp_path / "classes.txt").write_bytes(text)
+        with pytest.raises(DataError, match=message):
+            pack(tmp_path / "images", tmp_path / "o", "--classes", tmp_path / "classes.txt")
     (tmp_path / "images" / "class 6").rename(tmp_path / "images" / "unknown")
     with pytest.raises(DataError, match="unknown: no such class"):
         pack(tmp_path / "images", tmp_path / "other", "--classes", names)
@@ -203,23 +223,33 @@ def test_bad_input_gets_one_line(photos, records, tmp_path, capsys):
     (tmp_path / "bad" / "class").mkdir(parents=True)
     (tmp_path / "bad" / "class" / "a.jpg").write_bytes(b"nothing")
     (tmp_path / "file").write_text("")
+    (tmp_path / "lone.rec").write_bytes(b"precious")
+    (tmp_path / "lone2.idx").write_bytes(b"precious")
+    (tmp_path / "line" / "a class\nb").mkdir(parents=True)
+    (tmp_path / "line" / "a class\nb" / "a.jpg").write_bytes(b"nothing")
     for message, *command in (
             ("holds no folder with images", tmp_path / "empty", tmp_path / "out"),
             ("not one of 1 files is a readable image", tmp_path / "bad", tmp_path / "bad" / "o"),
-            ("train.rec is there already", photos, records.with_suffix(""))):
+            ("train.rec is there already", photos, records.with_suffix("")),
+            ("lone.rec is there already", photos, tmp_path / "lone"),
+            ("lone2.idx is there already", photos, tmp_path / "lone2"),
+            (r"a class\\nb has a name that cannot be listed", tmp_path / "line", tmp_path / "o")):
         with pytest.raises(DataError, match=message):
             pack(*command)
+    assert (tmp_path / "lone.rec").read_bytes() == b"precious"
+    assert not list(tmp_path.glob("lone*.part"))
     for message, *command in (
             ("nowhere is no folder", tmp_path / "nowhere", tmp_path / "out"),
             ("invalid choice: 0", photos, tmp_path / "out", "--quality", "0"),
+            ("is not an integer", photos, tmp_path / "out", "--seed", "9" * 23),
             ("'0' is not an integer of at least 1", photos, tmp_path / "out", "--resize", "0")):
         with pytest.raises(SystemExit) as stop:
             pack(*command)
         assert stop.value.code == 2 and message in capsys.readouterr().err
-    made = subprocess.run([sys.executable, PROGRAM, photos, tmp_path / "file" / "out"],
-                          capture_output=True, text=True)
-    assert made.returncode == 1 and made.stderr.count("\n") == 1
-    assert str(tmp_path / "file") in made.stderr
+    with pytest.raises(SystemExit) as stop:
+        runtime.launch(lambda: pack(photos, tmp_path / "file" / "out"))
+    error = capsys.readouterr().err
+    assert stop.value.code == 1 and error.count("\n") == 1 and str(tmp_path / "file") in error
 
 
 def many(photos, folder, copies):
@@ -229,7 +259,8 @@ def many(photos, folder, copies):
         for path in place.iterdir():
             for copy in range(copies):
                 shutil.copy(path, folder / place.name / f"{path.stem}_{copy}.jpg")
-    (folder / "class 0" / "0_0.jpg").write_bytes(b"nothing")
+    for name in ("0_0.jpg", "two\nlines.jpg", "no utf-8 \udcff.jpg"):
+        (folder / "class 0" / name).write_bytes(b"nothing")
 
 
 def test_killed_run_goes_on(photos, tmp_path, capsys):
@@ -247,12 +278,17 @@ def test_killed_run_goes_on(photos, tmp_path, capsys):
             time.sleep(0.002)
         if process.poll() is not None:
             break
+        os.killpg(process.pid, signal.SIGSTOP)
+        with pytest.raises(DataError, match=r"train\.rec: another run is writing it"):
+            pack(*command[2:])
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         kills += 1
         seen = index.read_text().count("\n")
         with open(tmp_path / "out" / "train.rec.part", "ab") as file:   # half a record
             file.write(recordio.pack(0, 0, b"x" * 500)[:rng.randrange(500)])
+        with open(index, "ab") as file:
+            file.write([b"7", b"\xff\xfe\n5\t5\n"][kills - 1])      # and what a crash leaves
     assert kills and not (tmp_path / "out" / "train.rec").exists()
     pack(tmp_path / "images", tmp_path / "out" / "train", "--resize", "30")
     assert "going on after" in capsys.readouterr().out
@@ -260,6 +296,9 @@ def test_killed_run_goes_on(photos, tmp_path, capsys):
     for name in ("train.rec", "train.idx", "train_classes.txt", "train_unreadable.txt"):
         one, other = ((tmp_path / place / name).read_bytes() for place in ("out", "whole"))
         assert one == other, name
+    listed = (tmp_path / "out" / "train_unreadable.txt").read_text().splitlines()
+    assert sorted(line.split("\t")[1] for line in listed) == [
+        "class 0/0_0.jpg", "class 0/no utf-8 \\udcff.jpg", "class 0/two\\nlines.jpg"]
     assert sorted(os.listdir(tmp_path / "out")) == sorted(os.listdir(tmp_path / "whole"))
 
 
@@ -268,8 +307,42 @@ def test_other_settings_start_anew(photos, tmp_path, capsys):
     # As if that run had been killed just before its end:
     (tmp_path / "train.rec").rename(tmp_path / "train.rec.part")
     (tmp_path / "train.idx").rename(tmp_path / "train.idx.part")
-    (tmp_path / "train.job.part").write_text('{"images": "elsewhere"}')
+    (tmp_path / "train.job.part").write_bytes(b'{"images": "elsewhere \xff"}')
     pack(photos, tmp_path / "train", "--quality", "50")
     assert "going on" not in capsys.readouterr().out
     assert len(contents(tmp_path / "train.rec")) == 40
     assert not pictures(photos).keys() & dict(contents(tmp_path / "train.rec")).keys()
+
+
+@pytest.mark.parametrize("renamed", [[".rec"], [".rec", ".idx"]])
+def test_killed_while_the_files_got_their_names(photos, tmp_path, renamed, monkeypatch, capsys):
+    """The next run gives the rest their names; nothing is encoded again."""
+    pack(photos, tmp_path / "whole" / "train")
+    replace, finish = os.replace, make_recordio.Files.finish
+
+    def replace_some(source, target):
+        if target.suffix not in renamed:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    def finish_in_part(files):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", replace_some)
+            patch.setattr(type(tmp_path), "unlink", killed)
+            finish(files)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(make_recordio.Files, "finish", finish_in_part)
+        with pytest.raises(KeyboardInterrupt):
+            pack(photos, tmp_path / "out" / "train")
+    assert (tmp_path / "out" / "train.job.part").exists()
+    monkeypatch.setattr(recordio, "pack", None)
+    pack(photos, tmp_path / "out" / "train")
+    assert "train.rec: 40 images of 8 classes" in capsys.readouterr().out
+    assert sorted(os.listdir(tmp_path / "out")) == sorted(os.listdir(tmp_path / "whole"))
+    for name in ("train.rec", "train.idx", "train_classes.txt"):
+        one, other = ((tmp_path / place / name).read_bytes() for place in ("out", "whole"))
+        assert one == other, name

@@ -37,11 +37,12 @@ class RecordFile:
     """Random access to a .rec file by the place of a record in it (not by key).
 
     len(file) records; file[i] -> (label, encoded image as bytes); classes: the names that
-    make_recordio.py left beside the file, or none. Opening reads the index and the end of the
-    file only. Can be pickled and shared by processes.
+    make_recordio.py left beside the file, or none. Opening reads the index and, where there are
+    names, up to 256 records for their labels; else the last record. Can be pickled and shared by
+    processes.
 
-    Raises DataError naming the file, or the file and the record, when one is missing, cut off
-    or not RecordIO.
+    Raises DataError naming the file, or the file and the record, when one is missing, cut off,
+    not RecordIO, or has a label without a name.
     """
 
     def __init__(self, path):
@@ -53,10 +54,16 @@ class RecordFile:
                                 f"{self.index_path.name} side by side")
         self.offsets = read_index(self.index_path)
         names = self.path.with_name(self.path.stem + "_classes.txt")
-        self.classes = names.read_text().splitlines() if names.exists() else []
+        try:
+            self.classes = names.read_text("utf-8").splitlines() if names.exists() else []
+        except UnicodeDecodeError:
+            raise DataError(f"{names} is no text in UTF-8") from None
         self.size = self.path.stat().st_size
         self.file = None
         self.parts(len(self) - 1)              # a file that was cut off lacks its last record
+        some = min(256, len(self)) if self.classes else 0
+        for i in np.linspace(0, len(self) - 1, some, dtype=int):
+            self[i]
 
     def __len__(self):
         return len(self.offsets)
@@ -68,6 +75,9 @@ class RecordFile:
         flag, label, _, _ = HEADER.unpack_from(payload)
         if flag:
             label, = struct.unpack_from("<f", payload, HEADER.size)
+        if self.classes and not 0 <= label < len(self.classes):
+            raise DataError(f"{self.name(i)} has the label {label:g}, but {self.path.stem}"
+                            f"_classes.txt names {len(self.classes)} classes")
         return label, payload[HEADER.size + 4 * flag:]
 
     def __getstate__(self):
@@ -107,8 +117,11 @@ class RecordFile:
 def read_index(path: Path) -> np.ndarray:
     """Byte offsets of an .idx file in ascending order; DataError when a line is no index line."""
     try:
-        offsets = np.array([int(line.split("\t")[1]) for line in path.read_text().splitlines()])
-    except (ValueError, IndexError):
+        offsets = np.array([int(line.split("\t")[1]) for line in path.read_text().splitlines()],
+                           np.int64)
+        if len(offsets) and offsets.min() < 0:
+            raise ValueError
+    except (ValueError, IndexError, OverflowError):
         raise DataError(f"{path} is no RecordIO index: its lines are not `key <tab> offset`"
                         ) from None
     if not len(offsets):
