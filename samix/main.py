@@ -12,8 +12,6 @@ two machines      torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d \\
 --batch_size counts the images of a step over all processes.
 """
 import argparse
-import copy
-import statistics
 import sys
 from pathlib import Path
 from pickle import UnpicklingError
@@ -22,7 +20,6 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import data, metrics, mixing, models, preview, runlog, runtime
@@ -31,6 +28,7 @@ from common.mixing import draw_lambda, soft_targets
 from common.models.features import build_backbone
 from common.runtime import RunError, add_boolean
 from samix import configs
+from samix.evaluation import measure, mixtures, report
 from samix.losses import head_loss
 from samix.mixblock import (
     MASK_LOSSES,
@@ -45,7 +43,7 @@ from samix.momentum import Branch, cosine, ema_momentum, momentum_copy, momentum
 from samix.randaugment import RandAugment
 
 NETS = [name for names in models.NAMES.values() for name in names]
-HEADS = {"one_k": ("k", "one"), "mix_k": ("k", "mix"), "one_q": ("q", "one"), "mix_q": ("q", "mix")}
+LEARNED = ("samix", "automix")          # methods with a MixBlock
 
 
 # ------------------------------------------------------------------------------------------ flags
@@ -56,8 +54,7 @@ def parse_args(argv=None):
     amount, share, count = runtime.amount, runtime.share, runtime.count
     add = parser.add_argument_group("run").add_argument
     add("--config", default="cifar100_r18", metavar="NAME", help="sets the flags below, unless the "
-        "command line does: the name of one of the authors' files, with or without path and .py, "
-        f"or {', '.join(configs.CONFIGS)}")
+        f"command line does: one of the authors' files, or {', '.join(configs.CONFIGS)}")
     add("--method", choices=configs.METHODS, default="samix")
     add("--data_dir", default="data", help="folder (or .npz file) of the data set")
     add("--root_dir", default="experiments", help="where the run's folder is made")
@@ -154,7 +151,7 @@ def parse_args(argv=None):
         parser.error(f"--drop_path is for {', '.join(models.NAMES['transformer'])}")
     if args.nesterov and (args.optimizer != "sgd" or args.momentum == 0):
         parser.error("--nesterov needs --optimizer sgd and a --momentum")
-    if args.method in ("samix", "automix") and args.alpha == 0:
+    if args.method in LEARNED and args.alpha == 0:
         parser.error("--alpha 0: the MixBlock learns from mixtures alone")
     return args
 
@@ -249,7 +246,7 @@ def mix_baseline(images, labels, args, info, generator):
 def training_step(model, images, labels, args, info, generator, scaler, fall):
     """Leaves the gradients of one step in the parameters; returns the loss and the logits."""
     with runtime.autocast(args, images.device):
-        if args.method in ("samix", "automix"):
+        if args.method in LEARNED:
             draws = draw_mixing(len(images), args, generator, fall)
             weight = args.mask_loss * (fall if args.mask_anneal else 1)
             losses, logits, _ = model(images, labels, draws, weight)
@@ -267,7 +264,7 @@ def training_step(model, images, labels, args, info, generator, scaler, fall):
 def parameter_groups(net, args) -> list[dict]:
     """q's parameters and the MixBlock's; under AdamW norms, biases, tokens and positions apart,
     without decay."""
-    q, block = (net.q, net.block) if args.method in ("samix", "automix") else (net, None)
+    q, block = (net.q, net.block) if args.method in LEARNED else (net, None)
     groups = []
     for part, module, momentum in (("q", q, args.momentum), ("block", block, args.block_momentum)):
         kinds = {True: [], False: []}
@@ -315,7 +312,7 @@ def train_one_epoch(net, model, loader, optimizer, scaler, args, info, run):
             torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip_grad)
         scaler.step(optimizer)
         scaler.update()
-        if args.method in ("samix", "automix"):
+        if args.method in LEARNED:
             momentum_update(net.k, net.q, ema_momentum(done, total, args.ema_base, args.ema_end,
                                                        args.ema_start))
         sums.add(step, loss, logits, labels)
@@ -327,37 +324,6 @@ def train_one_epoch(net, model, loader, optimizer, scaler, args, info, run):
 
 # ------------------------------------------------------------------------------------- evaluation
 
-@torch.no_grad()
-def measure(net, batches, args) -> dict:
-    """Loss, top1 and top5 (%) of each head by name, the headline's first; "count" of images.
-
-    Over all ranks. A network trained by a baseline has one head, one_q.
-    """
-    names = HEADS if args.method in ("samix", "automix") else ["one_q"]
-    sums = torch.zeros(len(names), 4, dtype=torch.float64, device=batches.device)
-    net.eval()
-    for step, (images, labels) in enumerate(batches):
-        if args.max_steps and step >= args.max_steps:
-            break
-        with runtime.autocast(args, images.device):
-            if len(names) == 1:
-                outputs = [net(images)]
-            else:
-                pooled = {branch: getattr(net, branch).pooled(images) for branch in "kq"}
-                outputs = [getattr(getattr(net, branch), head)(pooled[branch])
-                           for branch, head in HEADS.values()]
-        for total, logits in zip(sums, outputs, strict=True):
-            loss = F.cross_entropy(logits.float(), labels, reduction="sum")
-            total += torch.cat([loss[None], metrics.topk_hits(logits, labels),
-                                labels.new_tensor([len(labels)])])
-    net.train()
-    rows = runtime.total(sums).tolist()
-    found = {name: {"loss": loss / max(n, 1), "top1": 100 * top1 / max(n, 1),
-                    "top5": 100 * top5 / max(n, 1)}
-             for name, (loss, top1, top5, n) in zip(names, rows, strict=True)}
-    return found | {"count": int(rows[0][3])}
-
-
 def evaluate(net, test, args):
     """--evaluate: the heads' accuracy on the test images."""
     result = measure(net, test, args)
@@ -367,44 +333,20 @@ def evaluate(net, test, args):
                     f"loss {head['loss']:.4f} on {count} images")
 
 
-def report(run, args) -> str:
-    """The headline, one head fixed in advance at the last epoch; then as the original reports."""
-    heads = [name for name in HEADS if run.column(f"{name}_accuracy")]
-    if not heads:
-        return run.report()
-    medians = {name: statistics.median(run.column(f"{name}_accuracy")[-10:]) for name in heads}
-    best = max(heads, key=medians.get)
-    return (f"headline, {heads[0]} at the last epoch: {run.column('test_accuracy')[-1]:.2f} %; the "
-            f"best of {len(heads)} heads by the median of the last "
-            f"{min(10, len(run.column('test_accuracy')))} epochs: {medians[best]:.2f} % ({best})\n"
-            + run.report())
-
-
 def draw_preview(path, net, train, args, info):
-    """A picture of pairs of the first training batch, and their masks and mixtures by lambda."""
+    """A picture of pairs of the first training batch, their mixtures and, if learned, masks."""
     train.set_epoch(0)
-    images, labels = next(iter(train))
-    images, labels = images[:16], labels[:16]
+    images, labels = (part[:16] for part in next(iter(train)))
     generator = runtime.step_generator(args.seed, 0, 0)
-    title = f"{args.method} on {info.name}"
-    if args.method not in ("samix", "automix"):
+    if args.method in LEARNED:
+        rows, targets = mixtures(net, images, labels, args, info, generator)
+    else:
         mixed, targets, perm = mix_baseline(images, labels, args, info, generator)
         rows = {"image": images, "partner": images[perm], "mixed": mixed}
-        return preview.draw(path, title, rows, targets, info)
-    net, perm = copy.deepcopy(net).train(), draw_partners(len(images), generator, True)
-    net.block.value[-1].eval()                              # no dropout in the picture
-    mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (info.mean, info.std))
-    rows = {"image": images, "partner": images[perm]}
-    with torch.no_grad(), runtime.autocast(args, images.device):
-        features = net.k.features(images)
-        for lam in (0.3, 0.5, 0.7):
-            lam = torch.tensor(lam)
-            mask = net.block(features, lam, perm, images.shape[-1] // features.shape[-1],
-                             mode=args.mode[0])
-            rows[f"mask, λ {lam:.1f}"] = (mask[:, :1] - mean) / std     # white: the first image
-            rows[f"mixed, λ {lam:.1f}"] = mix(images, mask, perm)
-    return preview.draw(path, title, rows, soft_targets(labels, perm, lam, info.num_classes), info)
+    return preview.draw(path, f"{args.method} on {info.name}", rows, targets, info)
 
+
+# ------------------------------------------------------------------------------------------ start
 
 def build(args, info) -> nn.Module:
     """The network to train: SAMix, or a Branch with one head for the baselines."""
@@ -421,7 +363,7 @@ def build(args, info) -> nn.Module:
     except ValueError as fault:
         raise RunError(str(fault)) from None
     branch = Branch(backbone, backbone.width, info.num_classes)
-    if args.method in ("samix", "automix"):
+    if args.method in LEARNED:
         block = MixBlock(backbone.channels, args.lam_mul_k, dropout=args.dropout,
                          variant=args.variant)
         return SAMix(branch, block, args)
@@ -495,7 +437,7 @@ def main(argv=None):
         run.end_epoch(row | timing, row["test_accuracy"], sums)
 
     # The report
-    runtime.say(report(run, args))
+    runtime.say(report(run))
     if run.writes:
         curves = run.draw_curves(f"{args.method}, {args.arch} on {info.name}")
         mixed = draw_preview(run.folder / "mixed.png", net, train, args, info)

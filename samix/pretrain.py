@@ -15,6 +15,7 @@ two machines      torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d \\
 """
 import argparse
 import copy
+import functools
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -25,7 +26,6 @@ import torch
 from torch import Tensor, nn
 
 from common import data, metrics, models, preview, runlog, runtime
-from common.data.batches import to_uint8
 from common.data.imagenet import DaliStream
 from common.mixing import draw_lambda, soft_targets
 from common.models.features import build_backbone
@@ -163,15 +163,16 @@ class Contrast(nn.Module):
 
         features_q, key_q = encode_keys(self.k, view_q, draws.order)
         scale = view_q.shape[-1] // features_q.shape[-1]
+        perm_bb, perm_mb = (perm.to(view_q.device, non_blocking=True)
+                            for perm in (draws.perm_bb, draws.perm_mb))
         with torch.no_grad():
-            mask_bb = self.block(features_q, draws.lam_bb, draws.perm_bb, scale,
-                                 partners=features_k)
+            mask_bb = self.block(features_q, draws.lam_bb, perm_bb, scale, partners=features_k)
             mask_bb = adjust_mask(mask_bb, draws.lam_bb, margin=self.args.mask_margin)
-        mask_mb = self.block(features_q, draws.lam_mb, draws.perm_mb, scale, partners=features_k)
+        mask_mb = self.block(features_q, draws.lam_mb, perm_mb, scale, partners=features_k)
         # the partners' pixels, features and keys are all of the second view
-        _, mixed_q = self.q(mix(view_q, mask_bb, draws.perm_bb, view_k))
-        _, mixed_k = self.k(mix(view_q, mask_mb, draws.perm_mb, view_k))
-        partner_bb, partner_mb = key_k[draws.perm_bb], key_k[draws.perm_mb]
+        _, mixed_q = self.q(mix(view_q, mask_bb, perm_bb, view_k))
+        _, mixed_k = self.k(mix(view_q, mask_mb, perm_mb, view_k))
+        partner_bb, partner_mb = key_k[perm_bb], key_k[perm_mb]
         more_q, more_k = (extend(*keys, draws.weight) for keys in ((key_q, key_k), (key_k, key_q)))
         pair = {"lam": draws.lam_mb, "temperature": self.args.temperature}
         losses |= {
@@ -179,18 +180,24 @@ class Contrast(nn.Module):
             "block": mixed_nce(mixed_k, key_q, partner_mb, draws.lam_mb, **heat)    # to the block
             if self.args.block_loss == "infonce" else
             mixed_pair(mixed_k, key_q, partner_mb, **pair),
-            "extend": mixed_pair(mixed_k, more_q, more_k[draws.perm_mb], **pair),
+            "extend": mixed_pair(mixed_k, more_q, more_k[perm_mb], **pair),
             "mask": mask_loss(mask_mb, draws.lam_mb),
         }
         return losses, key_k, query
+
+
+@functools.cache
+def statistics(mean, std, device):
+    """Mean and standard deviation as (3, 1, 1) tensors, made once: to make them waits for a GPU."""
+    return tuple(torch.tensor(values, device=device).view(3, 1, 1) for values in (mean, std))
 
 
 def two_views(images, args, info, generator):
     """Two normalised views (B, 3, S, S) of a batch; DALI's come ready, side by side in channels."""
     if images.shape[1] == 6:
         return images.chunk(2, 1)
-    mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (info.mean, info.std))
-    images, size = to_uint8(images, info.mean, info.std), info.image_size
+    mean, std = statistics(info.mean, info.std, images.device)
+    images, size = ((images * std + mean) * 255).round().to(torch.uint8), info.image_size
     return [(make_view(images, draw_view(len(images), images.shape[-2:], generator, blur=args.blur,
                                          scale=(args.crop_scale, 1.0)), size) - mean) / std
             for _ in range(2)]
@@ -251,8 +258,7 @@ def draw_preview(path, net, train, args, info):
     rows = {"view q": view_q, "view k": view_k}
     if args.method == "samix":
         net = copy.deepcopy(net).train()
-        mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1)
-                     for v in (info.mean, info.std))
+        mean, std = statistics(info.mean, info.std, images.device)
         rows["partner, view k"] = view_k[perm]
         with runtime.autocast(args, images.device):
             (first, _), (second, _) = net.k(view_q), net.k(view_k)

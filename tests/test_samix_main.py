@@ -21,6 +21,7 @@ from common import checkpoint, runlog, runtime
 from common.data.batches import ResizedCrop
 from samix import configs
 from samix import main as samix
+from samix.evaluation import HEADS
 from samix.momentum import cosine, ema_momentum
 from samix.randaugment import RandAugment
 
@@ -66,7 +67,7 @@ def pictures(request, monkeypatch):
 def test_every_method_trains_and_closes(tmp_path, method, capsys, drawn):
     folder = train(tmp_path, "--method", method, "--max_steps", 2, "--tensorboard")
     printed = capsys.readouterr().out
-    heads = list(samix.HEADS) if method in ("samix", "automix") else ["one_q"]
+    heads = list(HEADS) if method in ("samix", "automix") else ["one_q"]
     assert f"headline, {heads[0]} at the last epoch" in printed and f"method {method}\n" in printed
     assert folder.name == f"digits_resnet18_{method}_seed0"
     assert {f.name for f in folder.iterdir()} == {
@@ -422,7 +423,7 @@ def test_four_heads_are_measured_and_reported(tmp_path, capsys):
     last = rows[-1]
     assert float(last["test_accuracy"]) == float(last["one_k_accuracy"]) > 30
     medians = {head: np.median([float(row[f"{head}_accuracy"]) for row in rows])
-               for head in samix.HEADS}
+               for head in HEADS}
     found = re.search(r"headline, one_k at the last epoch: ([\d.]+) %; the best of 4 heads by the "
                       r"median of the last 6 epochs: ([\d.]+) % \((\w+)\)", printed)
     assert float(found[1]) == pytest.approx(float(last["one_k_accuracy"]), abs=0.01)
@@ -430,7 +431,7 @@ def test_four_heads_are_measured_and_reported(tmp_path, capsys):
     assert medians[found[3]] == max(medians.values())
     train(tmp_path, *words, "--evaluate", folder / "checkpoint.pt")
     printed = capsys.readouterr().out
-    for head in samix.HEADS:
+    for head in HEADS:
         value = re.search(rf"^{head}: accuracy ([\d.]+) %.* on 355 images", printed, re.M)[1]
         assert float(value) == pytest.approx(float(last[f"{head}_accuracy"]), abs=0.01)
     args = arguments()                                      # the heads are not one another's
@@ -439,7 +440,7 @@ def test_four_heads_are_measured_and_reported(tmp_path, capsys):
     images = torch.randn(8, 3, 16, 16)
     net.eval()
     with torch.no_grad():
-        outputs = [getattr(net, branch)(images, head) for branch, head in samix.HEADS.values()]
+        outputs = [getattr(net, branch)(images, head) for branch, head in HEADS.values()]
         for i, one in enumerate(outputs):
             assert all(not torch.allclose(one, other) for other in outputs[:i])
 
@@ -447,7 +448,7 @@ def test_four_heads_are_measured_and_reported(tmp_path, capsys):
             device = "cpu"
         labels = torch.arange(8) % 10
         result = samix.measure(net, Loader([(images, labels)]), args)
-        for name, logits in zip(samix.HEADS, outputs, strict=True):
+        for name, logits in zip(HEADS, outputs, strict=True):
             assert result[name]["loss"] == pytest.approx(F.cross_entropy(logits, labels).item(),
                                                          rel=1e-5)
 

@@ -1,0 +1,72 @@
+"""The four heads measured and reported, and a batch's masks and mixtures to look at."""
+import copy
+import statistics
+
+import torch
+import torch.nn.functional as F
+
+from common import metrics, runtime
+from common.mixing import soft_targets
+from samix.mixblock import draw_partners, mix
+
+HEADS = {"one_k": ("k", "one"), "mix_k": ("k", "mix"), "one_q": ("q", "one"), "mix_q": ("q", "mix")}
+
+
+@torch.no_grad()
+def measure(net, batches, args) -> dict:
+    """Loss, top1 and top5 (%) of each head by name, the headline's first; "count" of images.
+
+    Over all ranks. A network trained by a baseline has one head, one_q.
+    """
+    names = list(HEADS) if hasattr(net, "k") else ["one_q"]
+    sums = torch.zeros(len(names), 4, dtype=torch.float64, device=batches.device)
+    net.eval()
+    for step, (images, labels) in enumerate(batches):
+        if args.max_steps and step >= args.max_steps:
+            break
+        with runtime.autocast(args, images.device):
+            if names == ["one_q"]:
+                outputs = [net(images)]
+            else:
+                pooled = {branch: getattr(net, branch).pooled(images) for branch in "kq"}
+                outputs = [getattr(getattr(net, branch), head)(pooled[branch])
+                           for branch, head in HEADS.values()]
+        for total, logits in zip(sums, outputs, strict=True):
+            loss = F.cross_entropy(logits.float(), labels, reduction="sum")
+            total += torch.cat([loss[None], metrics.topk_hits(logits, labels),
+                                labels.new_tensor([len(labels)])])
+    net.train()
+    found = {name: {"loss": loss / max(n, 1), "top1": 100 * top1 / max(n, 1),
+                    "top5": 100 * top5 / max(n, 1)} for name, (loss, top1, top5, n)
+             in zip(names, runtime.total(sums).tolist(), strict=True)}
+    return found | {"count": int(runtime.total(sums)[0, 3])}
+
+
+def report(run) -> str:
+    """The headline, one head fixed in advance at the last epoch; then as the originals report."""
+    heads = [name for name in HEADS if run.column(f"{name}_accuracy")]
+    if not heads:
+        return run.report()
+    medians = {name: statistics.median(run.column(f"{name}_accuracy")[-10:]) for name in heads}
+    best, values = max(heads, key=medians.get), run.column("test_accuracy")
+    return (f"headline, {heads[0]} at the last epoch: {values[-1]:.2f} %; the best of {len(heads)} "
+            f"heads by the median of the last {len(values[-10:])} epochs: {medians[best]:.2f} % "
+            f"({best})\n{run.report()}")
+
+
+@torch.no_grad()
+def mixtures(net, images, labels, args, info, generator):
+    """Rows of pairs, and of masks (white: the first image) and mixtures by lambda, to draw; the
+    last row's soft targets."""
+    net, perm = copy.deepcopy(net).train(), draw_partners(len(images), generator, True)
+    net.block.value[-1].eval()                              # no dropout in the picture
+    mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (info.mean, info.std))
+    rows = {"image": images, "partner": images[perm]}
+    with runtime.autocast(args, images.device):
+        features = net.k.features(images)
+        for lam in torch.tensor([0.3, 0.5, 0.7]):
+            mask = net.block(features, lam, perm, images.shape[-1] // features.shape[-1],
+                             mode=args.mode[0])
+            rows[f"mask, λ {lam:.1f}"] = (mask[:, :1] - mean) / std
+            rows[f"mixed, λ {lam:.1f}"] = mix(images, mask, perm)
+    return rows, soft_targets(labels, perm, lam, info.num_classes)
