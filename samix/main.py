@@ -41,6 +41,7 @@ from samix.mixblock import (
 )
 from samix.momentum import Branch, cosine, ema_momentum, momentum_copy, momentum_update
 from samix.randaugment import RandAugment
+from samix.schedule import parameter_groups, step_rates
 
 NETS = [name for names in models.NAMES.values() for name in names]
 LEARNED = ("samix", "automix")          # methods with a MixBlock
@@ -260,38 +261,6 @@ def training_step(model, images, labels, args, info, generator, scaler, fall):
 
 
 # --------------------------------------------------------------------------------------- training
-
-def parameter_groups(net, args) -> list[dict]:
-    """q's parameters and the MixBlock's; under AdamW norms, biases, tokens and positions apart,
-    without decay."""
-    q, block = (net.q, net.block) if args.method in LEARNED else (net, None)
-    groups = []
-    for part, module, momentum in (("q", q, args.momentum), ("block", block, args.block_momentum)):
-        kinds = {True: [], False: []}
-        for name, parameter in module.named_parameters() if module else ():
-            plain = parameter.ndim == 1 or "class_token" in name or "position" in name \
-                or "pos_embedding" in name
-            kinds[args.optimizer == "sgd" or not plain].append(parameter)
-        groups += [{"params": found, "part": part,
-                    **({"momentum": momentum} if args.optimizer == "sgd" else {}),
-                    "weight_decay": args.weight_decay if decayed else 0.0}
-                   for decayed, found in kinds.items() if found]
-    return groups
-
-
-def step_rates(args, step: int, epoch_steps: int) -> dict:
-    """Learning rates of "q" and "block" at training step `step`, counted from 0 over all epochs."""
-    epoch = step / epoch_steps if args.lr_every == "step" else step // epoch_steps
-    if args.milestones is not None:
-        factor = args.gamma ** sum(epoch >= milestone for milestone in args.milestones)
-        return {"q": args.lr * factor, "block": args.block_lr * factor}
-    fall = cosine(epoch, args.epochs)
-    rates = {"q": args.min_lr + (args.lr - args.min_lr) * fall,
-             "block": args.block_min_lr + (args.block_lr - args.block_min_lr) * fall}
-    if epoch < args.warmup_epochs:
-        rates["q"] *= 1 - (1 - epoch / args.warmup_epochs) * (1 - args.warmup_ratio)
-    return rates
-
 
 def train_one_epoch(net, model, loader, optimizer, scaler, args, info, run):
     """The rest of the epoch that `run` stands in; returns its sums of loss and hits."""

@@ -1,0 +1,34 @@
+"""Learning rates of branch q and of the MixBlock, and the optimizer's groups of parameters."""
+from samix.momentum import cosine
+
+
+def parameter_groups(net, args) -> list[dict]:
+    """q's parameters and the MixBlock's; under AdamW norms, biases, tokens and positions apart,
+    without decay."""
+    q, block = (net.q, net.block) if hasattr(net, "block") else (net, None)
+    groups = []
+    for part, module, momentum in (("q", q, args.momentum), ("block", block, args.block_momentum)):
+        kinds = {True: [], False: []}
+        for name, parameter in module.named_parameters() if module else ():
+            plain = parameter.ndim == 1 or "class_token" in name or "position" in name \
+                or "pos_embedding" in name
+            kinds[args.optimizer == "sgd" or not plain].append(parameter)
+        groups += [{"params": found, "part": part,
+                    **({"momentum": momentum} if args.optimizer == "sgd" else {}),
+                    "weight_decay": args.weight_decay if decayed else 0.0}
+                   for decayed, found in kinds.items() if found]
+    return groups
+
+
+def step_rates(args, step: int, epoch_steps: int) -> dict:
+    """Learning rates of "q" and "block" at training step `step`, counted from 0 over all epochs."""
+    epoch = step / epoch_steps if args.lr_every == "step" else step // epoch_steps
+    if args.milestones is not None:
+        factor = args.gamma ** sum(epoch >= milestone for milestone in args.milestones)
+        return {"q": args.lr * factor, "block": args.block_lr * factor}
+    fall = cosine(epoch, args.epochs)
+    rates = {"q": args.min_lr + (args.lr - args.min_lr) * fall,
+             "block": args.block_min_lr + (args.block_lr - args.block_min_lr) * fall}
+    if epoch < args.warmup_epochs:
+        rates["q"] *= 1 - (1 - epoch / args.warmup_epochs) * (1 - args.warmup_ratio)
+    return rates
