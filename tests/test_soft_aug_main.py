@@ -2,6 +2,7 @@
 import csv
 import json
 import math
+import os
 import re
 import shutil
 import signal
@@ -545,7 +546,8 @@ def test_bad_input_is_one_line(tmp_path, words, code, line, capsys):
 def test_a_copied_run_does_not_hide_the_run(tmp_path, no_pictures, capsys):
     folder = train(tmp_path, "--seed", 7, "--max_steps", 1, "--prefix", "mine")
     assert folder.name == "digits_resnet18_da0_ce_mine_seed7"
-    shutil.copytree(folder, folder.with_name(folder.name + "_backup"))
+    shutil.copytree(folder, folder.with_name(folder.name.replace("7", "9_backup")))
+    os.utime(folder / "args.json", (1, 1))                  # the older of the two
     soft_aug.main([*SMALL, "--root_dir", str(tmp_path), "--seed", "-1", "--prefix", "mine",
                    "--max_steps", "1", "--evaluate"])
     assert "seed: 7\n" in capsys.readouterr().out
