@@ -21,7 +21,7 @@ from test_safuse import close, relabelled
 
 from common import checkpoint, runtime
 from safuse import main as safuse
-from safuse import network, picture, recipes
+from safuse import localisation, network, picture, recipes
 from safuse.network import SuperpixelAttention, superpixel_pool
 
 TINY = "--initial_channels 16 --LR 0.05 --device cpu"
@@ -473,8 +473,12 @@ def test_cub_trains_and_localises(birds, tmp_path, capsys, monkeypatch):
         return F.one_hot(torch.ones(len(images), dtype=torch.long), 3).float(), \
             maps.expand(-1, 3, -1, -1)
 
+    seen = []
+    monkeypatch.setattr(localisation, "localised", lambda *args, exact=localisation.localised:
+                        seen.append(args[3]) or exact(*args))
     monkeypatch.setattr(network.Network, "activation_maps", red)
     safuse.main([*words, "--evaluate"])
+    assert [len(boxes) for boxes in seen] == [4, 2] and len(torch.cat(seen).unique(dim=0)) == 6
     assert "33.33 % with the right class, 100.00 % with the class given" in capsys.readouterr().out
     safuse.main([*words, "--evaluate", "--max_steps", "1"])
     assert "50.00 % with the right class, 100.00 %" in capsys.readouterr().out
