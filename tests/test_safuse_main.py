@@ -20,14 +20,14 @@ from test_imagenet import HAS_DALI, make_cub, make_dogs
 from test_safuse import close, relabelled
 
 from common import checkpoint, runtime
-from safuse import main as safuse
 from safuse import localisation, network, picture, recipes
+from safuse import main as safuse
 from safuse.network import SuperpixelAttention, superpixel_pool
 
 TINY = "--initial_channels 16 --LR 0.05 --device cpu"
 SMALL = ("--dataset digits --image_size 16 --labels_per_class 12 --batch_size 30 "
          f"--schedule step {TINY}").split()
-CUB = f"--dataset cub200 --image_size 128 --batch_size 4 --workers 1 --pretrained none {TINY}"
+CUB = f"--dataset cub200 --image_size 64 --batch_size 4 --workers 1 --pretrained none {TINY}"
 SUPERPIXELS = ["safuse", "lgcoamix"]
 
 
@@ -461,7 +461,7 @@ def test_cub_trains_and_localises(birds, tmp_path, capsys, monkeypatch):
     words = [*CUB.split(), "--data_dir", str(birds), "--root_dir", str(tmp_path)]
     safuse.main([*words, "--epochs", "1"])
     printed = capsys.readouterr().out
-    assert "cub200, 3 classes, 128×128 pixels, 12 training and 6 test images" in printed
+    assert "cub200, 3 classes, 64×64 pixels, 12 training and 6 test images" in printed
     safuse.main([*words, "--evaluate"])
     found = re.search(r"localisation \(IoU at least 0.5\): ([\d.]+) % with the right class, "
                       r"([\d.]+) % with the class given", capsys.readouterr().out)
@@ -489,7 +489,7 @@ def test_dogs_train(tmp_path, capsys):
     words = CUB.replace("cub200", "stanford_dogs").split()
     safuse.main([*words, "--data_dir", str(tmp_path / "dogs"), "--root_dir", str(tmp_path),
                  "--max_steps", "1", "--method", "lgcoamix", "--cutmix_prob", "1"])
-    assert "stanford_dogs, 3 classes, 128×128 pixels, 9 training" in capsys.readouterr().out
+    assert "stanford_dogs, 3 classes, 64×64 pixels, 9 training" in capsys.readouterr().out
 
 
 def test_recipes_crop_as_the_papers_do(birds, tmp_path, monkeypatch):
@@ -508,7 +508,7 @@ def test_recipes_crop_as_the_papers_do(birds, tmp_path, monkeypatch):
 
 
 def test_pretrained_weights_begin_a_run_and_never_overwrite_one(birds, tmp_path, capsys):
-    source = network.build("resnet18", 10, 128, initial_channels=16).encoder.state_dict()
+    source = network.build("resnet18", 10, 64, initial_channels=16).encoder.state_dict()
     torch.save({"state_dict": {f"module.{k}": v for k, v in source.items()}}, tmp_path / "w.pth")
     words = [*CUB.split(), "--data_dir", str(birds), "--root_dir", str(tmp_path), "--method",
              "baseline", "--LR", "1e-9", "--weight_decay", "0"]
