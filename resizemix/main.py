@@ -29,7 +29,7 @@ from resizemix import configs, mixing, randaugment
 from resizemix.augment import AutoAugment, cutout, draw_holes
 from resizemix.cost import latency, multiply_adds
 from resizemix.gradcam import find_layer, grad_cam
-from resizemix.schedule import learning_rate
+from resizemix.schedule import step_rate
 
 NETS = [name for names in models.NAMES.values() for name in names]
 METHODS = ["cutout", "randaugment", "autoaugment", "resizemix", "batch_aug"]    # on or off
@@ -200,16 +200,6 @@ def mix_batch(images, labels, args, info, generator) -> Mixed:
 
 # --------------------------------------------------------------------------------------- training
 
-def step_rate(args, step: int, epoch_steps: int) -> float:
-    """Learning rate of training step `step`, counted from 0 over all epochs."""
-    in_steps = args.lr_schedule == "step"
-    rate = learning_rate(step, epoch_steps=epoch_steps, epochs=args.epochs, init_lr=args.init_lr,
-                         min_lr=args.init_lr if in_steps else args.min_lr,
-                         warmup_epochs=args.warmup_epochs, warmup_start_lr=args.warmup_start_lr,
-                         restart_epochs=tuple(args.restart_epochs))
-    return rate * args.gamma ** sum(step // epoch_steps >= epoch for epoch in args.milestones)
-
-
 def training_step(model, images, labels, args, info, generator, scaler):
     """Leaves the gradients of one step in the parameters; returns the loss and the logits."""
     mixed = mix_batch(images, labels, args, info, generator)
@@ -242,20 +232,9 @@ def train_one_epoch(net, model, loader, optimizer, scaler, args, info, run):
     return sums
 
 
-class CropTest(torch.nn.Module):
-    """--crop_test: the logits of the image and of its central square, weighed by their areas."""
-
-    def __init__(self, net):
-        super().__init__()
-        self.net, self.training = net, net.training
-
-    def forward(self, images):
-        return mixing.crop_test(self.net, images)
-
-
 def measure(net, batches, args) -> dict:
     """Loss, top1 and top5 (%) and count of `net` on `batches`."""
-    return metrics.evaluate(CropTest(net) if args.crop_test else net, batches,
+    return metrics.evaluate(mixing.CropTest(net) if args.crop_test else net, batches,
                             max_steps=args.max_steps,
                             autocast=lambda: runtime.autocast(args, batches.device))
 

@@ -197,8 +197,9 @@ class Files:
         os.truncate(rec, end)
         idx.write_bytes(b"".join(lines))
         done = int(lines[-1].split(b"\t")[0]) + 1 if lines else 0
-        bad = [line for line in self.bad.read_bytes().splitlines(keepends=True)
-               if re.fullmatch(rb"\d{1,18}\t.*\n", line) and int(line.split(b"\t")[0]) < done]
+        bad = self.bad.read_bytes().splitlines(keepends=True)
+        bad = [line for line in itertools.takewhile(re.compile(rb"\d{1,18}\t.*\n").fullmatch, bad)
+               if int(line.split(b"\t")[0]) < done]
         self.bad.write_bytes(b"".join(bad))
         return done
 

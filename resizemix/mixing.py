@@ -3,7 +3,7 @@
 Also this paper's CutMix, which cuts whole pixels, and the central crop of its evaluation.
 """
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from common.mixing import per_image
 
@@ -121,3 +121,14 @@ def crop_test(net, images: Tensor, size: int = 24) -> Tensor:
     """
     cropped, share = keep_centre(images, size)
     return (1 - share) * net(images) + share * net(cropped)
+
+
+class CropTest(nn.Module):
+    """--crop_test: the logits of the image and of its central square, weighed by their areas."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net, self.training = net, net.training
+
+    def forward(self, images):
+        return crop_test(self.net, images)

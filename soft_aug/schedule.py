@@ -23,6 +23,17 @@ def learning_rate(step: int, total: int, base: float, *, decay: str = "c", warm:
     return rate * min(1, (step + 1) / warm) if warm else rate
 
 
+def step_rate(args, step: int, steps_per_epoch: int) -> float:
+    """Learning rate of training step `step`, counted from 0 over all epochs."""
+    base, gamma = args.lr, args.gamma
+    if args.milestones is not None:
+        base *= gamma ** sum(step // steps_per_epoch >= epoch for epoch in args.milestones)
+        gamma = 1.0
+    return learning_rate(step, args.epochs * steps_per_epoch, base, decay=args.decay,
+                         warm=args.warm * steps_per_epoch, steps_per_epoch=steps_per_epoch,
+                         gamma=gamma)
+
+
 def fine_tuning(epoch: int, epochs: int, ft: int = 20) -> bool:
     """Whether `epoch` (from 0) belongs to the closing phase of weak augmentation.
 

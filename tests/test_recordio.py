@@ -289,6 +289,8 @@ def test_killed_run_goes_on(photos, tmp_path, capsys):
             file.write(recordio.pack(0, 0, b"x" * 500)[:rng.randrange(500)])
         with open(index, "ab") as file:
             file.write([b"7", b"\xff\xfe\n5\t5\n"][kills - 1])      # and what a crash leaves
+        with open(tmp_path / "out" / "train_unreadable.txt", "ab") as file:
+            file.write([b"hal", b"\xff\xfe\n5\t5\n"][kills - 1])
     assert kills and not (tmp_path / "out" / "train.rec").exists()
     pack(tmp_path / "images", tmp_path / "out" / "train", "--resize", "30")
     assert "going on after" in capsys.readouterr().out

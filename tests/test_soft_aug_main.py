@@ -17,6 +17,7 @@ from conftest import ROOT
 from PIL import Image
 
 from common import checkpoint, metrics, runtime
+from soft_aug import evaluation, plots
 from soft_aug import main as soft_aug
 from soft_aug.losses import soft_target_loss
 
@@ -67,7 +68,7 @@ def table(path):
 def no_pictures(monkeypatch):
     """Skips what takes most of a tiny run's time; test_recipes_train_and_close draws."""
     for name in ("reliability_diagram", "occlusion_curve", "softening_curve"):
-        monkeypatch.setattr(soft_aug.plots, name, lambda *args: None)
+        monkeypatch.setattr(plots, name, lambda *args: None)
     monkeypatch.setattr(soft_aug, "draw_preview", lambda *args: None)
     monkeypatch.setattr(soft_aug.runlog.Run, "draw_curves", lambda *args: None)
 
@@ -335,7 +336,7 @@ def test_two_ranks_measure_what_one_does(tmp_path):
     assert float(found[1]) == pytest.approx(row["test_accuracy"], abs=0.01)
     assert float(found[2]) == pytest.approx(row["test_loss"], abs=1e-3)
     assert float(found[3]) == pytest.approx(row["test_ece"], abs=1e-3)
-    assert len(occlusion.splitlines()) == 1 + len(soft_aug.OCCLUDED)
+    assert len(occlusion.splitlines()) == 1 + len(evaluation.OCCLUDED)
 
 
 # ------------------------------------------------------------------------- flags and augmentation
@@ -453,7 +454,7 @@ def test_evaluation_alone(trained, capsys):
     printed = capsys.readouterr().out
     best = checkpoint.load(trained / "best.pt")
     accuracy = [float(value) for value in re.findall(r"accuracy ([\d.]+) %", printed)]
-    assert len(accuracy) == len(soft_aug.OCCLUDED)
+    assert len(accuracy) == len(evaluation.OCCLUDED)
     assert accuracy[0] == pytest.approx(best["accuracy"], abs=0.01) and accuracy[0] > 40
     for name in ("reliability", "occlusion", "softening"):
         with Image.open(trained / f"best_{name}.png") as picture:
@@ -481,10 +482,10 @@ def test_evaluation_alone(trained, capsys):
 
 def test_occlusion_hides_what_it_says():
     images = torch.ones(50, 3, 16, 16)
-    occluded = soft_aug.occlude(4)(images, None)
+    occluded = evaluation.occlude(4)(images, None)
     assert (occluded.mean((1, 2, 3)) == 0.75 ** 2).all()
     assert len(occluded.unique(dim=0)) == 4                  # all four directions
-    assert torch.equal(occluded, soft_aug.occlude(4)(images, None))
+    assert torch.equal(occluded, evaluation.occlude(4)(images, None))
 
 
 @pytest.mark.parametrize("words", ["--da 1 --l 8 --ra 1", "--da 2 --loss st --other --mixup 1",
