@@ -286,9 +286,10 @@ def main(argv=None):
     try:
         net = models.build(args.net_name, info.num_classes, info.image_size,
                            initial_channels=args.initial_channels)
-    except ValueError as fault:
-        raise RunError(str(fault)) from None
-    cost = multiply_adds(net, info.image_size)
+        cost = multiply_adds(net, info.image_size)
+    except (ValueError, RuntimeError) as fault:
+        raise RunError(f"{args.net_name} cannot have --initial_channels {args.initial_channels} "
+                       f"on {info.image_size} pixels: {str(fault).splitlines()[0]}") from None
     net, model = runtime.prepare(net, args, device)
     optimizer = torch.optim.SGD(net.parameters(), lr=args.init_lr, momentum=args.momentum,
                                 weight_decay=args.weight_decay, nesterov=args.nesterov)

@@ -451,6 +451,7 @@ def test_killed_and_resumed_is_the_run_never_killed(tmp_path):
     ("--dataset imagenet", 1, "is for sets that fit in memory"),
     ("--net_name resnet50 --image_size 128", 1,
      "resnet50 for 128 pixels has 64 initial channels"),
+    ("--net_name shakeshake26_2x64d --initial_channels 5", 1, "cannot have --initial_channels 5"),
     ("--load_path none.pt", 1, "none.pt: no such checkpoint"),
     ("--target_layer layer3.3 --cam cam.png --resume none.pt", 1, "none.pt: no such checkpoint"),
     ("--init_lr 1e30 --lr_schedule step --print_freq 1", 1, "at epoch 0, step")])
