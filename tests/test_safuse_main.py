@@ -279,6 +279,9 @@ def test_mixed_images_come_from_both_by_whole_superpixels(method):
     if method == "occamix":
         assert torch.equal(mixed.mask[moved], ~stays[moved])
         other = mixed.labels[mixed.perm]
+        expected, ratio = safuse.mixing.occamix(
+            images, mixed.perm, network.attention_scores(net, images), other)
+        assert torch.equal(expected, mixed.images) and torch.equal(ratio, mixed.ratio)
         for mask, labels in zip(mixed.mask, other, strict=True):
             assert 1 <= len(labels[mask].unique()) <= 3
             assert not set(labels[mask].tolist()) & set(labels[~mask].tolist())     # whole ones
@@ -567,10 +570,12 @@ def test_killed_and_resumed_is_the_run_never_killed(tmp_path, method):
                for a, b in zip(one["history"], two["history"], strict=True))
 
 
-def test_start_epoch_repeats_from_there(tmp_path):
+def test_start_epoch_repeats_from_there(tmp_path, capsys):
     words = ["--epochs", 3, "--method", "baseline", "--labels_per_class", 3]
     folder = train(tmp_path, *words)
+    capsys.readouterr()
     train(tmp_path, *words, "--RESUME", "True", "--START_EPOCH", 1)
+    assert re.findall(r"^epoch (\d), lr", capsys.readouterr().out, re.M) == ["1", "2"]
     rows = (folder / "log.csv").read_text().splitlines()
     assert [row.split(",")[0] for row in rows[1:]] == ["0", "1", "2"]
 
