@@ -97,7 +97,11 @@ def test_faults_name_the_file(tmp_path):
     path.write_bytes(whole)
     names = tmp_path / "a_classes.txt"
     names.write_text("a\nb\nc\nd\n")
-    assert RecordFile(path).classes == list("abcd")
+    file = RecordFile(path)
+    assert file.classes == list("abcd") and file[3][0] == 3
+    file.classes.pop()
+    with pytest.raises(DataError, match="has the label 3"):         # one that opening did not see
+        file[3]
     names.write_text("a\nb\nc\n")
     with pytest.raises(DataError, match=r"a\.rec: record 3 .* label 3, but a_classes.txt names 3"):
         RecordFile(path)

@@ -63,7 +63,9 @@ class RecordFile:
         self.parts(len(self) - 1)              # a file that was cut off lacks its last record
         some = min(256, len(self)) if self.classes else 0
         for i in np.linspace(0, len(self) - 1, some, dtype=int):
-            self[i]
+            start = os.pread(self.file.fileno(), FRAME.size + HEADER.size, int(self.offsets[i]))
+            flag, label, _, _ = HEADER.unpack(start[FRAME.size:].ljust(HEADER.size, b"\0"))
+            self.check_label(i, 0 if flag else label)
 
     def __len__(self):
         return len(self.offsets)
@@ -75,9 +77,7 @@ class RecordFile:
         flag, label, _, _ = HEADER.unpack_from(payload)
         if flag:
             label, = struct.unpack_from("<f", payload, HEADER.size)
-        if self.classes and not 0 <= label < len(self.classes):
-            raise DataError(f"{self.name(i)} has the label {label:g}, but {self.path.stem}"
-                            f"_classes.txt names {len(self.classes)} classes")
+        self.check_label(i, label)
         return label, payload[HEADER.size + 4 * flag:]
 
     def __getstate__(self):
@@ -86,6 +86,12 @@ class RecordFile:
     def name(self, i: int) -> str:
         """How a message calls record i."""
         return f"{self.path}: record {i} (byte {self.offsets[i]})"
+
+    def check_label(self, i: int, label: float):
+        """Raises DataError when the classes have names, but this label of record i has none."""
+        if self.classes and not 0 <= label < len(self.classes):
+            raise DataError(f"{self.name(i)} has the label {label:g}, but {self.path.stem}"
+                            f"_classes.txt names {len(self.classes)} classes")
 
     def facts(self) -> bytes:
         """What tells this file from a changed one: its records' places and its length."""
