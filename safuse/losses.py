@@ -47,6 +47,8 @@ def superpixel_contrastive(logits: Tensor, labels: Tensor, kept: Tensor,
         processes = dist.get_world_size() if gather and dist.is_initialized() else 1
         if processes > 1:
             features, share, labels, kept = (gathered(t) for t in (features, share, labels, kept))
+        elif features.device.type == "cpu":             # a matrix without padding; a GPU would wait
+            features, share, labels, kept = (t[kept] for t in (features, share, labels, kept))
         # a row's largest entry is its own, 1 / temperature
         similar = (features @ features.T - 1) / temperature
         same = labels[:, None] == labels

@@ -112,7 +112,7 @@ def superpixel_table(images: torch.Tensor, size: int, args, device):
 
 def steps(images: torch.Tensor, size: int, args, device):
     """Mixing alone, the plain step and the mixed step of safuse/main.py's own functions."""
-    batch = SETTINGS[size][0]
+    batch = args.batch or SETTINGS[size][0]
     images, labels = images[:batch].to(device), torch.randint(0, 100, (batch,)).to(device)
     if args.channels_last:
         images = images.contiguous(memory_format=torch.channels_last)
@@ -131,14 +131,17 @@ def steps(images: torch.Tensor, size: int, args, device):
         net.zero_grad()
         safuse.training_step(net, net, images, labels, ours, info, mixed, generator, scaler)
 
-    mixers = {"mixing": lambda: safuse.mix_batch(net, images, ours, info, generator)}
-    if not args.no_skimage:
+    mixers = {}
+    if args.method != "baseline":
+        mixers["mixing"] = lambda: safuse.mix_batch(net, images, ours, info, generator)
+    if args.method != "baseline" and not args.no_skimage:
         mixers["mixing, scikit-image"] = \
             lambda: safuse.mix_batch(net, images, theirs, info, generator)
     times = timed(device, args.rounds, mixers)
     if args.rounds_step:
-        times |= timed(device, args.rounds_step, {"plain step": lambda: step(False),
-                                                  "mixed step": lambda: step(True)})
+        times |= timed(device, args.rounds_step, {
+            "plain step": lambda: step(False),
+            "mixed step": lambda: step(args.method != "baseline")})
     print(f"\n{args.method}: batch {batch} at {size}×{size}, {ours.arch} with "
           f"{args.initial_channels} channels, {ours.amp}")
     for name, (middle, best) in times.items():
@@ -175,6 +178,7 @@ def main():
     parser.add_argument("--initial_channels", type=int, default=64)
     parser.add_argument("--sizes", type=int, nargs="+", default=[32, 224], choices=SETTINGS)
     parser.add_argument("--no_skimage", action="store_true")
+    parser.add_argument("--batch", type=int, help="images of a step (default: the papers')")
     parser.add_argument("--no_table", action="store_true", help="steps alone")
     parser.add_argument("--picture", help="PNG to draw, and no measurements")
     args = parser.parse_args()
