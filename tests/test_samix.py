@@ -670,6 +670,24 @@ def test_contrast_partners_correspond(device):
         torch.testing.assert_close(others[name], losses[name], **CLOSE)
 
 
+def test_contrast_meets_the_right_keys(device):
+    """A mixture's first image is of view q, its partner of view k, and each meets its own key."""
+    step, queue, (view_q, view_k, draws) = contrast_step(device)
+    step.eval()
+    nn.init.normal_(step.k.projection[2].weight)            # keys that are far apart
+    losses, keys, _ = step(view_q, view_k, draws, queue.keys)
+    (features_q, key_q), (features_k, key_k) = step.k(view_q), step.k(view_k)
+    assert torch.equal(keys, key_k)
+    mask = step.block(features_q, draws.lam_mb, draws.perm_mb, 4, partners=features_k)
+    _, mixed = step.k(mix(view_q, mask, draws.perm_mb, view_k))
+
+    def block(first, second):
+        return mixed_nce(mixed, first, second[draws.perm_mb], draws.lam_mb, queue.keys)
+    torch.testing.assert_close(losses["block"], block(key_q, key_k), rtol=1e-5, atol=0)
+    for wrong in ((key_q, key_q), (key_k, key_q), (key_k, key_k)):
+        assert (block(*wrong) - losses["block"]).abs() > 1e-4
+
+
 def test_contrast_learns(device):
     """Fifteen steps on one batch: the block's and the encoder's losses fall; k follows slowly."""
     step, queue, arguments = contrast_step(device)
