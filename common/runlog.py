@@ -59,7 +59,11 @@ class Run:
 
     def __init__(self, args, device, name, identity: dict, **parts):
         self.args, self.device, self.identity, self.parts = args, device, identity, parts
-        self.folder = Path(args.root_dir).expanduser() / "_".join(str(p) for p in name if p)
+        name = "_".join(str(part) for part in name if part)
+        if "/" in name:
+            raise RunError(f"the run's folder {name} may hold no '/': change what the flags add to "
+                           "its name")
+        self.folder = Path(args.root_dir).expanduser() / name
         self.keeps_files = not getattr(args, "log_off", False)
         self.writes = self.keeps_files and runtime.rank() == 0
         self.history, self.best, self.epoch, self.step, self.sums = [], -1.0, 0, 0, None
@@ -78,7 +82,7 @@ class Run:
             return None
         state = checkpoint.load(path)
         checkpoint.check_identity(state, self.identity | {"data": state["identity"].get("data")})
-        self.parts["model"].load_state_dict(state["model"])
+        self.load_part("model", state)
         runtime.say(f"checkpoint: {path}, epoch {state['epoch']}")
         return Path(path)
 
@@ -137,15 +141,20 @@ class Run:
         if state["step"] and before != self.args.batch_size:
             raise RunError(f"the checkpoint stands inside an epoch of --batch_size {before}; go on "
                            "with the same")
-        for name, part in self.parts.items():
-            try:
-                if state[name]:                             # a scaler that is off has no state
-                    part.load_state_dict(state[name])
-            except (KeyError, ValueError, RuntimeError) as fault:
-                raise RunError(f"the checkpoint's {name} does not fit this run's "
-                               f"({str(fault).splitlines()[0][:100]})") from None
+        for name in self.parts:
+            self.load_part(name, state)
         for name in ("history", "best", "epoch", "step", "sums"):
             setattr(self, name, state[name])
+
+    def load_part(self, name: str, state: dict):
+        """Gives one part its state. Raises RunError when it is of another shape."""
+        try:
+            if state[name]:                                 # a scaler that is off has no state
+                self.parts[name].load_state_dict(state[name])
+        except (KeyError, ValueError, RuntimeError) as fault:
+            reason = (str(fault).strip().splitlines() or [""])[-1].strip()
+            raise RunError(f"the checkpoint's {name} does not fit this run's ({reason[:120]})"
+                           ) from None
 
     # ---- inside an epoch
 

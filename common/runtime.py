@@ -19,6 +19,9 @@ BOOLEANS = {"true": True, "yes": True, "y": True, "1": True,
             "false": False, "no": False, "n": False, "0": False}
 
 
+MEMORY_FULL = "error: the memory is full: lower --batch_size, or the sizes that the flags ask for"
+
+
 class RunError(Exception):
     """A fault the user can mend; `launch` prints its one line and exits with code 1."""
 
@@ -120,6 +123,8 @@ def setup(args) -> torch.device:
     if args.device == "cuda" and not torch.cuda.is_available():
         raise RunError("--device cuda: torch sees no GPU here; use --device cpu or auto")
     use_cuda = torch.cuda.is_available() and args.device != "cpu"
+    if not 0 <= args.seed < 2 ** 63:
+        raise RunError(f"--seed {args.seed} is not between 0 and 2^63")
     if args.amp == "fp16" and not use_cuda:
         raise RunError("--amp fp16 needs a GPU; use --amp bf16 or off on a CPU")
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -329,6 +334,8 @@ def launch(main):
     except torch.OutOfMemoryError:
         print("error: the GPU's memory is full: lower --batch_size or use --amp bf16",
               file=sys.stderr)
+    except MemoryError:
+        print(MEMORY_FULL, file=sys.stderr)
     except OSError as fault:
         place = f"{fault.filename}: " if fault.filename else ""
         print(f"error: {place}{fault.strerror or fault}", file=sys.stderr)
@@ -336,6 +343,8 @@ def launch(main):
         if world() > 1 and re.search("gloo|nccl|connection|peer", str(fault), re.IGNORECASE):
             print("error: another process of this run is gone; start again with --resume auto "
                   f"({str(fault).splitlines()[0][:120]})", file=sys.stderr)
+        elif "can't allocate memory" in str(fault):         # torch's word on a CPU
+            print(MEMORY_FULL, file=sys.stderr)
         else:                                               # a defect of ours: show where
             traceback.print_exc()
     sys.stdout.flush()

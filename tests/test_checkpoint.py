@@ -166,6 +166,22 @@ def test_parts_that_do_not_fit_are_named(tmp_path):
         again.start()
 
 
+def test_names_of_runs_stay_in_the_root(tmp_path):
+    with pytest.raises(RunError, match="may hold no '/'"):
+        runlog.Run(SimpleNamespace(root_dir=str(tmp_path), max_steps=None), CPU, ["a", "../../x"],
+                   {}, model=torch.nn.Linear(2, 2))
+
+
+def test_evaluation_of_another_shape_is_named(tmp_path):
+    run = make_run(tmp_path)
+    run.start()
+    run.save()
+    again = make_run(tmp_path, evaluate=str(run.folder / "checkpoint.pt"))
+    again.parts["model"] = torch.nn.Linear(2, 3)
+    with pytest.raises(RunError, match="checkpoint's model does not fit this run's .size mismatch"):
+        again.load_weights()
+
+
 def test_unwritable_root_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="file/run cannot be written"):

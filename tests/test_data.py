@@ -367,6 +367,12 @@ def test_dali_makes_these_crops_too(tmp_path, options):
         assert (one - two).abs().max() <= (0 if not crop else 2.01)
 
 
+def test_reflection_must_fit(tmp_path):
+    save_npz(tmp_path / "a.npz")
+    with pytest.raises(runtime.DataError, match="cannot be padded by 32 of their reflection"):
+        load("npz", tmp_path / "a.npz", padding=32, reflect=True)
+
+
 def test_normalisation_round_trip():
     images, labels = make_arrays(4, 2)
     mean, std = sets.STATISTICS["cifar100"]

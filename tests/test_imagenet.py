@@ -103,6 +103,16 @@ def test_training_batches(photos, source, loader, device):
 
 @LOADERS
 @SOURCES
+def test_partial_batches_may_be_dropped(photos, source, loader):
+    batches = stream(photos / source, loader, batch_size=12, drop_last=True)
+    assert [len(labels) for _, labels in epoch(batches)] == [12] * 3 and len(batches) == 3
+    assert len(stream(photos / source, loader, batch_size=12, drop_last=True, train=False)) == 4
+    with pytest.raises(DataError, match="41 images are less than one batch"):
+        stream(photos / source, loader, batch_size=50, drop_last=True)
+
+
+@LOADERS
+@SOURCES
 def test_an_epoch_is_a_function_of_seed_and_number(photos, source, loader):
     batches = stream(photos / source, loader)
     history = [epoch(batches, number) for number in range(3)]

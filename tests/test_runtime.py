@@ -33,6 +33,7 @@ def test_booleans_keep_the_papers_forms():
     (runtime.DataError("a.npz: damaged"), 1, "error: a.npz: damaged"),
     (OSError(28, "No space left on device", "x/log.csv"), 1, "x/log.csv: No space left"),
     (torch.OutOfMemoryError("CUDA out of memory"), 1, "lower --batch_size"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 1, "memory is full"),
     (KeyboardInterrupt(), 130, "stopped before training"),
     (None, 0, "")])
 def test_known_faults_are_one_line(capsys, fault, code, line):
@@ -84,6 +85,11 @@ def test_a_shell_under_slurm_is_one_process(monkeypatch):
         monkeypatch.setenv(name, value)
     runtime.setup(flags())
     assert runtime.world() == 1
+
+
+def test_seeds_out_of_range_are_named():
+    with pytest.raises(runtime.RunError, match="--seed 99999999999999999999 is not between"):
+        runtime.setup(flags(seed=99999999999999999999))
 
 
 def test_missing_dali_is_said(monkeypatch):

@@ -59,7 +59,7 @@ def load(dataset: str, data_dir: str, *, batch_size: int, device, seed: int = 0,
     DALI.
     streaming: of the sets that are read from disk as training goes and have their own crops
     (imagenet, cub200, stanford_dogs), further options of `imagenet.streaming`; what is said above
-    from padding to drop_last is not for them.
+    from padding to transform_first is not for them.
     Raises DataError for data that are not there.
     """
     runtime.per_rank(batch_size)                            # or RunError
@@ -70,7 +70,7 @@ def load(dataset: str, data_dir: str, *, batch_size: int, device, seed: int = 0,
         mean, std = (mean, std) if mean else sets.STATISTICS["imagenet"]
         return load_streaming(dataset, data_dir, image_size or 224, mean, std, streaming or {},
                               batch_size=batch_size, device=device, seed=seed, loader=loader,
-                              workers=max(1, workers))
+                              workers=max(1, workers), drop_last=drop_last)
     crop_later = resized_crop and dataset not in ("digits", "folder")   # whose files differ in size
     train, test, classes = sets.read(dataset, data_dir, None if crop_later else image_size,
                                      max(1, workers))

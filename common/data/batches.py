@@ -40,6 +40,9 @@ class Batches:
         self.reflect, self.resized_crop = reflect, resized_crop
         self.count, self.stored = len(labels), images.shape[1:3]
         self.size = size or self.stored
+        if reflect and self.padding >= min(self.stored):
+            raise runtime.DataError(f"images of {self.stored[0]}×{self.stored[1]} pixels cannot be "
+                                    f"padded by {self.padding} of their reflection")
         self.steps = self.count // batch_size if drop_last else -(-self.count // batch_size)
         if not self.steps:
             raise runtime.DataError(f"--batch_size {batch_size} is more than the "

@@ -35,7 +35,7 @@ def streaming(source, *, split: str, image_size: int, batch_size: int, device, s
               mean, std, color_jitter: bool = False, min_scale: float = 0.08,
               auto_augment: str | None = None, scale: tuple | None = None, aspect: tuple = ASPECT,
               crop: str = "resized", resize: str = "", test_crop: str = "centre",
-              filter: str = "lanczos"):
+              filter: str = "lanczos", drop_last: bool = False):
     """Batches of `source`'s part `split`: (B, 3, S, S) float32 normalised and (B,) int64 labels.
 
     source: a folder that holds <split>.rec and <split>.idx, or a folder <split>/ with one folder
@@ -47,7 +47,7 @@ def streaming(source, *, split: str, image_size: int, batch_size: int, device, s
     auto_augment ("randaugment" or "autoaugment"); every rank does equally many steps of equal
     size, for which at most one image a rank is seen twice in an epoch. `resize` before the crop:
     the "shorter" side to image_size·256/224, or both, to a "square"; crop "random": a square of
-    image_size of that.
+    image_size of that. drop_last: no partial batch at an epoch's end.
     Otherwise the shorter side becomes image_size·256/224 and the centre is cut out (test_crop
     "centre") or the whole image becomes the square ("whole"); every image is seen once over all
     ranks. filter: "bilinear", "bicubic" or "lanczos" to enlarge; all widen to shrink (lanczos
@@ -71,7 +71,8 @@ def streaming(source, *, split: str, image_size: int, batch_size: int, device, s
                 device=torch.device(device), seed=seed, rank=rank, world=world, workers=workers,
                 train=train, mean=mean, std=std, color_jitter=color_jitter,
                 scale=scale or (min_scale, 1.0), auto_augment=auto_augment, aspect=aspect,
-                crop=crop, resize=resize, test_crop=test_crop, filter=filter)
+                crop=crop, resize=resize, test_crop=test_crop, filter=filter,
+                drop_last=drop_last and train)
 
 
 class Files:
@@ -153,7 +154,7 @@ class Stream:
 
     def __init__(self, data, *, image_size, batch_size, device, seed, rank, world, workers, train,
                  mean, std, color_jitter, scale, auto_augment, aspect, crop, resize, test_crop,
-                 filter):
+                 filter, drop_last):
         self.data, self.size, self.batch_size, self.device = data, image_size, batch_size, device
         self.seed, self.rank, self.world, self.workers = seed, rank, world, workers
         self.train, self.mean, self.std = train, mean, std
@@ -166,7 +167,11 @@ class Stream:
         begin, end = self.count * rank // world, self.count * (rank + 1) // world
         self.shard = range(begin, end)
         self.images = -(-self.count // world) if train else len(self.shard)     # of this rank
+        if drop_last:
+            self.images -= self.images % batch_size
         self.steps = -(-self.images // batch_size)
+        if not self.steps:
+            raise DataError(f"{data.path}: {self.count} images are less than one batch")
         self.set_epoch(0)
 
     def __len__(self):
@@ -244,7 +249,10 @@ class DaliStream(Stream):
                 if step < self.start_step:      # random states pass through all earlier steps
                     continue
                 keep = min(self.batch_size, self.images - step * self.batch_size)
-                yield batch["images"][:keep], batch["labels"][:keep].squeeze(1).long()
+                labels = batch["labels"][:keep].squeeze(1).long()           # on the CPU
+                if not 0 <= labels.min() <= labels.max() < (len(self.classes) or 1000):
+                    raise RuntimeError("encountered:\na label of no class")
+                yield batch["images"][:keep], labels.to(self.device, non_blocking=True)
         except RuntimeError as found:
             fault = str(found)
         if fault:                               # raised here, it keeps no DALI object alive
@@ -306,7 +314,7 @@ class DaliStream(Stream):
             images, crop=(self.size, self.size), mirror=mirror, dtype=types.FLOAT,
             output_layout="CHW", mean=[255 * v for v in self.mean],
             std=[255 * v for v in self.std])
-        return images, labels.gpu() if on_gpu else labels
+        return images, labels
 
     def augment(self, images):
         """Colour jitter and the learned or random policy, where they are wanted."""
