@@ -362,9 +362,9 @@ def test_transposed_convolutions_break_symmetry():
 
 
 def test_build_refuses():
-    with pytest.raises(RunError, match="multiple of 8"):
+    with pytest.raises(RunError, match="multiples of 8"):
         build("resnet18", 10, 36)
-    with pytest.raises(RunError, match="multiple of 16"):
+    with pytest.raises(RunError, match="multiples of 16"):
         build("deit_b16", 10, 40)
     with pytest.raises(RunError, match="channels"):
         build("resnet18", 10, 32, initial_channels=20)

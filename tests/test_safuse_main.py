@@ -380,8 +380,9 @@ def test_a_run_is_the_recipe_step_by_step(tmp_path):
                         velocity[name] = 0.8 * velocity[name] + grad if name in velocity else grad
                         p -= 0.005 * 0.1 ** epoch * velocity[name]
     ours = weights(folder)
-    for name, value in net.state_dict().items():
-        assert torch.allclose(ours[name].float(), value.float(), atol=1e-4, rtol=1e-3), name
+    moved = {name: (ours[name] - value).abs().max().item() for name, value in
+             net.named_parameters()}
+    assert max(moved.values()) < 5e-4, max(moved, key=moved.get)
 
 
 def test_post_norm_is_blind_at_initialisation_and_pre_norm_is_not():
