@@ -104,7 +104,7 @@ def parse_args(argv=None):
     add("--beta", type=amount, default=1.0, help="cutmix: Beta parameter")
 
     add = parser.add_argument_group("safuse and lgcoamix").add_argument
-    add("--topN_local_ratio", type=number(above=0, high=1),
+    add("--topN_local_ratio", type=number(low=1e-3, high=1),
         help="share of an image's superpixels, by attention, that is classified one by one")
     add("--loss_gamma_CE", type=amount, help="weight of the superpixels' cross entropy")
     add("--loss_gamma_SCL", type=amount, help="weight of their contrastive loss")
@@ -336,8 +336,9 @@ def main(argv=None):
                 f"{args.batch_size} images an epoch; method {args.method}")
 
     # The run: its folder, what it holds already, and the place to go on from
-    identity = {"arch": args.arch, "initial_channels": args.initial_channels, "decoder": decoder,
-                "dataset": info.name, "classes": info.num_classes, "data": info.fingerprint}
+    identity = {"arch": args.arch, "initial_channels": args.initial_channels,
+                "method": args.method, "dataset": info.name, "classes": info.num_classes,
+                "data": info.fingerprint}
     run = runlog.Run(args, device, [info.name, args.arch, args.method, f"seed{args.seed}",
                                     args.job_name], identity,
                      model=net, optimizer=optimizer, scaler=scaler)

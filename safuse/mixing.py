@@ -70,9 +70,12 @@ def attention_ratio(weights: Tensor, counts: Tensor, from_b: Tensor) -> Tensor:
     """Share (B,) of the second image in the attention: of weight times pixels; no gradient.
 
     `weights` (B, S) >= 0 of the fused superpixels, their pixel `counts` (B, S), 0 in the padding;
-    `from_b` (B, S). SAFuse takes the mean of this and `area_ratio`.
+    `from_b` (B, S). SAFuse takes the mean of this and `area_ratio`, which it is where all weights
+    of an image are 0.
     """
-    return area_ratio(weights.detach().float() * counts, from_b).clamp(max=1)
+    mass = weights.detach().float() * counts
+    mass = torch.where(mass.sum(1, keepdim=True) > 0, mass, counts)
+    return area_ratio(mass, from_b).clamp(max=1)
 
 
 def top_superpixels(scores: Tensor, counts: Tensor, ratio: float, *, at_least_one: bool = True

@@ -310,7 +310,7 @@ def load_pretrained(encoder: nn.Module, arch: str, source: str):
             raise DataError(f"{source}: no such file of weights") from None
         except (RuntimeError, EOFError, pickle.UnpicklingError, OSError, ValueError) as fault:
             raise DataError(f"{source}: not a readable file of weights "
-                            f"({str(fault).splitlines()[0][:100]})") from fault
+                            f"({(str(fault).splitlines() or ['empty'])[0][:100]})") from fault
         for key in ("state_dict", "model"):
             state = state.get(key, state) if isinstance(state, dict) else {}
         state = {name.removeprefix("module."): value for name, value in state.items()}

@@ -10,7 +10,8 @@ ROWS = [
     ("lgcoamix", "cub200", "resnet18", {
         "loss_gamma_CE": 0.05, "epochs": 300, "schedule": "C"}),
     ("lgcoamix", "cub200", "deit_b16", {"N_max": 38}),
-    ("lgcoamix", "stanford_dogs", None, {"loss_gamma_CE": 0.03}),
+    (None, None, "deit_b16", {"schedule": "A"}),
+    ("lgcoamix", "stanford_dogs", None, {"loss_gamma_CE": 0.03, "schedule": "B"}),
     ("lgcoamix", None, None, {"loss_gamma_CE": 0.1}),
     ("lgcoamix", "small", None, {"N_min": 30, "N_max": 35}),
     ("lgcoamix", "large", None, {"compactness": 10.0, "label_share": "attention"}),
@@ -19,8 +20,10 @@ ROWS = [
     ("occamix", None, None, {"compactness": 10.0}),
     (None, "cub200", None, {"LR": 0.001, "batch_size": 8, "pretrained": "torchvision"}),
     (None, "stanford_dogs", None, {
-        "LR": 0.01, "batch_size": 16, "schedule": "B", "N_min": 40, "N_max": 60}),
-    (None, "tiny-imagenet-200", None, {"batch_size": 100, "schedule": "B"}),
+        "LR": 0.01, "batch_size": 16, "N_min": 40, "N_max": 60}),
+    ("lgcoamix", "tiny-imagenet-200", None, {"schedule": "B"}),
+    ("occamix", "tiny-imagenet-200", None, {"schedule": "B"}),
+    (None, "tiny-imagenet-200", None, {"batch_size": 100}),
     (None, "large", None, {"N_min": 30, "N_max": 40}),
     (None, None, None, {
         "epochs": 600, "schedule": "A", "LR": 0.02, "batch_size": 32, "topN_local_ratio": 0.7,

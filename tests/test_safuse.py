@@ -327,6 +327,32 @@ def test_network_runs(arch, size, decoder, device):
     assert maps.shape == (2, 7, *stages[-1].shape[2:]) and (maps >= 0).all()
 
 
+def test_decoder_joins_each_stage_at_its_step():
+    """By hand, as the paper's table: T5(x4), T6[u1, x3], T7[u2, x2], T8[u3, x1], T9[u4, x0]."""
+    net = build("resnet18", 7, 32, initial_channels=16).eval()
+    x0, x1, x2, x3, x4 = net.encoder(torch.rand(2, 3, 32, 32))[0]
+    first, *others, last = net.decoder.steps
+    u = first(x4)
+    for step, stage in zip(others, (x3, x2, x1), strict=True):
+        u = step(torch.cat([u, stage], 1))
+    close(net.decoder([x0, x1, x2, x3, x4]), last(torch.cat([u, x0], 1)))
+
+
+@pytest.mark.parametrize("decoder", ["joint", "local"])
+def test_activation_maps_are_of_the_encoders_features(decoder):
+    net = build("resnet18", 7, 32, decoder=decoder, initial_channels=16).eval()
+    images = torch.rand(2, 3, 32, 32)
+    x4 = net.encoder(images)[0][-1]
+    expected = torch.einsum("kc,bchw->bkhw", net.fc.weight[:, :x4.shape[1]], x4).clamp(min=0)
+    close(net.activation_maps(images)[1], expected)
+
+
+def test_attention_without_weight_is_area():
+    counts, from_b = torch.tensor([[30., 10, 0], [30, 10, 0]]), torch.tensor([[False, True, False]])
+    weights = torch.tensor([[0., 0, 0], [1, 1, 0]])
+    close(mixing.attention_ratio(weights, counts, from_b), torch.tensor([0.25, 0.25]))
+
+
 @pytest.mark.parametrize("size, sizes", [(32, [32, 32, 16, 8, 4]), (64, [64, 64, 32, 16, 8]),
                                          (224, [112, 56, 28, 14, 14])])
 def test_stage_sizes(size, sizes):

@@ -138,7 +138,14 @@ TABLE = {
     "lgcoamix cub200 resnet18": (300, "C", 0.001, 8, 0.7, 0.05, 0.05, 30, 40, 10, "attention"),
     "lgcoamix cub200 deit_b16": (600, "A", 0.001, 8, 0.7, 0.1, 0.05, 30, 38, 10, "attention"),
     "lgcoamix stanford_dogs resnet50": (
-        600, "B", 0.01, 16, 0.7, 0.03, 0.05, 40, 60, 10, "attention")}
+        600, "B", 0.01, 16, 0.7, 0.03, 0.05, 40, 60, 10, "attention"),
+    # schedule A is all of SAFuse's and DeiT's
+    "safuse stanford_dogs resnet18": (600, "A", 0.01, 16, 0.7, 0.03, 0.05, 40, 60, 8, "both"),
+    "safuse tiny-imagenet-200 resnet18": (600, "A", 0.02, 100, 0.7, 0.03, 0.05, 30, 40, 8, "both"),
+    "lgcoamix tiny-imagenet-200 resnet18": (
+        600, "B", 0.02, 100, 0.7, 0.1, 0.05, 30, 40, 10, "attention"),
+    "lgcoamix stanford_dogs deit_b16": (
+        600, "A", 0.01, 16, 0.7, 0.03, 0.05, 40, 60, 10, "attention")}
 
 
 @pytest.mark.parametrize("row", TABLE)
@@ -610,6 +617,19 @@ def on_two_ranks(tmp_path, name, *words):
 
 
 @pytest.mark.parametrize("method", SUPERPIXELS)
+def test_ranks_leave_idle_parameters_alone(method, monkeypatch):
+    """On several ranks they get zeros to average, but neither weight decay nor momentum."""
+    monkeypatch.setattr(safuse.runtime, "world", lambda: 2)
+    images, labels = batch()
+    args = arguments(f"--method {method}")
+    net = small_net(args)
+    safuse.training_step(net, net, images, labels, args, Ten, False, torch.Generator(),
+                         torch.amp.GradScaler("cpu", enabled=False))
+    idle = net.local_parameters()
+    assert idle and all(parameter.grad is None for parameter in idle)
+
+
+@pytest.mark.parametrize("method", SUPERPIXELS)
 def test_two_ranks_agree(tmp_path, method):
     """Mixed and plain steps, the latter without a gradient for the decoder or its like."""
     words = ["--method", method, "--epochs", 1, "--labels_per_class", 24]
@@ -630,7 +650,7 @@ def test_two_ranks_agree(tmp_path, method):
     ("--N_min 31", 2, "--N_min 31 is more than --N_max 30"),
     ("--N_min 25.5", 2, "--N_min 25.5 is not a whole number"),
     ("--N_min 0", 2, "--N_min: '0' is not a number of at least 1"),
-    ("--topN_local_ratio 0", 2, "'0' is not a number at most 1 and above 0"),
+    ("--topN_local_ratio 0", 2, "'0' is not a number of at least 0.001 and at most 1"),
     ("--topN_local_ratio 1.5", 2, "'1.5' is not a number"),
     ("--temp 0", 2, "--temp: '0' is not a number above 0"),
     ("--p_binom 2", 2, "'2' is not a number"),
