@@ -10,6 +10,7 @@ that a pretrained one has to beat. Features are standardised before the layer, s
 rate serves all.
 """
 import argparse
+import hashlib
 import sys
 from pathlib import Path
 
@@ -80,6 +81,7 @@ class Probe(nn.Module):
         with torch.no_grad():
             _, last = self.backbone(images)
         pooled = last.mean((2, 3)) if last.ndim == 4 else last
+        self.norm.train(self.training and len(images) > 1)      # one image has no deviation
         return self.fc(self.norm(pooled.float()))
 
 
@@ -133,6 +135,9 @@ def main(argv=None):
     except (ValueError, RuntimeError) as fault:
         raise RunError(f"{args.weights} does not fit {arch}: {str(fault).splitlines()[0]}"
                        ) from None
+    digest = hashlib.blake2b(digest_size=8)
+    for value in backbone.state_dict().values():
+        digest.update(value.numpy().tobytes())
     net, model = runtime.prepare(Probe(backbone, info.num_classes), args, device)
     optimizer = torch.optim.SGD(net.fc.parameters(), args.lr, args.momentum,
                                 weight_decay=args.weight_decay)
@@ -142,8 +147,8 @@ def main(argv=None):
                 f"{backbone.width} features of {arch}, {what}")
 
     # The run
-    identity = {"arch": arch, "initial_channels": channels, "weights": what, "dataset": info.name,
-                "classes": info.num_classes, "data": info.fingerprint}
+    identity = {"arch": arch, "initial_channels": channels, "weights": digest.hexdigest(),
+                "dataset": info.name, "classes": info.num_classes, "data": info.fingerprint}
     run = runlog.Run(args, device, [info.name, arch, "probe", what, f"seed{args.seed}",
                                     args.job_name], identity,
                      model=net, optimizer=optimizer, scaler=scaler)

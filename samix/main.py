@@ -34,6 +34,7 @@ from samix.mixblock import (
     MASK_LOSSES,
     MixBlock,
     adjust_mask,
+    check_masks,
     draw_partners,
     mask_loss,
     mix,
@@ -77,7 +78,7 @@ def parse_args(argv=None):
     add_boolean(parser, "--randaugment", None, "two random operations, magnitude 7 ± 0.5 of 10")
     add("--mean", type=float, nargs=3, metavar="R", help="of pixels in [0, 1]")
     add("--std", type=runtime.number(above=0), nargs=3, metavar="R")
-    add_boolean(parser, "--drop_last", None, "sets in memory: no partial batch at an epoch's end")
+    add_boolean(parser, "--drop_last", None, "no partial batch at an epoch's end")
     add("--arch", choices=NETS, metavar="NET", help=f"{', '.join(NETS)}")
     add("--initial_channels", type=runtime.positive, default=64,
         help="64 is the network as published, 16 has a quarter of all its widths")
@@ -146,6 +147,14 @@ def parse_args(argv=None):
             del config[name]
     parser.set_defaults(**config)
     args = parser.parse_args(argv)
+    same = all(config[f"block_{name}"] == config[name] for name in ("lr", "min_lr"))
+    for name in ("lr", "min_lr"):               # CIFAR's are the backbone's own
+        if same and getattr(first, f"block_{name}") is None:
+            setattr(args, f"block_{name}", getattr(args, name))
+    for own, least in (("lr", "min_lr"), ("block_lr", "block_min_lr")):
+        if args.milestones is None and getattr(args, own) < getattr(args, least):
+            parser.error(f"--{own} {getattr(args, own)} is below --{least} {getattr(args, least)}, "
+                         "to which it should fall: give both")
     if bool(args.mean) != bool(args.std):
         parser.error("--mean and --std: give both or neither")
     if args.drop_path and args.arch not in models.NAMES["transformer"]:
@@ -325,7 +334,7 @@ def build(args, info) -> nn.Module:
         backbone = build_backbone(args.arch, info.image_size, args.layer,
                                   pretrained=runtime.BOOLEANS.get(wish.lower(), wish),
                                   initial_channels=args.initial_channels, **options)
-    except (OSError, UnpicklingError) as fault:
+    except (OSError, UnpicklingError, EOFError) as fault:
         reason = fault if isinstance(fault, OSError) else "no file of weights alone"
         raise RunError(f"--pretrained {wish}: {reason}; name a state_dict in a file, or give "
                        "--pretrained False") from None
@@ -333,6 +342,7 @@ def build(args, info) -> nn.Module:
         raise RunError(str(fault)) from None
     branch = Branch(backbone, backbone.width, info.num_classes)
     if args.method in LEARNED:
+        check_masks(backbone, args.arch, info.image_size, info.width)
         block = MixBlock(backbone.channels, args.lam_mul_k, dropout=args.dropout,
                          variant=args.variant)
         return SAMix(branch, block, args)

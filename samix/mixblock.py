@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.mixing import draw_perm, per_image
+from common.runtime import RunError
 
 MASK_LOSSES = ("l1_variance", "l1", "l2_variance", "sparsity")
 
@@ -168,6 +169,16 @@ def plain_near_ends(mask: Tensor, lam: Tensor, lam_margin: float = 0.08) -> Tens
     lam = per_image(lam, mask).view(-1, 1, 1, 1)
     near = torch.minimum(lam, 1 - lam) <= lam_margin
     return torch.where(near, torch.cat([lam, 1 - lam], 1), mask)
+
+
+def check_masks(backbone, arch: str, *sides: int):
+    """Raises RunError when masks over backbone.side features do not enlarge to images' `sides`,
+    the first of them the height that the backbone was built for."""
+    stride, rest = divmod(sides[0], backbone.side)
+    if rest or any(side % stride for side in sides):
+        raise RunError(f"masks over {arch}'s features, {backbone.side} a side, cannot be enlarged "
+                       f"to {'×'.join(map(str, sides))} pixels; give another --image_size, a "
+                       "multiple of 32, say")
 
 
 def mix(images: Tensor, mask: Tensor, perm: Tensor, partners: Tensor | None = None) -> Tensor:

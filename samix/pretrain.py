@@ -41,7 +41,14 @@ from samix.contrast import (
     mixed_nce,
     mixed_pair,
 )
-from samix.mixblock import MixBlock, adjust_mask, draw_partners, mask_loss, mix
+from samix.mixblock import (
+    MixBlock,
+    adjust_mask,
+    check_masks,
+    draw_partners,
+    mask_loss,
+    mix,
+)
 from samix.momentum import cosine, momentum_copy, momentum_update
 from samix.views import DaliViews, draw_view, make_view
 
@@ -263,7 +270,7 @@ def draw_preview(path, net, train, args, info):
         with runtime.autocast(args, images.device):
             (first, _), (second, _) = net.k(view_q), net.k(view_k)
             for lam in torch.tensor([0.3, 0.5, 0.7]):
-                mask = net.block(first, lam, perm, images.shape[-1] // first.shape[-1],
+                mask = net.block(first, lam, perm, view_q.shape[-1] // first.shape[-1],
                                  partners=second)
                 rows[f"mask, λ {lam:.1f}"] = (mask[:, :1] - mean) / std    # white: the first image
                 rows[f"mixed, λ {lam:.1f}"] = mix(view_q, mask, perm, view_k)
@@ -280,6 +287,7 @@ def build(args, info) -> Contrast:
         raise RunError(str(fault)) from None
     block = None
     if args.method == "samix":
+        check_masks(backbone, args.arch, info.image_size)
         block = MixBlock(backbone.channels, args.lam_mul_k)
     net = Contrast(Encoder(backbone, backbone.width, args.dim), block, args)
     if args.sync_bn:

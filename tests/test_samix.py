@@ -519,6 +519,41 @@ def test_config_values(name):
     assert tuple(values[column] for column in COLUMNS) == TABLE[name]
 
 
+# What the table's columns leave out: of all, then of each family, then of one alone
+SETTINGS = {"mask_anneal": True, "ema_start": .1, "ema_base": .999, "lr_every": "epoch",
+            "warmup_epochs": 0, "clip_grad": 0, "optimizer": "sgd", "momentum": .9,
+            "mode": ("bilinear",), "crop": "resized", "crop_scale": .08, "resize_first": False,
+            "randaugment": False, "label_smoothing": 0, "no_repeat": False, "pretrained": False,
+            "drop_last": False, "neg_weight": 1, "lam_margin": .08, "mask_loss": .1,
+            "mask_margin": .1, "alpha": 2, "image_size": 224, "layer": 3, "mask_adjust": 0}
+VIT = {"optimizer": "adamw", "lr_every": "step", "warmup_epochs": 20, "clip_grad": 20,
+       "label_smoothing": .1, "ema_start": .25, "crop_scale": .8, "randaugment": True,
+       "mode": ("nearest",)}
+FAMILIES = {
+    ("imagenet_r18", "imagenet_r34", "imagenet_r50", "imagenet_r101", "imagenet_rx101",
+     "inat2017_r50", "places205_r50"): {},
+    ("cifar100_r18", "cifar100_rx50"): {
+        "mask_anneal": False, "crop": "reflect", "image_size": 32, "neg_weight": .5},
+    ("cifar100_wrn28_8",): {"mask_anneal": False, "crop": "reflect", "image_size": 32,
+                            "neg_weight": .5, "layer": 2},
+    ("tiny_r18", "tiny_rx50"): {"mask_anneal": False, "image_size": 64, "neg_weight": .5},
+    ("cub_r18", "cub_rx50", "aircraft_r18", "aircraft_rx50"): {
+        "crop_scale": .5, "resize_first": True, "no_repeat": True, "pretrained": True,
+        "drop_last": True},
+    ("cifar100_deit_s",): {**VIT, "layer": 6},
+    ("cifar100_swin_t",): VIT,
+    ("cifar100_convnext_t",): {**VIT, "image_size": 32, "mode": ("bilinear",)},
+}
+
+
+@pytest.mark.parametrize("name, settings", [(name, settings) for names, settings in FAMILIES.items()
+                                            for name in names])
+def test_config_settings(name, settings):
+    values = configs.config(name)
+    assert {key: values[key] for key in SETTINGS} == SETTINGS | settings
+    assert {name for names in FAMILIES for name in names} == set(configs.CONFIGS)
+
+
 def test_config_names():
     """Aliases, and file names with and without path and .py, give the same values."""
     assert set(ALIASES) <= set(configs.CONFIGS)

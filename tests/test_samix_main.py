@@ -96,7 +96,8 @@ def test_every_method_trains_and_closes(tmp_path, method, capsys, drawn):
 
 
 class Ten:
-    num_classes, image_size, mean, std, name = 10, 16, (0.5,) * 3, (0.2,) * 3, "ten"
+    num_classes, image_size, width, mean, std = 10, 16, 16, (0.5,) * 3, (0.2,) * 3
+    name = "ten"
     classes = list("0123456789")
 
 
@@ -124,7 +125,7 @@ FLAGS = ["--alpha 9", "--variant automix", "--lam_mul_k 5", "--mode nearest", "-
          "--mask_adjust 1", "--lam_margin 0.5", "--switch_off 0.01", "--no_repeat True",
          "--head bce", "--label_smoothing 0.3", "--one_weight 2", "--mix_q_weight 0.2",
          "--mix_k_weight 3", "--mask_loss 3", "--mask_loss_kind sparsity", "--mask_margin 0.45",
-         "--mask_anneal True", "--min_lr 0.001", "--lr_every step", "--milestones 1",
+         "--mask_anneal True", "--min_lr 0.001", "--milestones 1",
          "--warmup_epochs 2", "--momentum 0.5", "--nesterov True", "--weight_decay 0.05",
          "--clip_grad 0.1", "--optimizer adamw", "--block_lr 0.5", "--block_min_lr 0.001",
          "--block_momentum 0", "--ema_base 0.5", "--ema_end 0.1 --ema_start 0", "--crop zero",
@@ -135,6 +136,7 @@ PAIRS = [("--head bce", "--head bce --neg_weight 0.1"),
          ("--crop resized", "--crop resized --crop_scale 0.9"),
          ("--milestones 1", "--milestones 1 --gamma 0.5"),
          ("--warmup_epochs 2", "--warmup_epochs 2 --warmup_ratio 0.5"),
+         ("--min_lr 0.001", "--min_lr 0.001 --lr_every step"),
          ("--ema_start 0", "--ema_start 0 --ema_end 0.3"),
          ("--batch_size 50", "--batch_size 50 --drop_last True")]
 
@@ -393,7 +395,7 @@ def test_pretrained_weights(tmp_path, capsys):
     words = "--config cub_r18 --dataset digits --image_size 128 --batch_size 4".split()
 
     class Big(Ten):
-        image_size = 128
+        image_size = width = 128
     net = samix.build(samix.parse_args([*words, "--pretrained", str(tmp_path / "weights.pt")]), Big)
     state = theirs.state_dict()
     for branch in ("q", "k"):
@@ -558,6 +560,9 @@ def test_script_trains_on_two_ranks(sets, tmp_path):
     ("--arch deit_s --image_size 20", "deit_s takes images of a multiple of 16 pixels, not 20"),
     ("--batch_size 500 --drop_last True", "--batch_size 500 is more than the 120"),
     ("--resume none.pt", "none.pt: no such checkpoint"),
+    ("--lr 0.01", "--lr 0.01 is below --min_lr 0.05"),
+    ("--image_size 30", "cannot be enlarged to 30×30 pixels"),
+    ("--padding 16", "cannot be padded by 16 of their reflection"),
     ("--image_size 128", "resnet18 for 128 pixels has 64 initial channels"),
     ("--lr 1e30 --print_freq 1", "at epoch 0, ")])
 def test_bad_input_is_one_line(tmp_path, words, line, capsys):

@@ -44,6 +44,7 @@ class Backbone(nn.Module):
             middle, last = self.eval()(torch.zeros(1, 3, image_size, image_size))
         self.train()
         self.channels, self.width = middle.shape[1], last.shape[1]
+        self.side = middle.shape[2]             # of the middle features of such images
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         if self.after is not None:

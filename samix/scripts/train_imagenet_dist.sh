@@ -11,7 +11,7 @@
 #   DATA         folder of the data set: train and val, each .rec and .idx or class folders
 #   CONFIG       imagenet_r18, imagenet_r34, imagenet_r50, imagenet_r101, imagenet_rx101 or any
 #                other of configs.py (imagenet_r50); METHOD: samix, automix, mixup, cutmix, vanilla
-#   EPOCHS       length of the schedule (100)
+#   EPOCHS       length of the schedule (the configuration's)
 #   OUT          where the run's folder is made (experiments)
 #   NPROC        processes on this machine (its GPUs, or 1)
 #   NNODES       machines (1); NODE_RANK: number of this one (0); MASTER_ADDR: the first one's
@@ -25,7 +25,7 @@ gpus=$(nvidia-smi -L 2>/dev/null | grep -c . || true)
 [ "$gpus" -gt 0 ] || gpus=1
 python=${PYTHON:-$python} NPROC=${NPROC:-$gpus} NNODES=${NNODES:-1}
 set -- "$root/samix/main.py" --config "${CONFIG:-imagenet_r50}" --method "${METHOD:-samix}" \
-    --epochs "${EPOCHS:-100}" --data_dir "$DATA" --root_dir "${OUT:-experiments}" --resume auto "$@"
+    ${EPOCHS:+--epochs "$EPOCHS"} --data_dir "$DATA" --root_dir "${OUT:-experiments}" --resume auto "$@"
 
 if [ "$NNODES" -gt 1 ]; then
     : "${MASTER_ADDR:?set MASTER_ADDR to the address of the first machine}"
