@@ -722,6 +722,17 @@ def test_contrast_meets_the_right_keys(device):
     for wrong in ((key_q, key_q), (key_k, key_q), (key_k, key_k)):
         assert (block(*wrong) - losses["block"]).abs() > 1e-4
 
+    margin = step.args.mask_margin                          # the encoder's mixtures likewise
+    mask = adjust_mask(step.block(features_q, draws.lam_bb, draws.perm_bb, 4, partners=features_k),
+                       draws.lam_bb, margin=margin)
+    _, query = step.q(mix(view_q, mask, draws.perm_bb, view_k))
+
+    def encoder(first, second):
+        return mixed_nce(query, first, second[draws.perm_bb], draws.lam_bb, queue.keys)
+    torch.testing.assert_close(losses["mix"], encoder(key_q, key_k), rtol=1e-5, atol=0)
+    for wrong in ((key_q, key_q), (key_k, key_q), (key_k, key_k)):
+        assert (encoder(*wrong) - losses["mix"]).abs() > 1e-4
+
 
 def test_contrast_learns(device):
     """Fifteen steps on one batch: the block's and the encoder's losses fall; k follows slowly."""

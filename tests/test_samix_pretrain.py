@@ -223,6 +223,7 @@ def test_losses_are_weighed_and_fall(tmp_path, monkeypatch):
 
     class Fixed(nn.Module):
         def forward(self, view_q, view_k, draws, negatives):
+            assert not torch.allclose(view_q, view_k, atol=0.1)     # two views, not one twice
             values = {"moco": 1.0, "mix": 10.0, "block": 100.0, "extend": 1000.0, "mask": 10000.0}
             self.p = torch.ones((), requires_grad=True)
             keys = torch.ones(len(view_q), 16) / 4
@@ -234,7 +235,7 @@ def test_losses_are_weighed_and_fall(tmp_path, monkeypatch):
     for fall in (1.0, 0.5, 0.0):
         generators = [torch.Generator().manual_seed(0) for _ in range(2)]
         queue = pretrain.Queue(90, 16)
-        loss, logits, _ = pretrain.training_step(Fixed(), torch.zeros(6, 3, 16, 16), queue, args,
+        loss, logits, _ = pretrain.training_step(Fixed(), torch.rand(6, 3, 16, 16), queue, args,
                                                  Info, *generators, scaler, fall)
         assert loss.item() == pytest.approx(111 + 0.7 * 1000 * fall + 0.1 * 10000 * fall, rel=1e-5)
         assert logits.shape == (6, 2) and logits[0, 0].item() == pytest.approx(1 / 0.2)
@@ -281,6 +282,17 @@ def test_imagenet_pretrains(photos, tmp_path, capsys):
 
 
 # -------------------------------------------------------------------------------------- the probe
+
+def test_probe_survives_single_images_and_keeps_to_its_weights(tmp_path):
+    words = ["--dataset", "digits", "--arch", "resnet18", "--initial_channels", 8, "--image_size",
+             16, "--epochs", 1, "--labels_per_class", 1, "--batch_size", 9, "--weights", "random"]
+    folder = probe(tmp_path, *words)                        # batches of 9 images and of 1
+    state = checkpoint.load(folder / "checkpoint.pt")
+    state["identity"]["weights"] = "another backbone's"
+    torch.save(state, folder / "checkpoint.pt")
+    with pytest.raises(runtime.RunError, match="of another run: weights"):
+        probe(tmp_path, *words, "--resume", "auto")
+
 
 def test_probe_learns_resumes_and_is_evaluated(tmp_path, capsys):
     words = ["--weights", "random", "--dataset", "digits", "--arch", "resnet18",
