@@ -1,0 +1,46 @@
+"""What the top README shows: its code runs, and its commands are understood."""
+import importlib
+import re
+import shlex
+
+import pytest
+import torch
+from conftest import ROOT
+
+README = (ROOT / "README.md").read_text()
+CODE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+COMMANDS = [line for block in re.findall(r"```\n(.*?)```", README, re.DOTALL)
+            for line in block.splitlines() if "main.py" in line and "…" not in line]
+
+
+def test_a_mixing_function_in_ones_own_loop():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 8 * 8, 5))
+    names = {"torch": torch, "images": torch.randn(6, 3, 8, 8), "model": model,
+             "labels": torch.arange(6) % 5, "num_classes": 5}
+    exec(CODE[0], names)
+    names["loss"].backward()
+    assert names["loss"] > 0 and model[1].weight.grad.abs().sum() > 0
+
+
+def test_a_method_of_ones_own():
+    names = {}
+    exec(CODE[1], names)
+    images = torch.randn(4, 3, 8, 10)
+    mixed, ratio = names["stripe_mix"](images, torch.tensor([1, 2, 3, 0]), torch.tensor(3),
+                                       torch.tensor(0.7))
+    assert ratio.tolist() == pytest.approx([0.7] * 4)
+    stays = (mixed == images).all((0, 1, 2))
+    assert stays.tolist() == [column not in (0, 1, 2) for column in range(10)]
+    source = (ROOT / "sage" / "main.py").read_text()        # where the branch of CODE[2] goes
+    branch = '    elif args.method == "cutmix":\n'
+    compile(source.replace(branch, CODE[2] + "\n" + branch), "main.py", "exec")
+    assert branch in source and "METHODS = [" in source
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_commands_are_understood(line):
+    words = shlex.split(line)
+    place = next(word for word in words if word.endswith("main.py"))
+    main = importlib.import_module(place[:-3].replace("/", "."))
+    main.parse_args(words[words.index(place) + 1:])
