@@ -9,8 +9,7 @@ from conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
 CODE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-COMMANDS = [line for block in re.findall(r"```\n(.*?)```", README, re.DOTALL)
-            for line in block.splitlines() if "main.py" in line and "…" not in line]
+COMMANDS = [line for line in README.splitlines() if re.match(r"(python|torchrun) .*main\.py", line)]
 
 
 def test_a_mixing_function_in_ones_own_loop():
