@@ -123,8 +123,8 @@ def setup(args) -> torch.device:
     if args.device == "cuda" and not torch.cuda.is_available():
         raise RunError("--device cuda: torch sees no GPU here; use --device cpu or auto")
     use_cuda = torch.cuda.is_available() and args.device != "cpu"
-    if not 0 <= args.seed < 2 ** 63:
-        raise RunError(f"--seed {args.seed} is not between 0 and 2^63")
+    if not -2 ** 63 <= args.seed < 2 ** 63:
+        raise RunError(f"--seed {args.seed} is not a number of 64 bits")
     if args.amp == "fp16" and not use_cuda:
         raise RunError("--amp fp16 needs a GPU; use --amp bf16 or off on a CPU")
     local_rank = int(os.environ.get("LOCAL_RANK", 0))

@@ -277,7 +277,8 @@ def main(argv=None):
     train, test, info = data.load(
         args.dataset, args.data_dir, batch_size=args.batch_size, device=device, seed=args.seed,
         loader=args.loader, image_size=args.image_size, labels_per_class=args.labels_per_class,
-        workers=args.workers, padding=args.padding, drop_last=True, transform=transform,
+        workers=args.workers, padding=args.padding, transform=transform,
+        drop_last=args.dataset != "imagenet",
         transform_first=transform is not None, streaming={
             "auto_augment": policy, "color_jitter": args.color_jitter,
             "min_scale": args.min_scale},

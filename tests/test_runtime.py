@@ -88,7 +88,7 @@ def test_a_shell_under_slurm_is_one_process(monkeypatch):
 
 
 def test_seeds_out_of_range_are_named():
-    with pytest.raises(runtime.RunError, match="--seed 99999999999999999999 is not between"):
+    with pytest.raises(runtime.RunError, match="--seed 99999999999999999999 is not a number of 64"):
         runtime.setup(flags(seed=99999999999999999999))
 
 
