@@ -89,7 +89,7 @@ def bench_block(args, device) -> dict:
 def bench_step(args, device) -> dict:
     """main.py's step of each method, optimizer and momentum update included."""
     class Info:
-        num_classes, image_size = 100, 32
+        num_classes, image_size, width = 100, 32, 32
     images = torch.randn(args.batch_size, 3, 32, 32, device=device)
     labels = torch.randint(100, (args.batch_size,), device=device)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
