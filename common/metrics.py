@@ -14,13 +14,13 @@ def topk_hits(logits: torch.Tensor, labels: torch.Tensor, ks=(1, 5)) -> torch.Te
     return torch.stack([hits[:, :k].sum() for k in ks])
 
 
-def evaluate(net, loader, *, autocast=None, max_steps=None, attack=None, keep_logits=False):
+def evaluate(net, loader, args, *, attack=None, keep_logits=False):
     """Loss and accuracy of `net` on every image of `loader`, counted once over all ranks.
 
-    autocast: a function giving the precision context of the forward pass; attack: changes the
-    images first (images, labels) -> images; max_steps: only so many batches. Returns a dict:
-    loss (mean cross-entropy), top1 and top5 in %, count; with keep_logits also this rank's
-    logits (N, C) float32 and labels (N,). The network's mode is restored.
+    args: --amp's precision of the forward pass, --max_steps batches at most; attack: changes the
+    images first (images, labels) -> images. Returns a dict: loss (mean cross-entropy), top1 and
+    top5 in %, count; with keep_logits also this rank's logits (N, C) float32 and labels (N,). The
+    network's mode is restored.
     """
     training = net.training
     net.eval()
@@ -28,12 +28,11 @@ def evaluate(net, loader, *, autocast=None, max_steps=None, attack=None, keep_lo
     sums = torch.zeros(4, dtype=torch.float64, device=device)
     kept = []
     for step, (images, labels) in enumerate(loader):
-        if max_steps and step >= max_steps:
+        if args.max_steps and step >= args.max_steps:
             break
         if attack:
             images = attack(images, labels)
-        with torch.no_grad(), (autocast() if autocast else torch.autocast(device.type,
-                                                                           enabled=False)):
+        with torch.no_grad(), runtime.autocast(args, device):
             logits = net(images)
         logits = logits.float()
         loss = F.cross_entropy(logits, labels, reduction="sum")
@@ -49,6 +48,18 @@ def evaluate(net, loader, *, autocast=None, max_steps=None, attack=None, keep_lo
         result["logits"], result["labels"] = (
             torch.cat(part) for part in zip(*(kept or [empty]), strict=True))
     return result
+
+
+def sentence(result: dict) -> str:
+    """What `evaluate` found, in words."""
+    return (f"accuracy {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, "
+            f"loss {result['loss']:.4f} on {result['count']} images")
+
+
+def columns(result: dict, part: str = "test") -> dict:
+    """What `evaluate` found on the images of `part`, by the names of log.csv's columns."""
+    return {f"{part}_loss": result["loss"], f"{part}_accuracy": result["top1"],
+            f"{part}_top5": result["top5"]}
 
 
 def reliability_bins(logits: torch.Tensor, labels: torch.Tensor, bins: int = 10):

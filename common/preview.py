@@ -3,7 +3,7 @@ from pathlib import Path
 
 import torch
 
-from common.data.batches import pixels
+from common.data.batches import to_arrays
 from common.runlog import INK, save_figure
 
 MUTED = "#75746e"
@@ -31,7 +31,7 @@ def draw(path, title: str, rows: dict, targets: torch.Tensor, info, columns: int
                                 figsize=(1.25 * columns + 0.3, 1.32 * len(rows) + 0.75))
     for line, (name, batch) in zip(axes, rows.items(), strict=True):
         batch = batch[:columns].float()
-        shown = pixels(batch, info.mean, info.std) if batch.ndim == 4 else batch.cpu().numpy()
+        shown = to_arrays(batch, info) if batch.ndim == 4 else batch.cpu().numpy()
         for axis, image in zip(line, shown, strict=True):
             axis.imshow(image, cmap="gray", interpolation="nearest")
             axis.set(xticks=[], yticks=[])

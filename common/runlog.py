@@ -49,17 +49,33 @@ def commit() -> str:
     return ""
 
 
+def parameters(net) -> int:
+    """Number of the parameters that learn."""
+    return sum(p.numel() for p in net.parameters() if p.requires_grad)
+
+
+def about(info, net, train, args) -> str:
+    """What a run begins with: the data set, the network, and how long it will train."""
+    return (f"{info}\nnetwork: {args.arch}, {parameters(net):,} parameters; {len(train)} steps of "
+            f"{args.batch_size} images an epoch, {args.epochs} epochs")
+
+
 class Run:
     """One run: its folder, its history, and the place it has come to (epoch, step).
 
-    name: parts of the folder's name, empty ones left out; identity: what a checkpoint must agree
-    in to be resumed (network, data); parts: what it keeps besides, by name, everything that has a
-    state_dict: `model` first of all. Serves the loop of a main.py, which owns the training.
+    name: parts of the folder's name besides data set, network, seed and --job_name; identity: what
+    a checkpoint must agree in to be resumed, besides data and network; parts: what it keeps, by
+    name, everything that has a state_dict: `model` first of all. Serves the loop of a main.py,
+    which owns the training.
     """
 
-    def __init__(self, args, device, name, identity: dict, **parts):
-        self.args, self.device, self.identity, self.parts = args, device, identity, parts
-        name = "_".join(str(part) for part in name if part)
+    def __init__(self, args, device, info, name: list[str], identity: dict | None = None, **parts):
+        self.args, self.device, self.info, self.parts = args, device, info, parts
+        self.identity = {
+            "arch": args.arch, "initial_channels": args.initial_channels, "dataset": info.name,
+            "classes": info.num_classes, "data": info.fingerprint} | (identity or {})
+        name = [info.name, args.arch, *name, f"seed{args.seed}", args.job_name]
+        name = "_".join(part for part in name if part)
         if "/" in name:
             raise RunError(f"the run's folder {name} may hold no '/': change what the flags add to "
                            "its name")
@@ -86,11 +102,11 @@ class Run:
         runtime.say(f"checkpoint: {path}, epoch {state['epoch']}")
         return Path(path)
 
-    def start(self, **facts):
+    def start(self, start_epoch: int | None = None, **facts):
         """Takes the folder, goes on as --resume says, writes args.json with `facts`.
 
-        Raises RunError when the folder is not writable, held by another run, or already holds
-        one that --resume does not name.
+        start_epoch: where to begin, whatever the checkpoint says. Raises RunError when the folder
+        is not writable, held by another run, or already holds one that --resume does not name.
         """
         if self.writes:
             self.take_folder()
@@ -103,11 +119,15 @@ class Run:
         if len(set(runtime.gather((self.epoch, self.step)))) > 1:
             raise RunError(f"{self.folder}: the processes find different checkpoints there; "
                            "--root_dir must be on a disk that all machines share")
+        if start_epoch is not None:
+            self.epoch, self.step, self.sums = start_epoch, 0, None
+            self.history = [row for row in self.history if row["epoch"] < start_epoch]
         self.stop = runtime.StopSignal()
         if not self.writes:
             return
         on_gpu = self.device.type == "cuda"
         facts |= {
+            "parameters": parameters(self.parts["model"]), "data": str(self.info),
             "command": " ".join([Path(sys.executable).name, *sys.argv]), "args": vars(self.args),
             "device": str(self.device), "processes": runtime.world(), "commit": commit(),
             "gpu": torch.cuda.get_device_name(self.device) if on_gpu else None,
@@ -286,6 +306,15 @@ class Run:
         return (f"test accuracy, median of the last {len(last)} epochs: {median:.2f} % "
                 f"(± {spread:.2f}); best {max(values):.2f} %; last {values[-1]:.2f} %; "
                 f"{seconds:.1f} s of training an epoch")
+
+    def finish(self, title: str, draw=None, *what):
+        """Says how it ended, draws curves.png, and mixed.png by draw(path, *what)."""
+        runtime.say(self.report())
+        if self.writes:
+            runtime.say(f"curves: {self.draw_curves(title)}")
+            if draw:
+                runtime.say(f"mixed images: {draw(self.folder / 'mixed.png', *what)}")
+            runtime.say(f"checkpoints: {self.folder}")
 
     def draw_curves(self, title: str) -> Path:
         """curves.png: loss and accuracy of training and test over the epochs."""

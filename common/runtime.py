@@ -48,10 +48,9 @@ def boolean(text: str) -> bool:
         raise argparse.ArgumentTypeError(f"'{text}' is neither true nor false") from None
 
 
-def add_boolean(parser, name: str, default: bool, help: str):
-    """`--name`, `--name True` and `--name False` all work."""
-    parser.add_argument(name, type=boolean, nargs="?", const=True, default=default,
-                        metavar="BOOL", help=help)
+def add_boolean(add, name: str, default: bool, help: str):
+    """`--name`, `--name True` and `--name False` all work; `add`: a parser's add_argument."""
+    add(name, type=boolean, nargs="?", const=True, default=default, metavar="BOOL", help=help)
 
 
 def number(kind=float, low=None, high=None, above=None):
@@ -74,30 +73,58 @@ positive, count = number(int, low=1), number(int, low=0)
 amount, share = number(low=0), number(low=0, high=1)
 
 
-def add_flags(parser):
-    """The run-time flags of every main.py (DESIGN: beside the papers' own)."""
-    group = parser.add_argument_group("run time (the same in every main.py)")
-    group.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto",
-                       help="auto: the GPU where there is one")
-    group.add_argument("--amp", choices=["off", "bf16", "fp16"], default="off",
-                       help="autocast precision; fp16 scales the loss and needs a GPU")
-    add_boolean(group, "--compile", False, "torch.compile the network")
-    add_boolean(group, "--channels_last", True,
+def add_flags(parser, datasets, archs, names: dict, **defaults):
+    """The flags that every main.py has beside its paper's own.
+
+    datasets, archs: the choices; names: a paper's own names for some of these flags, by ours;
+    defaults: values by flag (none: None, unless a configuration sets it).
+    """
+    group = parser.add_argument_group("data, network and schedule (the same in every main.py)")
+
+    def ours(name, help=None, **options):
+        group.add_argument(f"--{name}", *names.get(name, ()), default=defaults.get(name), help=help,
+                           **options)
+
+    defaults = {"data_dir": "data", "root_dir": "experiments", "initial_channels": 64, "seed": 0,
+                "workers": 4, "print_freq": 100, "momentum": 0.9, "job_name": ""} | defaults
+    ours("dataset", "which data", choices=datasets)
+    ours("data_dir", "folder (or .npz file) of the data set")
+    ours("root_dir", "where the run's folder is made")
+    ours("job_name", "suffix of the run's folder")
+    ours("labels_per_class", "training images of each class, if not all", type=positive)
+    ours("image_size", "side of the square images in pixels, if not the data set's",
+        type=positive)
+    ours("arch", ", ".join(archs), choices=archs, metavar="NET")
+    ours("initial_channels", "64 is the network as published, 16 has a quarter of all its widths",
+        type=number(int, low=4))
+    ours("epochs", type=positive)
+    ours("batch_size", "over all processes", type=positive)
+    ours("lr", "learning rate", type=amount)
+    ours("momentum", type=share)
+    ours("weight_decay", type=amount)
+    ours("seed", "of all that is random", type=number(int, low=-2**63, high=2**63 - 1))
+    ours("workers", "threads that decode image files or run DALI", type=count)
+    ours("print_freq", "steps between log lines", type=positive)
+
+    add = parser.add_argument_group("run time (the same in every main.py)").add_argument
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto",
+        help="auto: the GPU where there is one")
+    add("--amp", choices=["off", "bf16", "fp16"], default="off",
+        help="autocast precision; fp16 scales the loss and needs a GPU")
+    add_boolean(add, "--compile", False, "torch.compile the network")
+    add_boolean(add, "--channels_last", True,
                 "memory format of the network; on, it measured faster everywhere")
-    group.add_argument("--loader", choices=["auto", "dali", "torch"], default="auto",
-                       help="who makes the batches; both augment alike, auto: the faster")
-    group.add_argument("--resume", default="", metavar="auto|PATH",
-                       help="auto: go on from the run's newest good checkpoint, if there is one")
-    group.add_argument("--evaluate", nargs="?", const="auto", default="", metavar="CHECKPOINT",
-                       help="evaluate and exit: this file, or --resume's, or the run's best.pt")
-    group.add_argument("--preview", default="", metavar="FILE.png",
-                       help="draw a mixed batch with its label shares, and exit")
-    group.add_argument("--max_steps", type=positive, default=None, metavar="N",
-                       help="a trial: N training steps, N evaluation batches, then all the "
-                            "closing motions")
-    group.add_argument("--image_size", type=positive, default=None,
-                       help="side of the square images in pixels (default: the data set's)")
-    add_boolean(group, "--tensorboard", False, "write TensorBoard events into the run folder")
+    add("--loader", choices=["auto", "dali", "torch"], default="auto",
+        help="who makes the batches; both augment alike, auto: the faster")
+    add("--resume", default="", metavar="auto|PATH",
+        help="auto: go on from the run's newest good checkpoint, if there is one")
+    add("--evaluate", nargs="?", const="auto", default="", metavar="CHECKPOINT",
+        help="evaluate and exit: this file, or --resume's, or the run's best.pt")
+    add("--preview", default="", metavar="FILE.png",
+        help="draw a mixed batch with its label shares, and exit")
+    add("--max_steps", type=positive, default=None, metavar="N",
+        help="a trial: N training steps, N evaluation batches, then all the closing motions")
+    add_boolean(add, "--tensorboard", False, "write TensorBoard events into the run folder")
 
 
 # ----------------------------------------------------------------------------------- the machine
@@ -123,8 +150,6 @@ def setup(args) -> torch.device:
     if args.device == "cuda" and not torch.cuda.is_available():
         raise RunError("--device cuda: torch sees no GPU here; use --device cpu or auto")
     use_cuda = torch.cuda.is_available() and args.device != "cpu"
-    if not -2 ** 63 <= args.seed < 2 ** 63:
-        raise RunError(f"--seed {args.seed} is not a number of 64 bits")
     if args.amp == "fp16" and not use_cuda:
         raise RunError("--amp fp16 needs a GPU; use --amp bf16 or off on a CPU")
     local_rank = int(os.environ.get("LOCAL_RANK", 0))

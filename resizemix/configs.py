@@ -7,9 +7,7 @@ command line by the flag of its name.
 COMMON = {
     "min_lr": 1e-5,
     "warmup_start_lr": 1e-5,
-    "momentum": 0.9,
     "clip_grad": 0.0,           # largest norm of the gradients; 0: not clipped
-    "seed": 0,
     "cutout": 0,                # side of the erased square in pixels; 0: none
     "randaugment": False,
     "autoaugment": False,
@@ -30,9 +28,9 @@ CIFAR = COMMON | {
     "target_layer": "layer3.3",  # the one --cam looks at
 }
 
-WIDE_RESNET = CIFAR | {"net_name": "wresnet28_10", "init_lr": 0.2, "weight_decay": 5e-4}
+WIDE_RESNET = CIFAR | {"arch": "wresnet28_10", "lr": 0.2, "weight_decay": 5e-4}
 
-SHAKE_SHAKE = CIFAR | {"net_name": "shakeshake26_2x96d", "init_lr": 0.04, "weight_decay": 1e-4,
+SHAKE_SHAKE = CIFAR | {"arch": "shakeshake26_2x96d", "lr": 0.04, "weight_decay": 1e-4,
                        "epochs": 1800}
 
 CONFIGS = {
@@ -42,10 +40,10 @@ CONFIGS = {
     "cifar100_ss": SHAKE_SHAKE | {"dataset": "cifar100"},
     "imagenet_res": COMMON | {
         "dataset": "imagenet",
-        "net_name": "resnet101",
+        "arch": "resnet101",
         "epochs": 300,
         "batch_size": 512,      # 64 on each of 8 GPUs
-        "init_lr": 0.5,
+        "lr": 0.5,
         "weight_decay": 4e-5,
         "warmup_epochs": 0,
         "image_size": 224,

@@ -44,15 +44,10 @@ def parse_args(argv=None):
     add = parser.add_argument_group("run").add_argument
     add("--config", default="cifar100_wrs", metavar="NAME", help=f"{', '.join(configs.CONFIGS)}: "
         "sets the flags below, unless the command line does")
-    add("--data_dir", "--data_path", default="data", help="folder (or .npz file) of the data set")
-    add("--root_dir", "--save", default="experiments", help="where the run's folder is made")
-    add("--job_name", default="", help="suffix of the run's folder")
-    add("--print_freq", "--report_freq", type=positive, default=100,
-        help="steps between log lines")
     add("--load_path", default="", help="the same as --resume PATH")
     add("--tb_path", default="", help="if given, TensorBoard events (in the run's folder)")
-    add_boolean(parser, "--evaluation", False, "evaluate before training, too")
-    add_boolean(parser, "--meas_lat", False, "measure the network's latency before training")
+    add_boolean(add, "--evaluation", False, "evaluate before training, too")
+    add_boolean(add, "--meas_lat", False, "measure the network's latency before training")
     add("--cam", default="", metavar="FILE.png",
         help="draw what --target_layer looks at (Grad-CAM) in test images, and exit")
     add("--launcher", choices=["none", "pytorch", "slurm"], default="none",
@@ -61,23 +56,13 @@ def parse_args(argv=None):
         help="MASTER_PORT under slurm")
     add("--local_rank", "--local-rank", type=int, default=None,
         help="GPU of this process, from launchers that set no LOCAL_RANK")
-    add("--workers", type=count, default=4, help="threads that decode image files")
 
-    add = parser.add_argument_group("data, network and schedule").add_argument
-    add("--dataset", choices=data.NAMES)
-    add("--labels_per_class", type=positive, default=None,
-        help="training images of each class (default: all)")
+    add = parser.add_argument_group("data and schedule").add_argument
     add("--padding", type=count, default=4,
         help="pixels around an image before its random crop (not for imagenet)")
     add("--min_scale", type=number(above=0, high=1), default=0.08,
         help="imagenet: least area of a training crop")
-    add_boolean(parser, "--color_jitter", False, "imagenet: change colours at random")
-    add("--net_name", choices=NETS, metavar="NET", help=f"{', '.join(NETS)}")
-    add("--initial_channels", type=number(int, low=4), default=64,
-        help="64 is the network as published, 16 has a quarter of all its widths")
-    add("--epochs", type=positive)
-    add("--batch_size", type=positive, help="over all processes")
-    add("--init_lr", type=amount)
+    add_boolean(add, "--color_jitter", False, "imagenet: change colours at random")
     add("--min_lr", type=amount, help="at the end of the cosine")
     add("--warmup_epochs", type=count)
     add("--warmup_start_lr", type=amount)
@@ -86,26 +71,26 @@ def parse_args(argv=None):
     add("--lr_schedule", choices=["cosine", "step"], default="cosine")
     add("--milestones", type=count, nargs="*", default=[], help="step: epochs of the LR changes")
     add("--gamma", type=amount, default=0.1, help="step: LR factor at these epochs")
-    add("--momentum", type=share)
-    add_boolean(parser, "--nesterov", False, "Nesterov's momentum")
-    add("--weight_decay", type=amount)
+    add_boolean(add, "--nesterov", False, "Nesterov's momentum")
     add("--clip_grad", type=amount, help="largest norm of the gradients; 0: not clipped")
-    add("--seed", type=number(int, low=0, high=2**63 - 1))
 
     add = parser.add_argument_group("method").add_argument
     add("--cutout", type=count, help="side of the erased square, pixels; 0: none")
-    add_boolean(parser, "--randaugment", None, "RandAugment of the loaded images")
-    add_boolean(parser, "--autoaugment", None, "AutoAugment of the loaded images")
+    add_boolean(add, "--randaugment", None, "RandAugment of the loaded images")
+    add_boolean(add, "--autoaugment", None, "AutoAugment of the loaded images")
     add("--cutmix_prob", type=share, help="share of the batches mixed by CutMix")
     add("--cutmix_beta", type=number(above=0), help="CutMix: Beta parameter")
-    add_boolean(parser, "--resizemix", None, "ResizeMix of all other batches")
+    add_boolean(add, "--resizemix", None, "ResizeMix of all other batches")
     add("--resizemix_low", type=number(above=0, high=1),
         help="ResizeMix: scales are uniform between the two")
     add("--resizemix_high", type=number(above=0, high=1))
-    add_boolean(parser, "--batch_aug", None, "train on two RandAugments of each mixed batch")
-    add_boolean(parser, "--crop_test", None, "evaluate the whole image and its centre together")
+    add_boolean(add, "--batch_aug", None, "train on two RandAugments of each mixed batch")
+    add_boolean(add, "--crop_test", None, "evaluate the whole image and its centre together")
     add("--target_layer", metavar="layerN.M", help="--cam: block M of stage N")
-    runtime.add_flags(parser)
+    runtime.add_flags(
+        parser, data.NAMES, NETS,
+        {"data_dir": ["--data_path"], "root_dir": ["--save"], "arch": ["--net_name"],
+         "lr": ["--init_lr"], "print_freq": ["--report_freq"]})
 
     early = argparse.ArgumentParser(add_help=False)
     early.add_argument("--config", default="cifar100_wrs")
@@ -138,8 +123,6 @@ def parse_args(argv=None):
         parser.error("--restart_epochs and --min_lr are for --lr_schedule cosine")
     if args.nesterov and not args.momentum:
         parser.error("--nesterov needs a --momentum")
-    if "/" in args.job_name:
-        parser.error(f"--job_name {args.job_name} is part of a name and holds no '/'")
     return args
 
 
@@ -233,17 +216,8 @@ def train_one_epoch(net, model, loader, optimizer, scaler, args, info, run):
 
 
 def measure(net, batches, args) -> dict:
-    """Loss, top1 and top5 (%) and count of `net` on `batches`."""
-    return metrics.evaluate(mixing.CropTest(net) if args.crop_test else net, batches,
-                            max_steps=args.max_steps,
-                            autocast=lambda: runtime.autocast(args, batches.device))
-
-
-def evaluate(net, test, args):
-    """--evaluate: accuracy on the test images."""
-    result = measure(net, test, args)
-    runtime.say(f"test: accuracy {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, "
-                f"loss {result['loss']:.4f} on {result['count']} images")
+    """`metrics.evaluate` of `net` on `batches`, under --crop_test."""
+    return metrics.evaluate(mixing.CropTest(net) if args.crop_test else net, batches, args)
 
 
 def draw_cam(path, net, test, args, info):
@@ -251,7 +225,7 @@ def draw_cam(path, net, test, args, info):
     images = next(iter(test))[0][:8]
     maps, predicted = grad_cam(net.eval(), find_layer(net, args.target_layer), images)
     rows = {"image": images, "Grad-CAM": maps, "seen": images * maps[:, None]}
-    return preview.draw(path, f"{args.net_name} on {info.name}, {args.target_layer}", rows,
+    return preview.draw(path, f"{args.arch} on {info.name}, {args.target_layer}", rows,
                         predicted, info)
 
 
@@ -285,60 +259,49 @@ def main(argv=None):
         **CIFAR if args.dataset in ("cifar10", "cifar100") else {})
     torch.manual_seed(args.seed)
     try:
-        net = models.build(args.net_name, info.num_classes, info.image_size,
+        net = models.build(args.arch, info.num_classes, info.image_size,
                            initial_channels=args.initial_channels)
         cost = multiply_adds(net, info.image_size)
     except (ValueError, RuntimeError) as fault:
-        raise RunError(f"{args.net_name} cannot have --initial_channels {args.initial_channels} "
+        raise RunError(f"{args.arch} cannot have --initial_channels {args.initial_channels} "
                        f"on {info.image_size} pixels: {str(fault).splitlines()[0]}") from None
     net, model = runtime.prepare(net, args, device)
-    optimizer = torch.optim.SGD(net.parameters(), lr=args.init_lr, momentum=args.momentum,
+    optimizer = torch.optim.SGD(net.parameters(), lr=args.lr, momentum=args.momentum,
                                 weight_decay=args.weight_decay, nesterov=args.nesterov)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
-    parameters = sum(p.numel() for p in net.parameters())
-    runtime.say(f"{info}\nnetwork: {args.net_name}, {parameters:,} parameters, {cost / 1e6:,.1f} M "
-                f"multiply-adds; {len(train)} steps of {args.batch_size} images an epoch; method "
-                f"{method_name(args)}")
+    runtime.say(f"{runlog.about(info, net, train, args)}; {cost / 1e6:,.1f} M multiply-adds an "
+                f"image; method {method_name(args)}")
 
     # The run: its folder, what it holds already, and the place to go on from
-    identity = {"net_name": args.net_name, "initial_channels": args.initial_channels,
-                "dataset": info.name, "classes": info.num_classes, "data": info.fingerprint}
-    run = runlog.Run(args, device, [info.name, args.net_name, method_name(args),
-                                    f"seed{args.seed}", args.job_name], identity,
+    run = runlog.Run(args, device, info, [method_name(args)],
                      model=net, optimizer=optimizer, scaler=scaler)
     if args.evaluate or args.preview:
         run.load_weights()
         if args.cam:
             runtime.say(f"Grad-CAM: {draw_cam(args.cam, net, test, args, info)}")
         elif args.evaluate:
-            evaluate(net, test, args)
+            runtime.say(f"test: {metrics.sentence(measure(net, test, args))}")
         else:
             runtime.say(f"mixed images: {draw_preview(args.preview, train, args, info)}")
         return net
-    run.start(parameters=parameters, multiply_adds=cost, data=str(info))
+    run.start(multiply_adds=cost)
     for place, images in (("cpu", 1), ("cuda", 32)):
         if args.meas_lat and runtime.rank() == 0 and place in ("cpu", device.type):
             seconds = latency(net, info.image_size, place, images)
             runtime.say(f"latency: {1000 * seconds:.2f} ms for a batch of {images} ({place})")
     if args.evaluation:
-        evaluate(net, test, args)
+        runtime.say(f"test: {metrics.sentence(measure(net, test, args))}")
 
     # The epochs
     while not run.over:
         sums = train_one_epoch(net, model, train, optimizer, scaler, args, info, run)
         row, timing = {"lr": optimizer.param_groups[0]["lr"]} | sums.result(), run.clock()
         runtime.share_buffers(net)
-        result = measure(net, test, args)
-        row |= {"test_loss": result["loss"], "test_accuracy": result["top1"],
-                "test_top5": result["top5"]}
+        row |= metrics.columns(measure(net, test, args))
         run.end_epoch(row | timing, row["test_accuracy"], sums)
 
     # The report
-    runtime.say(run.report())
-    if run.writes:
-        curves = run.draw_curves(f"{method_name(args)}, {args.net_name} on {info.name}")
-        mixed = draw_preview(run.folder / "mixed.png", train, args, info)
-        runtime.say(f"curves: {curves}\nmixed images: {mixed}\ncheckpoints: {run.folder}")
+    run.finish(f"{method_name(args)}, {args.arch} on {info.name}", draw_preview, train, args, info)
     return net
 
 

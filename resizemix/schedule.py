@@ -29,8 +29,8 @@ def learning_rate(step: int, *, epoch_steps: int, epochs: int, init_lr: float, m
 def step_rate(args, step: int, epoch_steps: int) -> float:
     """Learning rate of training step `step`, counted from 0 over all epochs."""
     in_steps = args.lr_schedule == "step"
-    rate = learning_rate(step, epoch_steps=epoch_steps, epochs=args.epochs, init_lr=args.init_lr,
-                         min_lr=args.init_lr if in_steps else args.min_lr,
+    rate = learning_rate(step, epoch_steps=epoch_steps, epochs=args.epochs, init_lr=args.lr,
+                         min_lr=args.lr if in_steps else args.min_lr,
                          warmup_epochs=args.warmup_epochs, warmup_start_lr=args.warmup_start_lr,
                          restart_epochs=tuple(args.restart_epochs))
     return rate * args.gamma ** sum(step // epoch_steps >= epoch for epoch in args.milestones)

@@ -50,19 +50,19 @@ def localised(logits: Tensor, maps: Tensor, labels: Tensor, boxes: Tensor, heigh
 
 
 @torch.no_grad()
-def localise(net, batches, *, autocast, max_steps: int | None = None) -> tuple[float, float]:
+def localise(net, batches, args) -> tuple[float, float]:
     """Share in % of images that are localised, over all processes: by the predicted class, and
     with the class given.
 
     `net` is a `Network`, in evaluation mode afterwards; `batches` (images, labels) in the order of
-    `batches.boxes()`; `autocast` gives the precision context; `max_steps`: only so many batches.
+    `batches.boxes()`; `args`: --amp and --max_steps.
     """
     boxes, hits, start = batches.boxes(), torch.zeros(3, device=batches.device), 0
     net.eval()
     for step, (images, labels) in enumerate(batches):
-        if max_steps and step >= max_steps:
+        if args.max_steps and step >= args.max_steps:
             break
-        with autocast():
+        with runtime.autocast(args, images.device):
             logits, maps = net.activation_maps(images)
         found = localised(logits, maps, labels, boxes[start:start + len(labels)],
                           *images.shape[2:])

@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 
 from common import data, metrics, preview, runlog, runtime
+from common.data.batches import unnormalise
 from common.mixing import (
     cutmix,
     draw_centre,
@@ -55,41 +56,25 @@ def gpu_list(text: str) -> list[int]:
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument_group("data, network and schedule").add_argument
+    add = parser.add_argument_group("data and schedule").add_argument
     add("--method", choices=METHODS, default="safuse")
-    add("--dataset", choices=data.NAMES, default="cifar100")
-    add("--data_dir", "--data_path", default="data", help="folder (or .npz file) of the data set")
-    add("--root_dir", default="experiments", help="where the run's folder is made")
     add("--NUM_CLASS", type=positive, default=None, help="if given, the data must have so many")
-    add("--labels_per_class", type=positive, default=None,
-        help="training images of each class (default: all)")
     add("--padding", type=count, default=4, help="pixels around an image before its random crop")
-    add_boolean(parser, "--normalise", False,
+    add_boolean(add, "--normalise", False,
                 "images in units of the data set's deviation instead of in [0, 1]")
-    add("--workers", type=count, default=2, help="threads that decode image files")
-    add("--arch", choices=network.ARCHS, default="resnet18")
-    add("--initial_channels", type=positive, default=64,
-        help="64 is the network as published, 16 has a quarter of all its widths")
     add("--pretrained", nargs="?", const="torchvision", metavar="FILE",
         help="ImageNet weights of the encoder: torchvision (downloaded), a local file, or none")
-    add("--epochs", "--NB_EPOCH", type=positive)
-    add("--START_EPOCH", type=count, default=None, help="first epoch (default: 0 or --resume's)")
+    add("--start_epoch", "--START_EPOCH", type=count, default=None,
+        help="first epoch (default: 0 or --resume's)")
     add("--RESUME", type=runtime.boolean, nargs="?", const=True, default=False, metavar="BOOL",
         help="the same as --resume auto")
-    add("--batch_size", "--BATCH_SIZE", "-b", type=positive, help="over all processes")
-    add("--LR", type=amount, help="learning rate")
     add("--schedule", choices=[*SCHEDULES, "step"], help="of the learning rate; A, B and C are the "
         "papers' and count epochs to 600 (C: 300)")
     add("--milestones", type=count, nargs="*", default=[], help="step: epochs of the LR changes")
     add("--gamma", type=amount, default=0.1, help="step: LR factor at these epochs")
-    add("--momentum", type=share, default=0.9)
-    add_boolean(parser, "--nesterov", False, "Nesterov's momentum")
-    add("--weight_decay", type=amount, default=5e-4)
+    add_boolean(add, "--nesterov", False, "Nesterov's momentum")
     add("--gpu_ids", type=gpu_list, default=None, metavar="N[,N…]",
         help="GPUs to use; with several the program restarts itself under torchrun")
-    add("--seed", type=int, default=0)
-    add("--print_freq", type=positive, default=100, help="steps between log lines")
-    add("--job_name", default="", help="suffix of the run's folder")
 
     add = parser.add_argument_group("mixing").add_argument
     add("--cutmix_prob", type=share, default=0.5, help="share of the batches that are mixed")
@@ -110,13 +95,17 @@ def parse_args(argv=None):
     add("--loss_gamma_SCL", type=amount, help="weight of their contrastive loss")
     add("--temp", type=number(above=0), default=0.7, help="temperature of the contrastive loss")
     add("--base_temp", type=number(above=0), default=0.07, help="its base temperature")
-    add_boolean(parser, "--gather", True, "contrast the superpixels of all processes, not of each")
+    add_boolean(add, "--gather", True, "contrast the superpixels of all processes, not of each")
     add("--attention_score", choices=network.SCORES, default="post_norm",
         help="sum over a superpixel's channels after LayerNorm (as published) or before it")
     add("--label_share", choices=["both", "attention"],
         help="the label's share of image b is its share of attention, or the mean of this and of "
              "the area; with attention alone at least one superpixel is classified")
-    runtime.add_flags(parser)
+    runtime.add_flags(
+        parser, data.NAMES, network.ARCHS,
+        {"data_dir": ["--data_path"], "epochs": ["--NB_EPOCH"], "lr": ["--LR"],
+         "batch_size": ["--BATCH_SIZE", "-b"]},
+        dataset="cifar100", arch="resnet18", weight_decay=5e-4, workers=2)
 
     first, _ = parser.parse_known_args(argv)
     parser.set_defaults(**defaults(first.method, first.dataset, first.arch, first.image_size))
@@ -133,8 +122,8 @@ def parse_args(argv=None):
         parser.error("--milestones are for --schedule step")
     if args.nesterov and not args.momentum:
         parser.error("--nesterov needs --momentum")
-    if args.START_EPOCH is not None and args.START_EPOCH >= args.epochs:
-        parser.error(f"--START_EPOCH {args.START_EPOCH}: the last epoch is {args.epochs - 1}")
+    if args.start_epoch is not None and args.start_epoch >= args.epochs:
+        parser.error(f"--start_epoch {args.start_epoch}: the last epoch is {args.epochs - 1}")
     return args
 
 
@@ -159,13 +148,6 @@ def is_mixed(args, epoch: int, step: int) -> bool:
     return bool(torch.rand((), generator=generator) < args.cutmix_prob)
 
 
-def as_pixels(images, info):
-    """Images (B, 3, H, W) in [0, 1], not normalised."""
-    mean, std = (torch.tensor(v).to(images.device, non_blocking=True).view(1, 3, 1, 1)
-                 for v in (info.mean, info.std))
-    return images * std + mean
-
-
 def mix_batch(net, images, args, info, generator) -> Mixed:
     """Mixes a batch by --method; every random number comes from `generator`."""
     n, (height, width) = len(images), images.shape[-2:]
@@ -177,7 +159,7 @@ def mix_batch(net, images, args, info, generator) -> Mixed:
 
     # One segmentation of an image serves in both its roles
     segments = mixing.draw_segments(n, args.N_min, args.N_max, generator)
-    labels = SLICS[args.superpixels](as_pixels(images, info), segments, args.compactness)
+    labels = SLICS[args.superpixels](unnormalise(images, info), segments, args.compactness)
     most = superpixels.most_superpixels(torch.arange(args.N_min, args.N_max + 1), height, width)
     if args.method == "occamix":
         with runtime.autocast(args, images.device):
@@ -266,14 +248,10 @@ def train_one_epoch(net, model, loader, optimizer, scaler, args, info, run):
 
 def evaluate(net, test, args):
     """--evaluate: accuracy, and for cub200 with its boxes weakly supervised localisation."""
-    options = {"max_steps": args.max_steps,
-               "autocast": lambda: runtime.autocast(args, test.device)}
-    result = metrics.evaluate(net, test, **options)
-    runtime.say(f"test: accuracy {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, "
-                f"loss {result['loss']:.4f} on {result['count']} images")
+    runtime.say(f"test: {metrics.sentence(metrics.evaluate(net, test, args))}")
     if args.dataset == "cub200" and test.data.boxes:
         runtime.say("localisation (IoU at least 0.5): {:.2f} % with the right class, {:.2f} % "
-                    "with the class given".format(*localise(net, test, **options)))
+                    "with the class given".format(*localise(net, test, args)))
 
 
 @torch.no_grad()
@@ -297,7 +275,7 @@ def draw_preview(path, net, train, args, info):
         area, attention = label_shares(scores, counts, mixed.from_b)
         shares = {"area": 1 - area, "attention": 1 - attention}
         mask = mixed.from_b.gather(1, mixed.fused.flatten(1)).view(mixed.fused.shape)
-    seen, shown = as_pixels(images, info), as_pixels(mixed.images, info)
+    seen, shown = unnormalise(images, info), unnormalise(mixed.images, info)
     names = [info.classes[label][:12] for label in labels.tolist()]
     return picture.draw_mixed(path, title, seen, shown, perm, mixed.labels, mask, names, shares)
 
@@ -328,19 +306,13 @@ def main(argv=None):
                       initial_channels=args.initial_channels, score=args.attention_score,
                       width=info.width),
         args, device)
-    optimizer = torch.optim.SGD(net.parameters(), lr=args.LR, momentum=args.momentum,
+    optimizer = torch.optim.SGD(net.parameters(), lr=args.lr, momentum=args.momentum,
                                 weight_decay=args.weight_decay, nesterov=args.nesterov)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
-    parameters = sum(p.numel() for p in net.parameters())
-    runtime.say(f"{info}\nnetwork: {args.arch}, {parameters:,} parameters; {len(train)} steps of "
-                f"{args.batch_size} images an epoch; method {args.method}")
+    runtime.say(f"{runlog.about(info, net, train, args)}; method {args.method}")
 
     # The run: its folder, what it holds already, and the place to go on from
-    identity = {"arch": args.arch, "initial_channels": args.initial_channels,
-                "method": args.method, "dataset": info.name, "classes": info.num_classes,
-                "data": info.fingerprint}
-    run = runlog.Run(args, device, [info.name, args.arch, args.method, f"seed{args.seed}",
-                                    args.job_name], identity,
+    run = runlog.Run(args, device, info, [args.method], {"method": args.method},
                      model=net, optimizer=optimizer, scaler=scaler)
     if args.evaluate or args.preview:
         run.load_weights()
@@ -349,33 +321,23 @@ def main(argv=None):
         elif runtime.rank() == 0:
             runtime.say(f"mixed images: {draw_preview(args.preview, net, train, args, info)}")
         return net
-    run.start(parameters=parameters, data=str(info))
+    run.start(args.start_epoch)
     if args.pretrained and not run.history and not run.step:        # not of a resumed run
         network.load_pretrained(net.encoder, args.arch, args.pretrained)
-    if args.START_EPOCH is not None:
-        run.epoch, run.step, run.sums = args.START_EPOCH, 0, None
-        run.history = [row for row in run.history if row["epoch"] < args.START_EPOCH]
 
     # The epochs
     while not run.over:
-        rate = learning_rate(run.epoch, args.LR, args.schedule, args.milestones, args.gamma)
+        rate = learning_rate(run.epoch, args.lr, args.schedule, args.milestones, args.gamma)
         for group in optimizer.param_groups:
             group["lr"] = rate
         sums = train_one_epoch(net, model, train, optimizer, scaler, args, info, run)
         row, timing = {"lr": rate} | sums.result(), run.clock()
         runtime.share_buffers(net)
-        result = metrics.evaluate(net, test, max_steps=args.max_steps,
-                                  autocast=lambda: runtime.autocast(args, device))
-        row |= {"test_loss": result["loss"], "test_accuracy": result["top1"],
-                "test_top5": result["top5"]}
+        row |= metrics.columns(metrics.evaluate(net, test, args))
         run.end_epoch(row | timing, row["test_accuracy"], sums)
 
     # The report
-    runtime.say(run.report())
-    if run.writes:
-        curves = run.draw_curves(f"{args.method}, {args.arch} on {info.name}")
-        mixed = draw_preview(run.folder / "mixed.png", net, train, args, info)
-        runtime.say(f"curves: {curves}\nmixed images: {mixed}\ncheckpoints: {run.folder}")
+    run.finish(f"{args.method}, {args.arch} on {info.name}", draw_preview, net, train, args, info)
     return net
 
 

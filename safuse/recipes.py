@@ -18,15 +18,15 @@ ROWS = [
     ("occamix", "small", None, {"N_min": 20, "N_max": 40}),
     ("occamix", "large", None, {"N_min": 30, "N_max": 60}),
     ("occamix", None, None, {"compactness": 10.0}),
-    (None, "cub200", None, {"LR": 0.001, "batch_size": 8, "pretrained": "torchvision"}),
+    (None, "cub200", None, {"lr": 0.001, "batch_size": 8, "pretrained": "torchvision"}),
     (None, "stanford_dogs", None, {
-        "LR": 0.01, "batch_size": 16, "N_min": 40, "N_max": 60}),
+        "lr": 0.01, "batch_size": 16, "N_min": 40, "N_max": 60}),
     ("lgcoamix", "tiny-imagenet-200", None, {"schedule": "B"}),
     ("occamix", "tiny-imagenet-200", None, {"schedule": "B"}),
     (None, "tiny-imagenet-200", None, {"batch_size": 100}),
     (None, "large", None, {"N_min": 30, "N_max": 40}),
     (None, None, None, {
-        "epochs": 600, "schedule": "A", "LR": 0.02, "batch_size": 32, "topN_local_ratio": 0.7,
+        "epochs": 600, "schedule": "A", "lr": 0.02, "batch_size": 32, "topN_local_ratio": 0.7,
         "loss_gamma_CE": 0.03, "loss_gamma_SCL": 0.05, "N_min": 25, "N_max": 30,
         "compactness": 8.0, "label_share": "both", "pretrained": "none"}),
 ]

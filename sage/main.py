@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from common import data, metrics, models, preview, runlog, runtime
-from common.data.batches import to_uint8
+from common.data.batches import statistics, to_uint8
 from common.mixing import (
     cutmix,
     draw_centre,
@@ -40,7 +40,7 @@ from sage.rearrange import draw_offsets, gradient_saliency, sage_mix
 METHODS = ["vanilla", "input", "manifold", "cutmix", "saliencymix", "puzzle", "comix", "sage"]
 ARCHS = [name for family in ("preactresnet", "resnext29", "wideresnet")
          for name in models.NAMES[family]]
-PREACT = {"arch": "preactresnet18", "learning_rate": 0.2, "schedule": [100, 200]}
+PREACT = {"arch": "preactresnet18", "lr": 0.2, "schedule": [100, 200]}
 
 
 def method_defaults(method: str, dataset: str) -> dict:
@@ -60,44 +60,28 @@ def method_defaults(method: str, dataset: str) -> dict:
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument_group("data, network and schedule").add_argument
-    add("--dataset", choices=data.NAMES, default="cifar10")
-    add("--data_dir", default="data", help="folder (or .npz file) of the data set")
-    add("--root_dir", default="experiments", help="where the run's folder is made")
-    add("--labels_per_class", type=positive, default=None,
-        help="training images of each class (default: all)")
+    add = parser.add_argument_group("schedule and run").add_argument
+    add("--schedule", "--milestones", type=count, nargs="+", default=[150, 225],
+        help="epochs of the LR changes")
+    add("--gammas", type=amount, nargs="+", default=[0.1, 0.1], help="LR factors at these epochs")
+    add_boolean(add, "--dropout", False, "dropout 0.5 before the last layer")
     add("--valid_labels_per_class", type=count, default=0,
         help="training images of each class set aside; best.pt is then chosen on these")
-    add("--arch", choices=ARCHS, default="wrn28_10")
-    add("--initial_channels", type=positive, default=64,
-        help="64 is the network as published, 16 has a quarter of all its widths")
-    add("--epochs", type=positive, default=300)
-    add("--batch_size", type=positive, default=100, help="over all processes")
-    add("--learning_rate", type=amount, default=0.1)
-    add("--momentum", type=share, default=0.9, help="Nesterov's")
-    add("--decay", type=amount, default=1e-4, help="weight decay")
-    add("--schedule", type=count, nargs="+", default=[150, 225], help="epochs of the LR changes")
-    add("--gammas", type=amount, nargs="+", default=[0.1, 0.1], help="LR factors at these epochs")
-    add_boolean(parser, "--dropout", False, "dropout 0.5 before the last layer")
     add("--ngpu", type=count, default=1, help="0: CPU; above 1: restarts itself under torchrun")
-    add("--workers", type=count, default=2, help="threads that decode image files")
-    add("--seed", type=int, default=0)
     add("--start_epoch", type=count, default=None, help="first epoch (default: 0 or --resume's)")
-    add("--print_freq", type=positive, default=100, help="steps between log lines")
-    add("--add_name", "--tag", default="", help="suffix of the run's folder")
-    add("--job_id", type=int, default=0, help="suffix of the run's folder")
-    add_boolean(parser, "--log_off", False, "write no files")
+    add("--job_id", type=count, default=0, help="suffix of the run's folder, 0: none")
+    add_boolean(add, "--log_off", False, "write no files")
 
     add = parser.add_argument_group("method").add_argument
     add("--method", choices=METHODS, default=None,
         help="(default: what --train, --box, --graph and --comix say, else vanilla)")
     add("--train", choices=["vanilla", "mixup", "mixup_hidden", "sage"], default=None,
         help="the method in the originals' older words; likewise:")
-    add_boolean(parser, "--box", None, "CutMix")
-    add_boolean(parser, "--graph", None, "Puzzle Mix")
-    add_boolean(parser, "--comix", None, "Co-Mixup")
+    add_boolean(add, "--box", None, "CutMix")
+    add_boolean(add, "--graph", None, "Puzzle Mix")
+    add_boolean(add, "--comix", None, "Co-Mixup")
     add("--mixup_alpha", type=float, default=1.0, help="Beta (comix: Dirichlet) parameter")
-    add_boolean(parser, "--in_batch", False, "one lambda per image instead of one per batch")
+    add_boolean(add, "--in_batch", False, "one lambda per image instead of one per batch")
     add("--prob_mix", type=share, default=1.0, help="fraction of the batch that is mixed")
     add("--mix_schedule", choices=["fixed", "scheduled", "delayed"], default="fixed",
         help="prob_mix over the epochs: constant, growing until, or zero before:")
@@ -109,7 +93,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("sage").add_argument
     add("--blur_sigma", type=number(above=0), default=1.0, help="saliency blur, pixels")
     add("--kernel_size", type=positive, default=5, help="saliency blur, pixels, odd")
-    add_boolean(parser, "--eval_mode", False, "saliency pass in eval mode")
+    add_boolean(add, "--eval_mode", False, "saliency pass in eval mode")
     add("--rand_pos", type=share, default=0.5, help="fraction of all offsets that are tried")
     add("--update_ratio", type=share, default=1.0, help="weight of the mixed loss; rest: clean")
     add("--upper_lambda", type=share, default=1.0, help="multiplies the drawn lambda")
@@ -120,7 +104,7 @@ def parse_args(argv=None):
     add("--beta", type=amount, default=1.2, help="label smoothness")
     add("--gamma", type=amount, default=0.5, help="data local smoothness")
     add("--eta", type=amount, default=0.2, help="prior weight")
-    add_boolean(parser, "--transport", True, "move the blocks")
+    add_boolean(add, "--transport", True, "move the blocks")
     add("--t_eps", type=amount, default=0.8, help="cost of moving")
     add("--t_size", type=int, default=-1, help="side of a moved block, pixels; -1: the mask's")
     add("--adv_p", type=share, default=0.0, help="probability of adversarial noise")
@@ -136,10 +120,15 @@ def parse_args(argv=None):
     add("--m_thres_type", choices=["soft", "hard"], default="hard")
     add("--m_eta", type=amount, default=0.05, help="prior weight")
     add("--m_omega", type=amount, default=0.001, help="compatibility")
-    add_boolean(parser, "--set_resolve", True, "break ties of identical outputs")
+    add_boolean(add, "--set_resolve", True, "break ties of identical outputs")
     add("--m_niter", type=positive, default=4, help="sweeps")
-    add_boolean(parser, "--parallel", True, "parts in threads")
-    runtime.add_flags(parser)
+    add_boolean(add, "--parallel", True, "parts in threads")
+    runtime.add_flags(
+        parser, data.NAMES, ARCHS,
+        {"lr": ["--learning_rate"], "weight_decay": ["--decay"],
+         "job_name": ["--add_name", "--tag"]},
+        dataset="cifar10", arch="wrn28_10", epochs=300, batch_size=100, lr=0.1, weight_decay=1e-4,
+        workers=2)
 
     first, _ = parser.parse_known_args(argv)
     implied = ("comix" if first.comix else "puzzle" if first.graph else "cutmix" if first.box else
@@ -259,7 +248,7 @@ def mix_batch(net, images, labels, args, info, generator, scaler, part=1.0) -> M
 
     elif args.method == "saliencymix":
         lam = saliencymix.draw_box_lambda(generator)    # Beta(1, 1) whatever --mixup_alpha is
-        source = to_uint8(images[perm[:1]], info.mean, info.std)
+        source = to_uint8(images[perm[:1]], info)
         saliency = saliencymix.fine_grained_saliency(source)
         mixed, ratio = saliencymix.saliency_mix(images, perm, lam, saliency[0])
         saliency = saliency.expand(n, -1, -1)
@@ -339,8 +328,7 @@ def train_one_epoch(net, model, loader, optimizer, scaler, args, info, run):
 def fgsm(net, epsilon: float, info):
     """Attack of one step: `epsilon` (in pixels of [0, 1]) along the sign of the loss's gradient."""
     def attack(images, labels):
-        mean, std = (torch.tensor(v, device=images.device).view(1, 3, 1, 1)
-                     for v in (info.mean, info.std))
+        mean, std = statistics(info, images.device)
         images = images.detach().requires_grad_()
         grad, = torch.autograd.grad(F.cross_entropy(net(images).float(), labels), images)
         pixels = (images.detach() * std + mean + epsilon * grad.sign()).clamp(0, 1)
@@ -352,10 +340,8 @@ def evaluate(net, test, args, info):
     """--evaluate: clean accuracy, and under FGSM of 4/255 and 8/255."""
     for name, attack in (("clean", None), ("FGSM 4/255", fgsm(net, 4 / 255, info)),
                          ("FGSM 8/255", fgsm(net, 8 / 255, info))):
-        result = metrics.evaluate(net, test, max_steps=args.max_steps, attack=attack,
-                                  autocast=lambda: runtime.autocast(args, test.device))
-        runtime.say(f"{name:>10}: accuracy {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, "
-                    f"loss {result['loss']:.4f} on {result['count']} images")
+        result = metrics.evaluate(net, test, args, attack=attack)
+        runtime.say(f"{name:>10}: {metrics.sentence(result)}")
 
 
 def draw_preview(path, net, train, args, info, scaler):
@@ -403,18 +389,13 @@ def main(argv=None):
         models.build(args.arch, info.num_classes, info.image_size,
                      initial_channels=args.initial_channels, dropout=0.5 * args.dropout),
         args, device)
-    optimizer = torch.optim.SGD(net.parameters(), lr=args.learning_rate, momentum=args.momentum,
-                                weight_decay=args.decay, nesterov=args.momentum > 0)
+    optimizer = torch.optim.SGD(net.parameters(), lr=args.lr, momentum=args.momentum,
+                                weight_decay=args.weight_decay, nesterov=args.momentum > 0)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
-    parameters = sum(p.numel() for p in net.parameters())
-    runtime.say(f"{info}\nnetwork: {args.arch}, {parameters:,} parameters; {len(train)} steps of "
-                f"{args.batch_size} images an epoch; method {args.method}")
+    runtime.say(f"{runlog.about(info, net, train, args)}; method {args.method}")
 
     # The run: its folder, what it holds already, and the place to go on from
-    identity = {"arch": args.arch, "initial_channels": args.initial_channels, "dataset": info.name,
-                "classes": info.num_classes, "data": info.fingerprint}
-    run = runlog.Run(args, device, [info.name, args.arch, args.method, f"seed{args.seed}",
-                                    args.add_name, args.job_id], identity,
+    run = runlog.Run(args, device, info, [args.method, f"job{args.job_id}" * (args.job_id > 0)],
                      model=net, optimizer=optimizer, scaler=scaler)
     if args.evaluate or args.preview:
         run.load_weights()
@@ -424,14 +405,11 @@ def main(argv=None):
             picture = draw_preview(args.preview, net, train, args, info, scaler)
             runtime.say(f"mixed images: {picture}")
         return net
-    run.start(parameters=parameters, data=str(info))
-    if args.start_epoch is not None:
-        run.epoch, run.step, run.sums = args.start_epoch, 0, None
-        run.history = [row for row in run.history if row["epoch"] < args.start_epoch]
+    run.start(args.start_epoch)
 
     # The epochs
     while not run.over:
-        rate = args.learning_rate
+        rate = args.lr
         for start, gamma in zip(args.schedule, args.gammas, strict=True):
             rate *= gamma if run.epoch >= start else 1
         for group in optimizer.param_groups:
@@ -441,18 +419,12 @@ def main(argv=None):
         runtime.share_buffers(net)
         for part, batches in (("valid", info.valid), ("test", test)):
             if batches:
-                result = metrics.evaluate(net, batches, max_steps=args.max_steps,
-                                          autocast=lambda: runtime.autocast(args, device))
-                row |= {f"{part}_loss": result["loss"], f"{part}_accuracy": result["top1"],
-                        f"{part}_top5": result["top5"]}
+                row |= metrics.columns(metrics.evaluate(net, batches, args), part)
         run.end_epoch(row | timing, row["valid_accuracy" if info.valid else "test_accuracy"], sums)
 
     # The report
-    runtime.say(run.report())
-    if run.writes:
-        curves = run.draw_curves(f"{args.method}, {args.arch} on {info.name}")
-        mixed = draw_preview(run.folder / "mixed.png", net, train, args, info, scaler)
-        runtime.say(f"curves: {curves}\nmixed images: {mixed}\ncheckpoints: {run.folder}")
+    run.finish(f"{args.method}, {args.arch} on {info.name}", draw_preview, net, train, args, info,
+               scaler)
     return net
 
 

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from common import metrics, runtime
+from common.data.batches import statistics as on_device
 from common.mixing import soft_targets
 from samix.mixblock import draw_partners, mix
 
@@ -14,7 +15,7 @@ HEADS = {"one_k": ("k", "one"), "mix_k": ("k", "mix"), "one_q": ("q", "one"), "m
 
 @torch.no_grad()
 def measure(net, batches, args) -> dict:
-    """Loss, top1 and top5 (%) of each head by name, the headline's first; "count" of images.
+    """What `metrics.evaluate` finds, for each head by name, the headline's first.
 
     Over all ranks. A network trained by a baseline has one head, one_q.
     """
@@ -36,22 +37,21 @@ def measure(net, batches, args) -> dict:
             total += torch.cat([loss[None], metrics.topk_hits(logits, labels),
                                 labels.new_tensor([len(labels)])])
     net.train()
-    found = {name: {"loss": loss / max(n, 1), "top1": 100 * top1 / max(n, 1),
-                    "top5": 100 * top5 / max(n, 1)} for name, (loss, top1, top5, n)
-             in zip(names, runtime.total(sums).tolist(), strict=True)}
-    return found | {"count": int(runtime.total(sums)[0, 3])}
+    return {name: {"loss": loss / max(n, 1), "top1": 100 * top1 / max(n, 1),
+                   "top5": 100 * top5 / max(n, 1), "count": int(n)} for name, (loss, top1, top5, n)
+            in zip(names, runtime.total(sums).tolist(), strict=True)}
 
 
 def report(run) -> str:
     """The headline, one head fixed in advance at the last epoch; then as the originals report."""
     heads = [name for name in HEADS if run.column(f"{name}_accuracy")]
     if not heads:
-        return run.report()
+        return "no epoch was left to train"
     medians = {name: statistics.median(run.column(f"{name}_accuracy")[-10:]) for name in heads}
     best, values = max(heads, key=medians.get), run.column("test_accuracy")
     return (f"headline, {heads[0]} at the last epoch: {values[-1]:.2f} %; the best of {len(heads)} "
             f"heads by the median of the last {len(values[-10:])} epochs: {medians[best]:.2f} % "
-            f"({best})\n{run.report()}")
+            f"({best})")
 
 
 @torch.no_grad()
@@ -60,7 +60,7 @@ def mixtures(net, images, labels, args, info, generator):
     last row's soft targets."""
     net, perm = copy.deepcopy(net).train(), draw_partners(len(images), generator, True)
     net.block.value[-1].eval()                              # no dropout in the picture
-    mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (info.mean, info.std))
+    mean, std = on_device(info, images.device)
     rows = {"image": images, "partner": images[perm]}
     with runtime.autocast(args, images.device):
         features = net.k.features(images)

@@ -34,25 +34,8 @@ def parse_args(argv=None):
     add = parser.add_argument_group("run").add_argument
     add("--weights", required=True, metavar="CHECKPOINT|random",
         help="of pretrain.py (or of another run of the probe's network)")
-    add("--data_dir", default="data", help="folder (or .npz file) of the data set")
-    add("--root_dir", default="experiments", help="where the run's folder is made")
-    add("--job_name", default="", help="suffix of the run's folder")
-    add("--seed", type=int, default=0)
-    add("--print_freq", type=runtime.positive, default=100, help="steps between log lines")
-    add("--workers", type=runtime.count, default=4, help="threads that decode image files")
-    add = parser.add_argument_group("data and network (default: the checkpoint's)").add_argument
-    add("--dataset", choices=data.NAMES)
-    add("--labels_per_class", type=runtime.positive, default=None,
-        help="training images of each class (default: all)")
-    add("--arch", choices=NETS, metavar="NET")
-    add("--initial_channels", type=runtime.positive)
-    add = parser.add_argument_group("optimization").add_argument
-    add("--epochs", type=runtime.positive, default=100)
-    add("--batch_size", type=runtime.positive, default=256, help="over all processes")
-    add("--lr", type=runtime.amount, default=0.1, help="falls to 0 along a cosine")
-    add("--momentum", type=runtime.share, default=0.9)
-    add("--weight_decay", type=runtime.amount, default=0.0)
-    runtime.add_flags(parser)
+    runtime.add_flags(parser, data.NAMES, NETS, {}, initial_channels=None, epochs=100,
+                      batch_size=256, lr=0.1, weight_decay=0.0)
     args = parser.parse_args(argv)
     if args.preview:
         parser.error("--preview: nothing is mixed here")
@@ -119,21 +102,22 @@ def main(argv=None):
                  if name.startswith("q.backbone.")}
         if not state:
             raise RunError(f"{args.weights} holds no encoder of pretrain.py or of main.py's SAMix")
-    arch, dataset = args.arch or known["arch"], args.dataset or known["dataset"]
-    channels = args.initial_channels or known["initial_channels"]
+    for name in ("arch", "dataset", "initial_channels", "image_size"):
+        setattr(args, name, getattr(args, name) or known.get(name))
 
     # Data, network, optimizer
     train, test, info = data.load(
-        dataset, args.data_dir, batch_size=args.batch_size, device=device, seed=args.seed,
-        loader=args.loader, image_size=args.image_size or known.get("image_size"),
-        labels_per_class=args.labels_per_class, workers=args.workers,
+        args.dataset, args.data_dir, batch_size=args.batch_size, device=device, seed=args.seed,
+        loader=args.loader, image_size=args.image_size, labels_per_class=args.labels_per_class,
+        workers=args.workers,
         streaming={"filter": "bicubic"})
     torch.manual_seed(args.seed)
     try:
-        backbone = build_backbone(arch, info.image_size, known["layer"], initial_channels=channels)
+        backbone = build_backbone(args.arch, info.image_size, known["layer"],
+                                  initial_channels=args.initial_channels)
         backbone.load_state_dict(state or backbone.state_dict())
     except (ValueError, RuntimeError) as fault:
-        raise RunError(f"{args.weights} does not fit {arch}: {str(fault).splitlines()[0]}"
+        raise RunError(f"{args.weights} does not fit {args.arch}: {str(fault).splitlines()[0]}"
                        ) from None
     digest = hashlib.blake2b(digest_size=8)
     for value in backbone.state_dict().values():
@@ -143,35 +127,27 @@ def main(argv=None):
                                 weight_decay=args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     what = "random" if not state else known.get("method", "weights")
-    runtime.say(f"{info}\nprobe: {sum(p.numel() for p in net.fc.parameters()):,} parameters on the "
-                f"{backbone.width} features of {arch}, {what}")
+    runtime.say(f"{runlog.about(info, net, train, args)}; probe of {what}")
 
     # The run
-    identity = {"arch": arch, "initial_channels": channels, "weights": digest.hexdigest(),
-                "dataset": info.name, "classes": info.num_classes, "data": info.fingerprint}
-    run = runlog.Run(args, device, [info.name, arch, "probe", what, f"seed{args.seed}",
-                                    args.job_name], identity,
+    run = runlog.Run(args, device, info, ["probe", what], {"weights": digest.hexdigest()},
                      model=net, optimizer=optimizer, scaler=scaler)
-    measure = {"max_steps": args.max_steps, "autocast": lambda: runtime.autocast(args, device)}
     if args.evaluate:
         run.load_weights()
-        result = metrics.evaluate(net, test, **measure)
-        runtime.say(f"test: accuracy {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, loss "
-                    f"{result['loss']:.4f} on {result['count']} images")
+        runtime.say(f"test: {metrics.sentence(metrics.evaluate(net, test, args))}")
         return net
-    run.start(weights=args.weights, data=str(info))
+    run.start(weights=args.weights)
+
+    # The epochs
     while not run.over:
         sums = train_one_epoch(net, model, train, optimizer, scaler, args, run)
         row, timing = {"lr": optimizer.param_groups[0]["lr"]} | sums.result(), run.clock()
         runtime.share_buffers(net)
-        result = metrics.evaluate(net, test, **measure)
-        row |= {"test_loss": result["loss"], "test_accuracy": result["top1"],
-                "test_top5": result["top5"]}
+        row |= metrics.columns(metrics.evaluate(net, test, args))
         run.end_epoch(row | timing, row["test_accuracy"], sums)
-    runtime.say(run.report())
-    if run.writes:
-        curves = run.draw_curves(f"linear probe of {what} features, {arch} on {info.name}")
-        runtime.say(f"curves: {curves}\ncheckpoints: {run.folder}")
+
+    # The report
+    run.finish(f"linear probe of {what} features, {args.arch} on {info.name}")
     return net
 
 

@@ -58,30 +58,18 @@ def parse_args(argv=None):
     add("--config", default="cifar100_r18", metavar="NAME", help="sets the flags below, unless the "
         f"command line does: one of the authors' files, or {', '.join(configs.CONFIGS)}")
     add("--method", choices=configs.METHODS, default="samix")
-    add("--data_dir", default="data", help="folder (or .npz file) of the data set")
-    add("--root_dir", default="experiments", help="where the run's folder is made")
-    add("--job_name", default="", help="suffix of the run's folder")
-    add("--seed", type=int, default=0)
-    add("--print_freq", type=runtime.positive, default=100, help="steps between log lines")
-    add("--workers", type=count, default=4, help="threads that decode image files")
 
     add = parser.add_argument_group("data and network").add_argument
-    add("--dataset", choices=data.NAMES)
-    add("--labels_per_class", type=runtime.positive, default=None,
-        help="training images of each class (default: all)")
     add("--crop", choices=["zero", "reflect", "resized"], help="of sets in memory: a crop of the "
         "image with a border of zeros or of its reflection, or of a random part, resized")
     add("--padding", type=count, help="width of that border")
     add("--crop_scale", type=runtime.number(above=0, high=1), help="least area of a resized crop")
-    add_boolean(parser, "--resize_first", None,
+    add_boolean(add, "--resize_first", None,
                 "sets read from disk: first the shorter side becomes 256/224 of image_size")
-    add_boolean(parser, "--randaugment", None, "two random operations, magnitude 7 ± 0.5 of 10")
+    add_boolean(add, "--randaugment", None, "two random operations, magnitude 7 ± 0.5 of 10")
     add("--mean", type=float, nargs=3, metavar="R", help="of pixels in [0, 1]")
     add("--std", type=runtime.number(above=0), nargs=3, metavar="R")
-    add_boolean(parser, "--drop_last", None, "no partial batch at an epoch's end")
-    add("--arch", choices=NETS, metavar="NET", help=f"{', '.join(NETS)}")
-    add("--initial_channels", type=runtime.positive, default=64,
-        help="64 is the network as published, 16 has a quarter of all its widths")
+    add_boolean(add, "--drop_last", None, "no partial batch at an epoch's end")
     add("--layer", type=runtime.positive, help="stage (of DeiT: block) whose features the MixBlock "
         "sees, from 1")
     add("--drop_path", type=share, help="of transformers: stochastic depth of the last block")
@@ -99,7 +87,7 @@ def parse_args(argv=None):
     add("--lam_margin", type=share, help="nearer to 0 or 1 branch q sees plain Mixup")
     add("--switch_off", type=share, help="if given, branch q sees learned masks with this "
         "probability times a falling cosine, else plain Mixup; 0: always learned masks")
-    add_boolean(parser, "--no_repeat", None, "no image is its own partner")
+    add_boolean(add, "--no_repeat", None, "no image is its own partner")
 
     add = parser.add_argument_group("losses").add_argument
     add("--head", choices=["ce", "bce"], help="cross-entropy, or binary ones summed over classes")
@@ -111,13 +99,10 @@ def parse_args(argv=None):
     add("--mask_loss", type=amount, help="weight of the masks' loss")
     add("--mask_loss_kind", choices=MASK_LOSSES)
     add("--mask_margin", type=share, help="deviation of the mean mask from lambda that is free")
-    add_boolean(parser, "--mask_anneal", None, "that weight falls to 0 along a cosine")
+    add_boolean(add, "--mask_anneal", None, "that weight falls to 0 along a cosine")
 
     add = parser.add_argument_group("optimization").add_argument
-    add("--epochs", type=runtime.positive)
-    add("--batch_size", type=runtime.positive, help="over all processes")
     add("--optimizer", choices=["sgd", "adamw"])
-    add("--lr", "--learning_rate", type=amount)
     add("--min_lr", type=amount, help="at the end of the cosine")
     add("--lr_every", choices=["epoch", "step"], help="how often the cosine moves")
     add("--milestones", type=count, nargs="*", default=None,
@@ -125,9 +110,7 @@ def parse_args(argv=None):
     add("--gamma", type=amount, default=0.1, help="factor at these epochs")
     add("--warmup_epochs", type=count, help="linear warm-up, not of the MixBlock")
     add("--warmup_ratio", type=share, help="share of the rate that it begins with")
-    add("--momentum", type=share)
-    add_boolean(parser, "--nesterov", False, "Nesterov's momentum")
-    add("--weight_decay", type=amount)
+    add_boolean(add, "--nesterov", False, "Nesterov's momentum")
     add("--clip_grad", type=amount, help="largest norm of the gradients; 0: not clipped")
     add("--block_lr", type=amount, help="of the MixBlock, like the next two")
     add("--block_min_lr", type=amount)
@@ -135,7 +118,7 @@ def parse_args(argv=None):
     add("--ema_base", type=share, help="branch k: momentum up to a share ema_start of the run")
     add("--ema_end", type=share, help="what it then grows to")
     add("--ema_start", type=share)
-    runtime.add_flags(parser)
+    runtime.add_flags(parser, data.NAMES, NETS, {"lr": ["--learning_rate"]})
 
     first, _ = parser.parse_known_args(argv)
     try:
@@ -304,11 +287,8 @@ def train_one_epoch(net, model, loader, optimizer, scaler, args, info, run):
 
 def evaluate(net, test, args):
     """--evaluate: the heads' accuracy on the test images."""
-    result = measure(net, test, args)
-    count = result.pop("count")
-    for name, head in result.items():
-        runtime.say(f"{name}: accuracy {head['top1']:.2f} %, top-5 {head['top5']:.2f} %, "
-                    f"loss {head['loss']:.4f} on {count} images")
+    for name, result in measure(net, test, args).items():
+        runtime.say(f"{name}: {metrics.sentence(result)}")
 
 
 def draw_preview(path, net, train, args, info):
@@ -379,16 +359,10 @@ def main(argv=None):
     optimizer = torch.optim.AdamW(groups, args.lr) if args.optimizer == "adamw" else \
         torch.optim.SGD(groups, args.lr, args.momentum, nesterov=args.nesterov)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
-    parameters = sum(p.numel() for p in net.parameters() if p.requires_grad)
-    runtime.say(f"{info}\nnetwork: {args.arch}, {parameters:,} parameters learn; {len(train)} "
-                f"steps of {args.batch_size} images an epoch, {args.epochs} epochs; method "
-                f"{args.method}")
+    runtime.say(f"{runlog.about(info, net, train, args)}; method {args.method}")
 
     # The run: its folder, what it holds already, and the place to go on from
-    identity = {"arch": args.arch, "initial_channels": args.initial_channels, "method": args.method,
-                "dataset": info.name, "classes": info.num_classes, "data": info.fingerprint}
-    run = runlog.Run(args, device, [info.name, args.arch, args.method, f"seed{args.seed}",
-                                    args.job_name], identity,
+    run = runlog.Run(args, device, info, [args.method], {"method": args.method},
                      model=net, optimizer=optimizer, scaler=scaler)
     if args.evaluate or args.preview:
         run.load_weights()
@@ -397,7 +371,7 @@ def main(argv=None):
         elif runtime.rank() == 0:
             runtime.say(f"mixed images: {draw_preview(args.preview, net, train, args, info)}")
         return net
-    run.start(parameters=parameters, data=str(info))
+    run.start()
     if run.writes and run.epoch == run.step == 0:
         draw_preview(run.folder / "mixed_start.png", net, train, args, info)
 
@@ -408,19 +382,14 @@ def main(argv=None):
         timing = run.clock()
         runtime.share_buffers(net)
         heads = measure(net, test, args)
-        heads.pop("count")
-        headline = next(iter(heads.values()))
-        row |= {"test_loss": headline["loss"], "test_accuracy": headline["top1"],
-                "test_top5": headline["top5"],
-                **{f"{name}_accuracy": head["top1"] for name, head in heads.items()}}
+        row |= metrics.columns(next(iter(heads.values())))
+        row |= {f"{name}_accuracy": head["top1"] for name, head in heads.items()}
         run.end_epoch(row | timing, row["test_accuracy"], sums)
 
     # The report
-    runtime.say(report(run))
-    if run.writes:
-        curves = run.draw_curves(f"{args.method}, {args.arch} on {info.name}")
-        mixed = draw_preview(run.folder / "mixed.png", net, train, args, info)
-        runtime.say(f"curves: {curves}\nmixed images: {mixed}\ncheckpoints: {run.folder}")
+    if args.method in LEARNED:
+        runtime.say(report(run))
+    run.finish(f"{args.method}, {args.arch} on {info.name}", draw_preview, net, train, args, info)
     return net
 
 

@@ -15,7 +15,6 @@ two machines      torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d \\
 """
 import argparse
 import copy
-import functools
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -26,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from common import data, metrics, models, preview, runlog, runtime
+from common.data.batches import statistics, to_uint8
 from common.data.imagenet import DaliStream
 from common.mixing import draw_lambda, soft_targets
 from common.models.features import build_backbone
@@ -70,23 +70,11 @@ def parse_args(argv=None):
     add("--config", choices=CONFIGS, default="cifar100_r18",
         help="sets dataset, arch, blur and queue, unless the command line does")
     add("--method", choices=["samix", "moco"], default="samix")
-    add("--data_dir", default="data", help="folder (or .npz file) of the data set")
-    add("--root_dir", default="experiments", help="where the run's folder is made")
-    add("--job_name", default="", help="suffix of the run's folder")
-    add("--seed", type=int, default=0)
-    add("--print_freq", type=runtime.positive, default=100, help="steps between log lines")
-    add("--workers", type=runtime.count, default=4, help="threads that decode image files")
 
     add = parser.add_argument_group("data and network").add_argument
-    add("--dataset", choices=data.NAMES)
-    add("--labels_per_class", type=runtime.positive, default=None,
-        help="training images of each class (default: all)")
     add("--crop_scale", type=runtime.number(above=0, high=1), default=0.2,
         help="least area of a view")
     add("--blur", type=share, help="probability of a view's blur")
-    add("--arch", choices=NETS, metavar="NET", help=f"{', '.join(NETS)}")
-    add("--initial_channels", type=runtime.positive, default=64,
-        help="64 is the network as published, 16 has a quarter of all its widths")
     add("--layer", type=runtime.positive, default=3, help="stage whose features the MixBlock sees")
 
     add = parser.add_argument_group("contrast").add_argument
@@ -94,7 +82,7 @@ def parse_args(argv=None):
     add("--dim", type=runtime.positive, default=128, help="of the embeddings")
     add("--temperature", type=runtime.number(above=0), default=0.2)
     add("--ema", type=share, default=0.999, help="momentum of the keys' encoder")
-    add_boolean(parser, "--sync_bn", False,
+    add_boolean(add, "--sync_bn", False,
                 "GPUs: BatchNorm over all processes, instead of shuffled keys")
 
     add = parser.add_argument_group("mixing").add_argument
@@ -111,14 +99,8 @@ def parse_args(argv=None):
     add("--block_weight", type=amount, default=1.0)
     add("--extend_weight", type=amount, default=0.5, help="falls to 0 along a cosine")
     add("--mask_loss", type=amount, default=0.1, help="weight, falls to 0 along a cosine")
-
-    add = parser.add_argument_group("optimization").add_argument
-    add("--epochs", type=runtime.positive, default=200)
-    add("--batch_size", type=runtime.positive, default=256, help="over all processes")
-    add("--lr", type=amount, default=0.03, help="falls to 0 along a cosine")
-    add("--momentum", type=share, default=0.9)
-    add("--weight_decay", type=amount, default=1e-4)
-    runtime.add_flags(parser)
+    runtime.add_flags(parser, data.NAMES, NETS, {}, epochs=200, batch_size=256, lr=0.03,
+                      weight_decay=1e-4)
 
     first, _ = parser.parse_known_args(argv)
     parser.set_defaults(**CONFIGS[first.config])
@@ -193,18 +175,12 @@ class Contrast(nn.Module):
         return losses, key_k, query
 
 
-@functools.cache
-def statistics(mean, std, device):
-    """Mean and standard deviation as (3, 1, 1) tensors, made once: to make them waits for a GPU."""
-    return tuple(torch.tensor(values, device=device).view(3, 1, 1) for values in (mean, std))
-
-
 def two_views(images, args, info, generator):
     """Two normalised views (B, 3, S, S) of a batch; DALI's come ready, side by side in channels."""
     if images.shape[1] == 6:
         return images.chunk(2, 1)
-    mean, std = statistics(info.mean, info.std, images.device)
-    images, size = ((images * std + mean) * 255).round().to(torch.uint8), info.image_size
+    mean, std = statistics(info, images.device)
+    images, size = to_uint8(images, info), info.image_size
     return [(make_view(images, draw_view(len(images), images.shape[-2:], generator, blur=args.blur,
                                          scale=(args.crop_scale, 1.0)), size) - mean) / std
             for _ in range(2)]
@@ -265,7 +241,7 @@ def draw_preview(path, net, train, args, info):
     rows = {"view q": view_q, "view k": view_k}
     if args.method == "samix":
         net = copy.deepcopy(net).train()
-        mean, std = statistics(info.mean, info.std, images.device)
+        mean, std = statistics(info, images.device)
         rows["partner, view k"] = view_k[perm]
         with runtime.autocast(args, images.device):
             (first, _), (second, _) = net.k(view_q), net.k(view_k)
@@ -320,24 +296,19 @@ def main(argv=None):
     optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], args.lr,
                                 args.momentum, weight_decay=args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
-    parameters = sum(p.numel() for p in net.parameters() if p.requires_grad)
-    runtime.say(f"{info}\nnetwork: {args.arch}, {parameters:,} parameters learn; {len(train)} "
-                f"steps of {args.batch_size} images an epoch, {args.epochs} epochs; method "
-                f"{args.method}, {args.queue} keys")
+    runtime.say(f"{runlog.about(info, net, train, args)}; method {args.method}, {args.queue} keys")
 
     # The run: its folder, what it holds already, and the place to go on from
-    identity = {"arch": args.arch, "initial_channels": args.initial_channels, "layer": args.layer,
-                "image_size": info.image_size, "method": args.method, "queue": args.queue,
-                "dataset": info.name, "classes": info.num_classes, "data": info.fingerprint}
-    run = runlog.Run(args, device, [info.name, args.arch, args.method, "pretrained",
-                                    f"seed{args.seed}", args.job_name], identity,
+    run = runlog.Run(args, device, info, [args.method, "pretrained"],
+                     {"layer": args.layer, "image_size": info.image_size, "method": args.method,
+                      "queue": args.queue},
                      model=net, queue=queue, optimizer=optimizer, scaler=scaler)
     if args.preview:
         run.load_weights()
         if runtime.rank() == 0:
-            runtime.say(f"views: {draw_preview(args.preview, net, train, args, info)}")
+            runtime.say(f"mixed images: {draw_preview(args.preview, net, train, args, info)}")
         return net
-    run.start(parameters=parameters, data=str(info))
+    run.start()
 
     # The epochs
     while not run.over:
@@ -347,12 +318,9 @@ def main(argv=None):
         run.end_epoch(row | timing, None, sums)
 
     # The report
-    if run.writes:
-        curves = run.draw_curves(f"{args.method}, {args.arch} on {info.name} (accuracy: queries "
-                                 "nearest to their own key)")
-        views = draw_preview(run.folder / "mixed.png", net, train, args, info)
-        runtime.say(f"curves: {curves}\nviews: {views}\nnow: python samix/linear_probe.py "
-                    f"--weights {run.folder / 'checkpoint.pt'}")
+    run.finish(f"{args.method}, {args.arch} on {info.name} (accuracy: queries nearest to their own "
+               "key)", draw_preview, net, train, args, info)
+    runtime.say(f"now: python samix/linear_probe.py --weights {run.folder / 'checkpoint.pt'}")
     return net
 
 

@@ -24,9 +24,8 @@ class KnownClasses(torch.nn.Module):
 
 def measure(net, batches, args, info, attack=None) -> dict:
     """Loss, top1, top5 (%), count; ece, a fraction, and its bins: confidence, accuracy, count."""
-    result = metrics.evaluate(KnownClasses(net, info.num_classes), batches, attack=attack,
-                              autocast=lambda: runtime.autocast(args, batches.device),
-                              max_steps=args.max_steps, keep_logits=True)
+    result = metrics.evaluate(KnownClasses(net, info.num_classes), batches, args,
+                              attack=attack, keep_logits=True)
     *means, count = metrics.reliability_bins(result.pop("logits"), result.pop("labels"))
     sums = runtime.total(torch.stack([*(mean * count for mean in means), count])).cpu()
     sure, right, count = *(sums[:2] / sums[2].clamp(min=1)), sums[2]

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from common import checkpoint, data, metrics, models, preview, runlog, runtime
 from common.data.sets import STREAMED
 from common.mixing import draw_lambda, draw_perm, mixup
-from common.runtime import RunError, add_boolean, amount, count, number, positive, share
+from common.runtime import RunError, add_boolean, amount, count, number, positive
 from soft_aug.evaluation import evaluate, measure, write_events
 from soft_aug.losses import (
     cross_entropy,
@@ -62,24 +62,11 @@ STATISTICS = {"cifar100": ((0.5070751592371323, 0.48654887331495095, 0.440917843
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument_group("data, network and schedule").add_argument
-    add("--dataset", "--task", choices=DATASETS, default="cifar10")
-    add("--data_dir", default="data", help="folder (or .npz file) of the data set")
-    add("--root_dir", default="experiments", help="where the run's folder is made")
-    add("--labels_per_class", type=positive, default=None,
-        help="training images of each class (default: all)")
-    add("--net", choices=NETS, default="resnet18")
-    add("--initial_channels", type=number(int, low=4), default=64,
-        help="64 is the network as published, 16 has a quarter of all its widths")
+    add = parser.add_argument_group("schedule and run").add_argument
     add("--sch", type=number(above=0, high=1e4), default=2.5,
-        help="length of training, in 200 epochs")
-    add("--epochs", type=positive, default=None, help="(default: 200 times --sch)")
-    add("--batch_size", "--b", type=positive, default=128, help="over all processes")
+        help="length of training where --epochs is not given, in 200 epochs")
     add("--optimizer", choices=["sgd"], default="sgd")
-    add("--lr", "--learning_rate", type=amount, default=0.1)
-    add("--momentum", type=share, default=0.9)
-    add_boolean(parser, "--no-nag", False, "momentum that is not Nesterov's")
-    add("--wd", type=amount, default=5e-4, help="weight decay")
+    add_boolean(add, "--no-nag", False, "momentum that is not Nesterov's")
     add("--decay", choices=["c", "l", "s"], default="c", help="LR: cosine, linear or in steps")
     add("--gamma", type=amount, default=0.2, help="LR factor of a step (--decay s)")
     add("--milestones", type=count, nargs="*", default=None,
@@ -90,17 +77,12 @@ def parse_args(argv=None):
     add("--r", type=number(above=0), default=1000.0,
         help="divides the augmentations' strength there")
     add("--eval_every", type=positive, default=5, help="epochs from test to test")
-    add("--workers", "--n", type=count, default=16, help="threads that decode image files")
-    add("--seed", type=number(int, low=-1, high=2**63 - 1), default=-1,
-        help="-1: drawn, or that of the run resumed or evaluated")
-    add("--print_freq", type=positive, default=100, help="steps between log lines")
-    add("--prefix", default="", help="part of the name of the run's folder")
-    add_boolean(parser, "--nogpu", False, "the same as --device cpu")
+    add_boolean(add, "--nogpu", False, "the same as --device cpu")
 
     add = parser.add_argument_group("augmentation").add_argument
     add("--da", type=int, choices=[-1, 0, 1, 2], default=0,
         help="-1: none; 0: flip, crop of 4 pixels; 1: these and Cutout; 2: flip, SoftCrop")
-    add_boolean(parser, "--ra", False, "RandAugment")
+    add_boolean(add, "--ra", False, "RandAugment")
     add("--crop", type=amount, default=12.0, help="SoftCrop: standard deviation, pixels")
     add("--pcrop", type=amount, default=2.0, help="SoftCrop: power k of the confidence curve")
     add("--bgcrop", type=amount, default=0.01, help="SoftCrop: standard deviation of the colour")
@@ -108,7 +90,7 @@ def parse_args(argv=None):
     add("--noise", type=amount, default=0.0, help="soft noise: spread of its standard deviation")
     add("--pnoise", type=amount, default=1.0, help="soft noise: power k of the confidence curve")
     add("--bgnoise", type=amount, default=1.0, help="soft noise: multiplies the noise")
-    add_boolean(parser, "--mixup", False, "Mixup of the augmented images")
+    add_boolean(add, "--mixup", False, "Mixup of the augmented images")
     add("--a", type=amount, default=1.0, help="Mixup: Beta parameter")
 
     add = parser.add_argument_group("loss").add_argument
@@ -118,9 +100,14 @@ def parse_args(argv=None):
     add("--g", type=amount, default=2.0, help="fl: gamma")
     add("--rw", nargs="?", choices=["batch", "sample", "off"], const="batch", default="batch",
         help="st: the loss is multiplied by the mean confidence, or each image's by its own")
-    add_boolean(parser, "--no-soften", False, "st: hard targets, only reweighted")
-    add_boolean(parser, "--other", False, "st: the rest goes to a class of its own")
-    runtime.add_flags(parser)
+    add_boolean(add, "--no-soften", False, "st: hard targets, only reweighted")
+    add_boolean(add, "--other", False, "st: the rest goes to a class of its own")
+    runtime.add_flags(
+        parser, DATASETS, NETS,
+        {"dataset": ["--task"], "arch": ["--net"], "batch_size": ["--b"], "workers": ["--n"],
+         "lr": ["--learning_rate"], "weight_decay": ["--wd"], "job_name": ["--prefix"]},
+        dataset="cifar10", arch="resnet18", batch_size=128, lr=0.1, weight_decay=5e-4, seed=-1,
+        workers=16)
 
     args = parser.parse_args(argv)
     args.epochs = args.epochs or int(200 * args.sch)
@@ -130,20 +117,17 @@ def parse_args(argv=None):
         parser.error("--milestones are for --decay s")
     if args.warm >= args.epochs:
         parser.error(f"--warm {args.warm} is not below the {args.epochs} epochs")
-    if "/" in args.prefix:
-        parser.error(f"--prefix {args.prefix} is part of a name and holds no '/'")
     if args.other and args.loss != "st":
         parser.error("--other is for --loss st")
     if args.nogpu:
         args.device = "cpu"
-    args.net = args.net.replace("pyramid272", "pyramidnet272")
+    args.arch = args.arch.replace("pyramid272", "pyramidnet272")
     return args
 
 
-def run_name(args, seed) -> list[str]:
+def run_name(args) -> list[str]:
     """Parts of the name of the run's folder."""
-    return [args.dataset, args.net, f"da{args.da}", args.loss, "ra" * args.ra,
-            "mixup" * args.mixup, args.prefix, f"seed{seed}"]
+    return [f"da{args.da}", args.loss, "ra" * args.ra, "mixup" * args.mixup]
 
 
 def choose_seed(args, device) -> int:
@@ -151,11 +135,13 @@ def choose_seed(args, device) -> int:
 
     Raises RunError for a --resume that is no checkpoint.
     """
-    if args.seed >= 0:
+    if args.seed != -1:
         return args.seed
     seed, wish = random.randrange(1001), args.resume or args.evaluate
     if wish == "auto":              # the newest run that these flags name
-        name = re.escape("_".join(part for part in run_name(args, "") if part)) + r"(\d+)"
+        parts = [[args.dataset, args.arch, *run_name(args), "seed"], ["", args.job_name]]
+        name = r"(-?\d+)".join(re.escape("_".join(filter(None, parts[0]))),
+                               re.escape("_".join(parts[1])) * bool(args.job_name))
         runs = [(path.stat().st_mtime, int(found[1]))
                 for path in Path(args.root_dir).expanduser().glob("*/args.json")
                 if (found := re.fullmatch(name, path.parent.name))]
@@ -292,20 +278,17 @@ def main(argv=None):
         transform=(lambda images, generator: rand_augment(
             images, *draw_randaugment(len(images), generator))) if args.ra else None,
         mean=mean, std=std, workers=args.workers)
-    runtime.say(str(info))
     if args.ra and min(info.image_size, info.width) < 3:
         raise RunError("--ra needs images of at least 3 pixels a side")
     torch.manual_seed(args.seed)
     net, model = runtime.prepare(
-        models.build(args.net, info.num_classes + args.other, info.image_size,
+        models.build(args.arch, info.num_classes + args.other, info.image_size,
                      initial_channels=args.initial_channels), args, device)
     optimizer = torch.optim.SGD(net.parameters(), lr=args.lr, momentum=args.momentum,
-                                weight_decay=args.wd,
+                                weight_decay=args.weight_decay,
                                 nesterov=args.momentum > 0 and not args.no_nag)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
-    parameters = sum(p.numel() for p in net.parameters())
-    runtime.say(f"network: {args.net}, {parameters:,} parameters; {len(train)} steps of "
-                f"{args.batch_size} images an epoch, {args.epochs} epochs; augmentation {args.da}"
+    runtime.say(f"{runlog.about(info, net, train, args)}; augmentation {args.da}"
                 + (" with RandAugment" if args.ra else "") + f", loss {args.loss}")
     strong = math.ceil(max(0.05 * args.epochs, args.epochs - args.ft))
     if 2 * strong < args.epochs and (args.da > 0 or args.noise or args.mixup):
@@ -313,9 +296,7 @@ def main(argv=None):
                      "the augmentation asked for; --ft 0 augments in all")
 
     # The run: its folder, what it holds already, and the place to go on from
-    identity = {"net": args.net, "initial_channels": args.initial_channels, "other": args.other,
-                "dataset": info.name, "classes": info.num_classes, "data": info.fingerprint}
-    run = runlog.Run(args, device, run_name(args, args.seed), identity,
+    run = runlog.Run(args, device, info, run_name(args), {"other": args.other},
                      model=net, optimizer=optimizer, scaler=scaler)
     if args.evaluate or args.preview:
         path = run.load_weights()
@@ -325,7 +306,7 @@ def main(argv=None):
             picture = draw_preview(args.preview, train, args, info)
             runtime.say(f"mixed images: {picture}")
         return net
-    run.start(parameters=parameters, data=str(info))
+    run.start()
 
     # The epochs
     while not run.over:
@@ -335,18 +316,14 @@ def main(argv=None):
         runtime.share_buffers(net)
         if epoch % args.eval_every == 0 or epoch + 1 == args.epochs or run.steps_left == 0:
             result = measure(net, test, args, info)
-            row |= {"test_loss": result["loss"], "test_accuracy": result["top1"],
-                    "test_top5": result["top5"], "test_ece": result["ece"]}
+            row |= metrics.columns(result) | {"test_ece": result["ece"]}
         run.end_epoch(row | timing, row.get("test_accuracy"), sums)
         write_events(run)
 
     # The report
-    runtime.say(run.report())
     evaluate(net, test, args, info, run.folder if run.writes else None)
-    if run.writes:
-        curves = run.draw_curves(f"--da {args.da} --loss {args.loss}, {args.net} on {info.name}")
-        mixed = draw_preview(run.folder / "mixed.png", train, args, info)
-        runtime.say(f"curves: {curves}\nmixed images: {mixed}\ncheckpoints: {run.folder}")
+    run.finish(f"--da {args.da} --loss {args.loss}, {args.arch} on {info.name}", draw_preview,
+               train, args, info)
     return net
 
 

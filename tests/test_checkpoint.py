@@ -13,6 +13,7 @@ from common import checkpoint, metrics, runlog, runtime
 from common.runtime import RunError
 
 CPU = torch.device("cpu")
+INFO = SimpleNamespace(name="set", num_classes=2, fingerprint="0")
 
 
 def state(value):
@@ -90,8 +91,9 @@ def test_other_network_or_data_is_named():
 
 def make_run(root, **flags):
     args = SimpleNamespace(**{"root_dir": str(root), "resume": "", "max_steps": None, "epochs": 3,
-                              "evaluate": "", "tensorboard": False, "batch_size": 10} | flags)
-    return runlog.Run(args, CPU, ["run", "", 0], {"arch": "a"}, model=torch.nn.Linear(2, 2))
+                              "evaluate": "", "tensorboard": False, "batch_size": 10, "arch": "a",
+                              "initial_channels": 16, "seed": 0, "job_name": ""} | flags)
+    return runlog.Run(args, CPU, INFO, ["run", ""], model=torch.nn.Linear(2, 2))
 
 
 def test_run_folder_is_held_by_one_run(tmp_path):
@@ -168,8 +170,7 @@ def test_parts_that_do_not_fit_are_named(tmp_path):
 
 def test_names_of_runs_stay_in_the_root(tmp_path):
     with pytest.raises(RunError, match="may hold no '/'"):
-        runlog.Run(SimpleNamespace(root_dir=str(tmp_path), max_steps=None), CPU, ["a", "../../x"],
-                   {}, model=torch.nn.Linear(2, 2))
+        make_run(tmp_path, job_name="../../x")
 
 
 def test_evaluation_of_another_shape_is_named(tmp_path):
@@ -184,14 +185,14 @@ def test_evaluation_of_another_shape_is_named(tmp_path):
 
 def test_unwritable_root_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunError, match="file/run cannot be written"):
+    with pytest.raises(RunError, match="file/set_a_run_seed0 cannot be written"):
         make_run(tmp_path / "file").start()
 
 
 def test_run_logs_epochs_and_goes_on(tmp_path):
     sums = metrics.StepSums(2, CPU)
     run = make_run(tmp_path, tensorboard=True)
-    run.start(parameters=6)
+    run.start(places=6)
 
     class Loader(list):
         def set_epoch(self, epoch, step):

@@ -1,5 +1,6 @@
 """Data sets in their on-disk forms, and the batches made of them."""
 import pickle
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from common.data import sets
 from common.data.batches import Batches, ResizedCrop, draw_boxes, resize_boxes, to_uint8
 
 CPU = torch.device("cpu")
+HALF = SimpleNamespace(mean=(0.5,) * 3, std=(0.25,) * 3)
 
 
 def make_arrays(per_class=12, classes=4, size=32, seed=0):
@@ -240,7 +242,7 @@ def test_augmentation_is_flip_and_padded_crop(tmp_path):
     train = Batches(images, labels, batch_size=200, device=CPU, mean=(0.5,) * 3, std=(0.25,) * 3,
                     seed=0, padding=2, flip=True)
     batch, _ = next(iter(train))
-    batch = to_uint8(batch, (0.5,) * 3, (0.25,) * 3)
+    batch = to_uint8(batch, HALF)
     padded = np.pad(images, ((0, 0), (2, 2), (2, 2), (0, 0)))
     counts = np.zeros((2, 5, 5), int)
     for i, image in zip(train.order.tolist(), batch, strict=True):
@@ -299,7 +301,7 @@ def test_reflected_padding():
         train = Batches(images, labels, batch_size=50, device=CPU, mean=(0.5,) * 3, std=(0.25,) * 3,
                         seed=0, padding=4, reflect=True, transform_first=first,
                         transform=lambda images, generator: images)
-        batch = to_uint8(next(iter(train))[0], (0.5,) * 3, (0.25,) * 3)
+        batch = to_uint8(next(iter(train))[0], HALF)
         padded = np.pad(images, ((0, 0), (4, 4), (4, 4), (0, 0)), "reflect")
         for i, (y, x), image in zip(train.order.tolist(), train.shifts.T.tolist(), batch,
                                     strict=True):
@@ -338,12 +340,12 @@ def test_resized_crops_of_a_set(tmp_path):
     images, labels = next(iter(train))
     assert images.shape == (10, 3, 48, 48) and info.image_size == 48
     stored = torch.from_numpy(make_arrays()[0]).permute(0, 3, 1, 2)
-    for place_of, image in enumerate(to_uint8(images, info.mean, info.std)):
+    for place_of, image in enumerate(to_uint8(images, info)):
         box = train.boxes[:, place_of].tolist()
         expected = TF.resized_crop(stored[train.order[place_of]].float(), *box, [48, 48],
                                    TF.InterpolationMode.BICUBIC, antialias=True)
         assert (expected.clamp(0, 255) - image).abs().max() <= 0.51
-    whole = to_uint8(next(iter(test))[0], info.mean, info.std)
+    whole = to_uint8(next(iter(test))[0], info)
     pixels = torch.from_numpy(make_arrays(3, 4, seed=1)[0][:10]).permute(0, 3, 1, 2).float()
     expected = TF.resize(pixels, [48, 48], TF.InterpolationMode.BICUBIC, antialias=True)
     assert (expected.clamp(0, 255) - whole).abs().max() <= 0.51
@@ -381,4 +383,4 @@ def test_normalisation_round_trip():
     expected = (torch.from_numpy(images).permute(0, 3, 1, 2) / 255 -
                 torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
     assert torch.allclose(normal, expected, atol=1e-5)
-    assert np.array_equal(to_uint8(normal, mean, std).permute(0, 2, 3, 1), images)
+    assert np.array_equal(to_uint8(normal, SimpleNamespace(mean=mean, std=std)).permute(0, 2, 3, 1), images)

@@ -1,10 +1,14 @@
 """Evaluation, calibration and the sums of an epoch against hand-made cases."""
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from common import metrics, runtime
+
+ALL = SimpleNamespace(amp="off", max_steps=None)
 
 
 class Fixed(nn.Module):
@@ -24,7 +28,7 @@ def test_evaluate_counts_every_image_once():
     images = torch.randn(23, 1, 1, 8) + 2 * torch.eye(8)[labels].view(23, 1, 1, 8)
     batches = [(images[i:i + 5], labels[i:i + 5]) for i in range(0, 23, 5)]
     net = Fixed().train()
-    result = metrics.evaluate(net, batches, keep_logits=True)
+    result = metrics.evaluate(net, batches, ALL, keep_logits=True)
     logits = images.flatten(1)
     order = logits.argsort(1, descending=True)
     assert result["count"] == 23 and net.training
@@ -33,8 +37,8 @@ def test_evaluate_counts_every_image_once():
         100 * (order[:, :5] == labels[:, None]).any(1).double().mean().item())
     assert result["loss"] == pytest.approx(nn.functional.cross_entropy(logits, labels).item())
     assert torch.equal(result["labels"], labels) and torch.equal(result["logits"], logits)
-    assert metrics.evaluate(net, batches, max_steps=2)["count"] == 10
-    worse = metrics.evaluate(net, batches, attack=lambda images, labels: -images)
+    assert metrics.evaluate(net, batches, SimpleNamespace(amp="off", max_steps=2))["count"] == 10
+    worse = metrics.evaluate(net, batches, ALL, attack=lambda images, labels: -images)
     assert worse["top1"] < result["top1"]
 
 

@@ -284,7 +284,7 @@ def test_configurations():
         config["epochs"] = 0
         assert configs.get(name)["epochs"]
     table = {name: [configs.get(name)[key] for key in
-                    ("net_name", "epochs", "init_lr", "weight_decay", "batch_size")]
+                    ("arch", "epochs", "lr", "weight_decay", "batch_size")]
              for name in configs.CONFIGS}
     assert table["cifar100_wrs"] == ["wresnet28_10", 200, 0.2, 5e-4, 256]
     assert table["cifar10_ss"] == ["shakeshake26_2x96d", 1800, 0.04, 1e-4, 256]

@@ -236,11 +236,11 @@ def test_gradients_are_clipped(tmp_path):
 def test_configurations_and_overrides():
     args = resizemix.parse_args(["--config", "cifar100_ss.py", "--init_lr", "0.3", "--resizemix",
                                  "False", "--data_path", "d", "--save", "s", "--report_freq", "7"])
-    assert (args.net_name, args.epochs, args.init_lr) == ("shakeshake26_2x96d", 1800, 0.3)
+    assert (args.arch, args.epochs, args.lr) == ("shakeshake26_2x96d", 1800, 0.3)
     assert (args.resizemix, args.weight_decay, args.image_size) == (False, 1e-4, 32)
     assert (args.data_dir, args.root_dir, args.print_freq) == ("d", "s", 7)
     args = resizemix.parse_args(["--config", "imagenet_res", "--load_path", "w.pt"])
-    assert (args.dataset, args.net_name, args.batch_size, args.resume) == (
+    assert (args.dataset, args.arch, args.batch_size, args.resume) == (
         "imagenet", "resnet101", 512, "w.pt")
     assert resizemix.parse_args(["--dataset", "tiny-imagenet-200"]).image_size is None
     config = set(resizemix.configs.get("imagenet_res")) | set(resizemix.configs.get("cifar10_ss"))

@@ -21,7 +21,7 @@ def test_step_randomness_depends_on_its_number_alone():
 
 def test_booleans_keep_the_papers_forms():
     parser = argparse.ArgumentParser()
-    runtime.add_boolean(parser, "--log_off", False, "")
+    runtime.add_boolean(parser.add_argument, "--log_off", False, "")
     parsed = [parser.parse_args(line.split()).log_off for line in
               ("", "--log_off", "--log_off True", "--log_off false", "--log_off 1", "--log_off no")]
     assert parsed == [False, True, True, False, True, False]
@@ -87,9 +87,16 @@ def test_a_shell_under_slurm_is_one_process(monkeypatch):
     assert runtime.world() == 1
 
 
-def test_seeds_out_of_range_are_named():
-    with pytest.raises(runtime.RunError, match="--seed 99999999999999999999 is not a number of 64"):
-        runtime.setup(flags(seed=99999999999999999999))
+def test_every_program_has_the_common_flags(capsys):
+    parser = argparse.ArgumentParser()
+    runtime.add_flags(parser, ["digits"], ["net"], {"lr": ["--init_lr"]}, lr=0.1)
+    args = parser.parse_args("--init_lr 0.2 --seed -3 --compile".split())
+    assert (args.lr, args.seed, args.compile, args.momentum) == (0.2, -3, True, 0.9)
+    assert (args.epochs, args.initial_channels, args.device) == (None, 64, "auto")
+    for words in ("--seed 99999999999999999999", "--dataset other", "--arch other"):
+        with pytest.raises(SystemExit):
+            parser.parse_args(words.split())
+    assert "'99999999999999999999' is not an integer" in capsys.readouterr().err
 
 
 def test_missing_dali_is_said(monkeypatch):

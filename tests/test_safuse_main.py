@@ -119,7 +119,7 @@ def test_the_papers_flags_by_their_names():
         "--NUM_CLASS 100 --data_path d --RESUME True --START_EPOCH 5 --NB_EPOCH 7 --LR 0.3 "
         "--BATCH_SIZE 4 --gpu_ids [0,2] --p_binom 0.4 --topN_local_ratio 0.6 --loss_gamma_CE 1 "
         "--loss_gamma_SCL 2 --temp 0.5 --N_min 20.0 --N_max 22 --cutmix_prob 0.1".split())
-    assert (args.NUM_CLASS, args.data_dir, args.resume, args.START_EPOCH, args.epochs, args.LR,
+    assert (args.NUM_CLASS, args.data_dir, args.resume, args.start_epoch, args.epochs, args.lr,
             args.batch_size, args.gpu_ids, args.p_binom, args.topN_local_ratio, args.loss_gamma_CE,
             args.loss_gamma_SCL, args.temp, args.N_min, args.N_max, args.cutmix_prob) == (
         100, "d", "auto", 5, 7, 0.3, 4, [0, 2], 0.4, 0.6, 1, 2, 0.5, 20, 22, 0.1)
@@ -152,7 +152,7 @@ TABLE = {
 def test_the_papers_settings_are_the_defaults(row):
     method, dataset, arch = row.split()
     args = safuse.parse_args(["--method", method, "--dataset", dataset, "--arch", arch])
-    assert (args.epochs, args.schedule, args.LR, args.batch_size, args.topN_local_ratio,
+    assert (args.epochs, args.schedule, args.lr, args.batch_size, args.topN_local_ratio,
             args.loss_gamma_CE, args.loss_gamma_SCL, args.N_min, args.N_max, args.compactness,
             args.label_share) == TABLE[row]
     assert (args.momentum, args.weight_decay, args.nesterov) == (0.9, 5e-4, False)
@@ -171,7 +171,7 @@ def test_every_combination_has_settings_and_the_command_line_wins():
     assert recipes.defaults("occamix", "tiny-imagenet-200", "resnet18")["N_max"] == 60
     assert recipes.defaults("safuse", "folder", "resnet18", 224)["N_min"] == 30
     args = safuse.parse_args("--dataset cub200 --LR 0.5 --N_min 3 --pretrained none".split())
-    assert (args.LR, args.N_min, args.N_max, args.pretrained) == (0.5, 3, 40, "")
+    assert (args.lr, args.N_min, args.N_max, args.pretrained) == (0.5, 3, 40, "")
 
 
 def test_schedules():

@@ -1,4 +1,5 @@
 """Batches of a data set that lies in memory, augmented all at once on the device."""
+import functools
 import math
 from typing import NamedTuple
 
@@ -248,13 +249,27 @@ def crops(images: torch.Tensor, size) -> torch.Tensor:
     return images.unfold(2, size[0], 1).unfold(3, size[1], 1).permute(0, 2, 3, 1, 4, 5)
 
 
-def to_uint8(images: torch.Tensor, mean, std) -> torch.Tensor:
+@functools.cache
+def _on_device(mean: tuple, std: tuple, device):
+    return tuple(torch.tensor(values, device=device).view(3, 1, 1) for values in (mean, std))
+
+
+def statistics(info, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """info.mean and info.std as (3, 1, 1) tensors, made once: to make them waits for a GPU."""
+    return _on_device(tuple(info.mean), tuple(info.std), device)
+
+
+def unnormalise(images: torch.Tensor, info) -> torch.Tensor:
+    """Normalised images (..., 3, H, W) as pixels in [0, 1]."""
+    mean, std = statistics(info, images.device)
+    return images * std + mean
+
+
+def to_uint8(images: torch.Tensor, info) -> torch.Tensor:
     """Normalised images back to uint8 pixels, rounded."""
-    mean, std = (torch.tensor(v).to(images.device, non_blocking=True).view(1, 3, 1, 1)
-                 for v in (mean, std))
-    return (images * std + mean).mul(255).round_().clamp_(0, 255).to(torch.uint8)
+    return unnormalise(images, info).mul_(255).round_().clamp_(0, 255).to(torch.uint8)
 
 
-def pixels(images: torch.Tensor, mean, std) -> np.ndarray:
+def to_arrays(images: torch.Tensor, info) -> np.ndarray:
     """Normalised images (B, 3, H, W) as (B, H, W, 3) uint8 arrays, for drawing."""
-    return to_uint8(images, mean, std).permute(0, 2, 3, 1).cpu().numpy()
+    return to_uint8(images, info).permute(0, 2, 3, 1).cpu().numpy()
