@@ -383,4 +383,5 @@ def test_normalisation_round_trip():
     expected = (torch.from_numpy(images).permute(0, 3, 1, 2) / 255 -
                 torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
     assert torch.allclose(normal, expected, atol=1e-5)
-    assert np.array_equal(to_uint8(normal, SimpleNamespace(mean=mean, std=std)).permute(0, 2, 3, 1), images)
+    back = to_uint8(normal, SimpleNamespace(mean=mean, std=std))
+    assert np.array_equal(back.permute(0, 2, 3, 1), images)

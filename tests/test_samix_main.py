@@ -158,7 +158,7 @@ def ends(tmp_path_factory):
 @pytest.mark.parametrize("before, words", [*(("", words) for words in FLAGS), *PAIRS])
 def test_no_flag_is_idle(ends, monkeypatch, before, words):
     heads = {"one_k": {"loss": 1.0, "top1": 1.0, "top5": 1.0}}
-    monkeypatch.setattr(samix, "measure", lambda *words: {**heads, "count": 1})     # it takes long
+    monkeypatch.setattr(samix, "measure", lambda *words: heads)     # it takes long
     assert not same(ends(before), ends(words))
     assert all(value.isfinite().all() for value in ends(words).values())
 
@@ -524,7 +524,7 @@ def test_two_ranks_end_alike(tmp_path, method):
         *SMALL, "--method", method, "--epochs", 2, "--switch_off", 0.5, "--root_dir",
         tmp_path / "runs"])
     assert "2 processes" in printed and "ranks agree: True" in printed
-    assert "on 355 images" in printed or "headline" in printed
+    assert "test accuracy, median" in printed
 
 
 def test_script_trains_on_two_ranks(sets, tmp_path):
