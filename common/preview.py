@@ -23,22 +23,36 @@ def draw(path, title: str, rows: dict, targets: torch.Tensor, info, columns: int
     minimum to their maximum; targets (B, num_classes) belong to the last row. info: Info of the
     data set (mean, std, class names).
     """
+    columns = min(columns, len(targets))
+    pictures = {}
+    for name, batch in rows.items():
+        batch = batch[:columns].float()
+        pictures[name] = to_arrays(batch, info) if batch.ndim == 4 else batch.cpu().numpy()
+    return grid(path, title, pictures,
+                [shares(target, info.classes) for target in targets[:columns]])
+
+
+def grid(path, title: str, rows: dict, captions: list[str] | dict, side: float = 1.25) -> Path:
+    """Writes a PNG with one row of pictures per entry of `rows`: name -> arrays (H, W[, 3]).
+
+    captions: below the pictures of the last row, or name -> captions of that row; side: of a
+    picture, in inches.
+    """
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    columns = min(columns, len(targets))
+    captions = captions if isinstance(captions, dict) else {list(rows)[-1]: captions}
+    columns = min(len(pictures) for pictures in rows.values())
     figure, axes = plt.subplots(len(rows), columns, squeeze=False, layout="constrained",
-                                figsize=(1.25 * columns + 0.3, 1.32 * len(rows) + 0.75))
-    for line, (name, batch) in zip(axes, rows.items(), strict=True):
-        batch = batch[:columns].float()
-        shown = to_arrays(batch, info) if batch.ndim == 4 else batch.cpu().numpy()
-        for axis, image in zip(line, shown, strict=True):
-            axis.imshow(image, cmap="gray", interpolation="nearest")
+                                figsize=(side * columns + 0.3, 1.06 * side * len(rows) + 0.75))
+    for line, (name, pictures) in zip(axes, rows.items(), strict=True):
+        for axis, picture, number in zip(line, pictures, range(columns), strict=False):
+            axis.imshow(picture, cmap="gray", interpolation="nearest")
             axis.set(xticks=[], yticks=[])
             axis.spines[:].set_visible(False)
+            if name in captions:
+                axis.set_xlabel(captions[name][number], fontsize=7, color=MUTED)
         line[0].set_ylabel(name, fontsize=9, color=INK)
-    for axis, target in zip(axes[-1], targets, strict=False):
-        axis.set_xlabel(shares(target, info.classes), fontsize=7, color=MUTED)
     figure.suptitle(title, x=0.01, ha="left", fontsize=10, color=INK)
     save_figure(figure, path)
     return Path(path)

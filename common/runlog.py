@@ -76,9 +76,6 @@ class Run:
             "classes": info.num_classes, "data": info.fingerprint} | (identity or {})
         name = [info.name, args.arch, *name, f"seed{args.seed}", args.job_name]
         name = "_".join(part for part in name if part)
-        if "/" in name:
-            raise RunError(f"the run's folder {name} may hold no '/': change what the flags add to "
-                           "its name")
         self.folder = Path(args.root_dir).expanduser() / name
         self.keeps_files = not getattr(args, "log_off", False)
         self.writes = self.keeps_files and runtime.rank() == 0

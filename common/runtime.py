@@ -69,6 +69,13 @@ def number(kind=float, low=None, high=None, above=None):
     return check
 
 
+def part_of_a_name(text: str) -> str:
+    """argparse type: what is put into a folder's name."""
+    if "/" in text:
+        raise argparse.ArgumentTypeError(f"'{text}' is part of a name and holds no '/'")
+    return text
+
+
 positive, count = number(int, low=1), number(int, low=0)
 amount, share = number(low=0), number(low=0, high=1)
 
@@ -90,7 +97,7 @@ def add_flags(parser, datasets, archs, names: dict, **defaults):
     ours("dataset", "which data", choices=datasets)
     ours("data_dir", "folder (or .npz file) of the data set")
     ours("root_dir", "where the run's folder is made")
-    ours("job_name", "suffix of the run's folder")
+    ours("job_name", "suffix of the run's folder", type=part_of_a_name)
     ours("labels_per_class", "training images of each class, if not all", type=positive)
     ours("image_size", "side of the square images in pixels, if not the data set's",
         type=positive)

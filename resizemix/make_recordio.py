@@ -30,9 +30,9 @@ from tqdm import tqdm
 
 from common import runtime
 from common.data import recordio
+from common.data.sets import SUFFIXES
 from common.runtime import DataError
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".gif"}
 KEPT = {"JPEG", "PNG"}                  # formats whose bytes are stored as they are
 
 

@@ -5,8 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from common.preview import MUTED
-from common.runlog import INK, save_figure
+from common import preview
 
 SIDE = 224                     # pixels at which borders are drawn
 
@@ -36,32 +35,7 @@ def draw_mixed(path, title: str, images: Tensor, mixed: Tensor, perm: Tensor, la
     rows = {"image a": borders(images, labels), "image b": borders(images[perm], labels[perm]),
             "mask": mask.cpu().numpy(), "fused": borders(mixed, fused)}
     percent = {name: (100 * share).round().int().tolist() for name, share in shares.items()}
-    return draw(path, title, rows, [
+    return preview.grid(path, title, rows, [
         "\n".join([f"{names[i]} : {names[j]}",
                    *(f"{name} {of[i]} : {100 - of[i]}" for name, of in percent.items())])
-        for i, j in enumerate(perm.tolist())])
-
-
-def draw(path, title: str, rows: dict, captions: list[str] | dict) -> Path:
-    """Writes a PNG with one row of pictures per entry of `rows`: name -> arrays (H, W[, 3]).
-
-    captions: below the pictures of the last row, or name -> captions of that row.
-    """
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    captions = captions if isinstance(captions, dict) else {list(rows)[-1]: captions}
-    columns = min(len(pictures) for pictures in rows.values())
-    figure, axes = plt.subplots(len(rows), columns, squeeze=False, layout="constrained",
-                                figsize=(1.5 * columns + 0.3, 1.62 * len(rows) + 0.9))
-    for line, (name, pictures) in zip(axes, rows.items(), strict=True):
-        for axis, picture, number in zip(line, pictures, range(columns), strict=False):
-            axis.imshow(picture, cmap="gray", interpolation="nearest")
-            axis.set(xticks=[], yticks=[])
-            axis.spines[:].set_visible(False)
-            if name in captions:
-                axis.set_xlabel(captions[name][number], fontsize=7, color=MUTED)
-        line[0].set_ylabel(name, fontsize=9, color=INK)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=10, color=INK)
-    save_figure(figure, path)
-    return Path(path)
+        for i, j in enumerate(perm.tolist())], side=1.5)

@@ -26,6 +26,7 @@ from common import data, metrics, mixing, models, preview, runlog, runtime
 from common.data.batches import ResizedCrop
 from common.mixing import draw_lambda, soft_targets
 from common.models.features import build_backbone
+from common.randaugment import randaugment
 from common.runtime import RunError, add_boolean
 from samix import configs
 from samix.evaluation import measure, mixtures, report
@@ -41,7 +42,6 @@ from samix.mixblock import (
     plain_near_ends,
 )
 from samix.momentum import Branch, cosine, ema_momentum, momentum_copy, momentum_update
-from samix.randaugment import RandAugment
 from samix.schedule import parameter_groups, step_rates
 
 NETS = [name for names in models.NAMES.values() for name in names]
@@ -339,7 +339,7 @@ def load_data(args, device):
         args.dataset, args.data_dir, batch_size=args.batch_size, device=device, seed=args.seed,
         loader=args.loader, image_size=args.image_size, labels_per_class=args.labels_per_class,
         workers=args.workers, drop_last=args.drop_last, mean=args.mean, std=args.std,
-        transform=RandAugment() if args.randaugment else None,
+        transform=randaugment if args.randaugment else None,
         streaming={"scale": (args.crop_scale, 1.0), "filter": "bicubic",
                    "resize": "shorter" if args.resize_first else "",
                    "auto_augment": "randaugment" if args.randaugment else None},

@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from common import checkpoint, data, metrics, models, preview, runlog, runtime
 from common.data.sets import STREAMED
 from common.mixing import draw_lambda, draw_perm, mixup
+from common.randaugment import draw_randaugment, rand_augment
 from common.runtime import RunError, add_boolean, amount, count, number, positive
 from soft_aug.evaluation import evaluate, measure, write_events
 from soft_aug.losses import (
@@ -38,7 +39,6 @@ from soft_aug.losses import (
     smooth_cross_entropy,
     soft_target_loss,
 )
-from soft_aug.randaugment import draw_randaugment, rand_augment
 from soft_aug.schedule import fine_tuning, step_rate
 from soft_aug.softcrop import (
     confidence,
@@ -139,9 +139,9 @@ def choose_seed(args, device) -> int:
         return args.seed
     seed, wish = random.randrange(1001), args.resume or args.evaluate
     if wish == "auto":              # the newest run that these flags name
-        parts = [[args.dataset, args.arch, *run_name(args), "seed"], ["", args.job_name]]
-        name = r"(-?\d+)".join(re.escape("_".join(filter(None, parts[0]))),
-                               re.escape("_".join(parts[1])) * bool(args.job_name))
+        before = [args.dataset, args.arch, *run_name(args), "seed"]
+        name = re.escape("_".join(filter(None, before))) + r"(-?\d+)" + \
+            re.escape(f"_{args.job_name}" * bool(args.job_name))
         runs = [(path.stat().st_mtime, int(found[1]))
                 for path in Path(args.root_dir).expanduser().glob("*/args.json")
                 if (found := re.fullmatch(name, path.parent.name))]

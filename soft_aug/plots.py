@@ -1,12 +1,11 @@
 """Three pictures: softening curve, reliability diagram, accuracy over the visible fraction."""
-from pathlib import Path
-
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 
+from common.runlog import save_figure
 from soft_aug.softcrop import confidence
 
 BLUE, RED, GREY = "#2f6db3", "#d1495b", "#8a8a8a"
@@ -21,12 +20,6 @@ def _axes(title, xlabel, ylabel, xlim=(0, 1), ylim=(0, 1)):
     return figure, axes
 
 
-def _save(figure, path):
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
 def softening_curve(path, num_classes: int = 100, powers=(1, 2, 3, 4), max_p: float = 1.0):
     """Confidence in the label over the visible fraction, one line per power."""
     figure, axes = _axes("Confidence in the label of a crop", "visible fraction v",
@@ -39,7 +32,7 @@ def softening_curve(path, num_classes: int = 100, powers=(1, 2, 3, 4), max_p: fl
     axes.axhline(1 / num_classes, color=GREY, linewidth=1, linestyle="--",
                  label=f"chance, 1/{num_classes}")
     axes.legend(frameon=False, loc="lower right")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def reliability_diagram(confidence, accuracy, count, path):
@@ -71,7 +64,7 @@ def reliability_diagram(confidence, accuracy, count, path):
     bottom.set(xlabel="confidence", ylabel="predictions (%)")
     for axes in (top, bottom):
         axes.spines[["top", "right"]].set_visible(False)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def occlusion_curve(visible, accuracies: dict, path):
@@ -87,4 +80,4 @@ def occlusion_curve(visible, accuracies: dict, path):
     axes.invert_xaxis()
     if len(accuracies) > 1:
         axes.legend(frameon=False)
-    _save(figure, path)
+    save_figure(figure, path)

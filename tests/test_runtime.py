@@ -93,7 +93,8 @@ def test_every_program_has_the_common_flags(capsys):
     args = parser.parse_args("--init_lr 0.2 --seed -3 --compile".split())
     assert (args.lr, args.seed, args.compile, args.momentum) == (0.2, -3, True, 0.9)
     assert (args.epochs, args.initial_channels, args.device) == (None, 64, "auto")
-    for words in ("--seed 99999999999999999999", "--dataset other", "--arch other"):
+    for words in ("--seed 99999999999999999999", "--dataset other", "--arch other",
+                  "--job_name ../x"):
         with pytest.raises(SystemExit):
             parser.parse_args(words.split())
     assert "'99999999999999999999' is not an integer" in capsys.readouterr().err

@@ -19,8 +19,8 @@ from PIL import Image
 from test_imagenet import HAS_DALI, make_cub, make_dogs
 from test_safuse import close, relabelled
 
-from common import checkpoint, runtime
-from safuse import localisation, network, picture, recipes
+from common import checkpoint, preview, runtime
+from safuse import localisation, network, recipes
 from safuse import main as safuse
 from safuse.network import SuperpixelAttention, superpixel_pool
 
@@ -126,7 +126,7 @@ def test_the_papers_flags_by_their_names():
     args = safuse.parse_args("-b 3 --Burn_prob 0.2 --RESUME False --pretrained".split())
     assert (args.batch_size, args.p_binom, args.resume, args.pretrained) == (
         3, 0.2, "", "torchvision")
-    assert safuse.parse_args([]).START_EPOCH is None and safuse.parse_args([]).resume == ""
+    assert safuse.parse_args([]).start_epoch is None and safuse.parse_args([]).resume == ""
 
 
 # epochs, schedule, LR, batch, top-N, gamma CE, gamma SCL, N_min, N_max, compactness, label share
@@ -412,9 +412,9 @@ def test_post_norm_is_blind_at_initialisation_and_pre_norm_is_not():
 @pytest.mark.parametrize("method", safuse.METHODS)
 def test_previews_are_drawn(tmp_path, method, monkeypatch):
     seen = {}
-    draw = picture.draw
-    monkeypatch.setattr(picture, "draw", lambda *args: seen.update(rows=args[2], below=args[3])
-                        or draw(*args))
+    grid = preview.grid
+    monkeypatch.setattr(preview, "grid", lambda *args, **more: seen.update(
+        rows=args[2], below=args[3]) or grid(*args, **more))
     safuse.main([*SMALL, "--method", method, "--preview", str(tmp_path / "p.png"),
                  "--root_dir", str(tmp_path / "none")])
     with Image.open(tmp_path / "p.png") as image:
@@ -441,7 +441,8 @@ def test_previews_are_drawn(tmp_path, method, monkeypatch):
 def test_attention_of_a_trained_network_shows_in_the_preview(tmp_path, monkeypatch):
     folder = train(tmp_path, "--attention_score", "pre_norm", "--epochs", 2, "--cutmix_prob", 1)
     texts = {}
-    monkeypatch.setattr(picture, "draw", lambda path, *args: texts.update(text=args[2]) or path)
+    monkeypatch.setattr(preview, "grid", lambda path, *args, **more: texts.update(
+        text=args[2]) or path)
     train(tmp_path, "--attention_score", "pre_norm", "--preview", tmp_path / "p.png", "--resume",
           folder / "checkpoint.pt")
     lines = [re.findall(r"\d+ : \d+$", text, re.M)[-2:] for text in texts["text"]]
@@ -657,7 +658,7 @@ def test_two_ranks_agree(tmp_path, method):
     ("--gpu_ids x", 2, "'x' is no list of GPUs such as 0,1"),
     ("--schedule A --milestones 3", 2, "--milestones are for --schedule step"),
     ("--momentum 0 --nesterov", 2, "--nesterov needs --momentum"),
-    ("--epochs 5 --START_EPOCH 5", 2, "--START_EPOCH 5: the last epoch is 4"),
+    ("--epochs 5 --START_EPOCH 5", 2, "--start_epoch 5: the last epoch is 4"),
     ("--attention_score mean", 2, "invalid choice: 'mean'"),
     ("--NUM_CLASS 100", 1, "--NUM_CLASS 100: digits has 10 classes"),
     ("--image_size 20", 1, "resnet18 takes images whose sides are multiples of 8 pixels"),

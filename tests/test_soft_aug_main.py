@@ -349,7 +349,7 @@ def test_flags_and_aliases():
     assert soft_aug.parse_args("--sch 0.29".split()).epochs == 57
     assert soft_aug.parse_args("--sch 0.29 --epochs 9".split()).epochs == 9
     assert soft_aug.parse_args(["--rw"]).rw == "batch"
-    assert soft_aug.parse_args("--net pyramid272".split()).net == "pyramidnet272"
+    assert soft_aug.parse_args("--net pyramid272".split()).arch == "pyramidnet272"
 
 
 def test_milestones_replace_the_originals():
@@ -530,7 +530,7 @@ def test_preview_shows_the_targets_of_the_loss(info_and_batch):
     ("--epochs 2 --warm 2", 2, "--warm 2 is not below the 2 epochs"),
     ("--seed 99999999999999999999", 2, "--seed: '99999999999999999999' is not an integer"),
     ("--initial_channels 1", 2, "'1' is not an integer of at least 4"),
-    ("--prefix ../x", 2, "--prefix ../x is part of a name"),
+    ("--prefix ../x", 2, "--prefix: '../x' is part of a name"),
     ("--other", 2, "--other is for --loss st"),
     ("--image_size 2 --ra", 1, "--ra needs images of at least 3 pixels"),
     ("--labels_per_class 500", 1, "class 0 has only 143"),
@@ -546,8 +546,8 @@ def test_bad_input_is_one_line(tmp_path, words, code, line, capsys):
 
 def test_a_copied_run_does_not_hide_the_run(tmp_path, no_pictures, capsys):
     folder = train(tmp_path, "--seed", 7, "--max_steps", 1, "--prefix", "mine")
-    assert folder.name == "digits_resnet18_da0_ce_mine_seed7"
-    shutil.copytree(folder, folder.with_name(folder.name.replace("7", "9_backup")))
+    assert folder.name == "digits_resnet18_da0_ce_seed7_mine"
+    shutil.copytree(folder, folder.with_name(folder.name + "_backup"))
     os.utime(folder / "args.json", (1, 1))                  # the older of the two
     soft_aug.main([*SMALL, "--root_dir", str(tmp_path), "--seed", "-1", "--prefix", "mine",
                    "--max_steps", "1", "--evaluate"])

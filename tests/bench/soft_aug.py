@@ -17,7 +17,7 @@ from torchvision.transforms import v2
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from common import runtime
-from soft_aug.randaugment import draw_randaugment, rand_augment
+from common.randaugment import draw_randaugment, rand_augment
 from soft_aug.softcrop import confidence, draw_background, draw_offsets, soft_crop
 
 MEAN, STD = (0.507, 0.487, 0.441), (0.267, 0.256, 0.276)
