@@ -164,10 +164,18 @@ class Run:
             setattr(self, name, state[name])
 
     def load_part(self, name: str, state: dict):
-        """Gives one part its state. Raises RunError when it is of another shape."""
+        """Gives one part its state; an optimizer keeps the settings that this run's flags gave it.
+
+        Raises RunError when it is of another shape.
+        """
+        part = self.parts[name]
+        settings = [{key: value for key, value in group.items() if key != "params"}
+                    for group in getattr(part, "param_groups", [])]
         try:
             if state[name]:                                 # a scaler that is off has no state
-                self.parts[name].load_state_dict(state[name])
+                part.load_state_dict(state[name])
+            for group, own in zip(getattr(part, "param_groups", []), settings, strict=True):
+                group.update(own)
         except (KeyError, ValueError, RuntimeError) as fault:
             reason = (str(fault).strip().splitlines() or [""])[-1].strip()
             raise RunError(f"the checkpoint's {name} does not fit this run's ({reason[:120]})"

@@ -118,7 +118,7 @@ def parse_args(argv=None):
     add("--ema_base", type=share, help="branch k: momentum up to a share ema_start of the run")
     add("--ema_end", type=share, help="what it then grows to")
     add("--ema_start", type=share)
-    runtime.add_flags(parser, data.NAMES, NETS, {"lr": ["--learning_rate"]})
+    runtime.add_flags(parser, data.NAMES, NETS, {"lr": ["--learning_rate"]}, momentum=None)
 
     first, _ = parser.parse_known_args(argv)
     try:
@@ -144,6 +144,10 @@ def parse_args(argv=None):
         parser.error(f"--drop_path is for {', '.join(models.NAMES['transformer'])}")
     if args.nesterov and (args.optimizer != "sgd" or args.momentum == 0):
         parser.error("--nesterov needs --optimizer sgd and a --momentum")
+    if args.optimizer == "adamw" and first.momentum is not None:
+        parser.error("--momentum is of --optimizer sgd")
+    if args.head == "bce" and args.label_smoothing:
+        parser.error("--label_smoothing is of --head ce: give --label_smoothing 0")
     if args.method in LEARNED and args.alpha == 0:
         parser.error("--alpha 0: the MixBlock learns from mixtures alone")
     return args

@@ -168,6 +168,26 @@ def test_parts_that_do_not_fit_are_named(tmp_path):
         again.start()
 
 
+def test_a_resumed_optimizer_follows_the_flags(tmp_path):
+    run, groups = make_run(tmp_path), []
+    for number, decay in ((0, 0.1), (1, 0.3)):
+        model = run.parts["model"]
+        optimizer = torch.optim.SGD(model.parameters(), 0.1, 0.9, weight_decay=decay)
+        run.parts["optimizer"] = optimizer
+        run.start()
+        if number == 0:
+            model(torch.ones(1, 2)).sum().backward()
+            optimizer.step()
+            run.save()
+            fcntl.flock(run.lock, fcntl.LOCK_UN)
+            run = make_run(tmp_path, resume="auto")
+        groups.append(optimizer)
+    assert groups[1].param_groups[0]["weight_decay"] == 0.3
+    momentum = [[state["momentum_buffer"] for state in optimizer.state.values()]
+                for optimizer in groups]
+    assert all(torch.equal(a, b) for a, b in zip(*momentum, strict=True)) and len(momentum[1]) == 2
+
+
 def test_evaluation_of_another_shape_is_named(tmp_path):
     run = make_run(tmp_path)
     run.start()

@@ -1,4 +1,4 @@
-"""What the top README shows: its code runs, and its commands are understood."""
+"""What the READMEs show: the code runs, and all commands are understood."""
 import importlib
 import re
 import shlex
@@ -9,7 +9,9 @@ from conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
 CODE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-COMMANDS = [line for line in README.splitlines() if re.match(r"(python|torchrun) .*main\.py", line)]
+COMMANDS = sorted({line for file in ROOT.glob("**/README.md") if ".venv" not in file.parts
+                   for line in file.read_text().splitlines()
+                   if re.match(r"(python3?|torchrun) .*\.py", line) and "…" not in line})
 
 
 def test_a_mixing_function_in_ones_own_loop():
@@ -38,8 +40,11 @@ def test_a_method_of_ones_own():
 
 
 @pytest.mark.parametrize("line", COMMANDS)
-def test_commands_are_understood(line):
-    words = shlex.split(line)
-    place = next(word for word in words if word.endswith("main.py"))
-    main = importlib.import_module(place[:-3].replace("/", "."))
-    main.parse_args(words[words.index(place) + 1:])
+def test_commands_are_understood(line, tmp_path):
+    words = shlex.split(line, comments=True)
+    place = next(word for word in words if word.endswith(".py"))
+    assert (ROOT / place).is_file()
+    if "bench" in place or "make_recordio" in place:        # these look for their files at once
+        return
+    program = importlib.import_module(place[:-3].replace("/", "."))
+    program.parse_args(words[words.index(place) + 1:])

@@ -558,6 +558,8 @@ def test_script_trains_on_two_ranks(sets, tmp_path):
     ("--mean 0.5 0.5 0.5", "--mean and --std: give both or neither"),
     ("--drop_path 0.1", "--drop_path is for deit_s, swin_t, convnext_t"),
     ("--optimizer adamw --nesterov", "--nesterov needs --optimizer sgd"),
+    ("--optimizer adamw --momentum 0.5", "--momentum is of --optimizer sgd"),
+    ("--config cifar100_deit_s --head bce", "--label_smoothing is of --head ce"),
     ("--layer 4", "no layer 4 before the last: there are 4"),
     ("--arch deit_s --image_size 20", "deit_s takes images of a multiple of 16 pixels, not 20"),
     ("--batch_size 500 --drop_last True", "--batch_size 500 is more than the 120"),
