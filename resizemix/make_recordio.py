@@ -37,6 +37,7 @@ KEPT = {"JPEG", "PNG"}                  # formats whose bytes are stored as they
 
 
 def parse_args(argv=None):
+    """The flags; usage errors end the program with exit code 2."""
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("images", type=Path, help="folder with one folder per class")
@@ -242,6 +243,7 @@ def write(files: Files, encoder: Encoder, number: int, workers: int):
 
 
 def main(argv=None):
+    """Packs the images as the flags say."""
     args = parse_args(argv)
     items, classes = list_images(args)
     files = Files(args, items, classes)

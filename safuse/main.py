@@ -54,6 +54,7 @@ def gpu_list(text: str) -> list[int]:
 
 
 def parse_args(argv=None):
+    """The flags; usage errors end the program with exit code 2."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument_group("data and schedule").add_argument

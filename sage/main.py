@@ -58,6 +58,7 @@ def method_defaults(method: str, dataset: str) -> dict:
 # ------------------------------------------------------------------------------------------ flags
 
 def parse_args(argv=None):
+    """The flags; usage errors end the program with exit code 2."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument_group("schedule and run").add_argument

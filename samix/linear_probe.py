@@ -29,6 +29,7 @@ NETS = [name for names in models.NAMES.values() for name in names]
 
 
 def parse_args(argv=None):
+    """The flags; usage errors end the program with exit code 2."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument_group("run").add_argument

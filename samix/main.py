@@ -51,6 +51,7 @@ LEARNED = ("samix", "automix")          # methods with a MixBlock
 # ------------------------------------------------------------------------------------------ flags
 
 def parse_args(argv=None):
+    """The flags; usage errors end the program with exit code 2."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     amount, share, count = runtime.amount, runtime.share, runtime.count

@@ -63,6 +63,7 @@ CONFIGS = {                             # the blur is for large images alone
 # ------------------------------------------------------------------------------------------ flags
 
 def parse_args(argv=None):
+    """The flags; usage errors end the program with exit code 2."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     amount, share = runtime.amount, runtime.share

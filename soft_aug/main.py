@@ -60,6 +60,7 @@ STATISTICS = {"cifar100": ((0.5070751592371323, 0.48654887331495095, 0.440917843
 # ------------------------------------------------------------------------------------------ flags
 
 def parse_args(argv=None):
+    """The flags; usage errors end the program with exit code 2."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument_group("schedule and run").add_argument

@@ -113,6 +113,7 @@ def read_cifar(name: str, place: Path, workers: int):
 
 
 def read_cifar_archive(name: str, place: Path):
+    """CIFAR as torchvision has it, downloaded by the first process; DataError when damaged."""
     source = {"cifar10": torchvision.datasets.CIFAR10,
               "cifar100": torchvision.datasets.CIFAR100}[name]
     folder = place / source.base_folder

@@ -20,6 +20,7 @@ def conv(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1,
 
 
 def norm_relu(channels: int, momentum: float = 0.1) -> list[nn.Module]:
+    """BatchNorm and ReLU."""
     return [nn.BatchNorm2d(channels, momentum=momentum), nn.ReLU(inplace=True)]
 
 

@@ -16,6 +16,7 @@ SPECS = {                      # bottleneck blocks?, blocks per stage
 
 def build(name: str, num_classes: int, image_size: int = 32, *, initial_channels: int = 64,
           dropout: float = 0.0) -> Network:
+    """The network `name` of this family; see `common.models.build`."""
     bottleneck, depths = SPECS[name]
     widths = [initial_channels * 2 ** stage * (4 if bottleneck else 1) for stage in range(4)]
     return Network(

@@ -51,6 +51,7 @@ class PyramidUnit(nn.Module):
 
 def build(name: str, num_classes: int, image_size: int = 32, *, initial_channels: int = 64,
           dropout: float = 0.0) -> Network:
+    """The network `name` of this family; see `common.models.build`."""
     depth, alpha = SPECS[name]
     per_stage = (depth - 2) // 9
     units = 3 * per_stage

@@ -32,6 +32,7 @@ SPECS = {                      # block, blocks per stage
 
 def build(name: str, num_classes: int, image_size: int = 32, *, initial_channels: int = 64,
           dropout: float = 0.0) -> nn.Module:
+    """The network `name` of this family; see `common.models.build`."""
     block, depths = SPECS[name]
     groups, width = (32, 4) if "32x4d" in name else (1, 64)
     if image_size >= 128:

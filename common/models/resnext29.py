@@ -22,6 +22,7 @@ SPECS = {                      # groups, width of a group
 
 def build(name: str, num_classes: int, image_size: int = 32, *, initial_channels: int = 64,
           dropout: float = 0.0) -> Network:
+    """The network `name` of this family; see `common.models.build`."""
     groups, base_width = SPECS[name]
     widths = [initial_channels * 2 ** stage * Bottleneck.expansion for stage in range(3)]
     block = partial(post_act_block, Bottleneck, groups=groups, base_width=base_width)

@@ -42,6 +42,7 @@ class Shortcut(nn.Module):
 
 
 def plain_branch(in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
+    """ReLU-conv3-BN twice."""
     return nn.Sequential(
         nn.ReLU(), conv(in_channels, out_channels, 3, stride),
         *norm_relu(out_channels), conv(out_channels, out_channels, 3),
@@ -49,6 +50,7 @@ def plain_branch(in_channels: int, out_channels: int, stride: int) -> nn.Sequent
 
 
 def resnext_branch(in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
+    """ReLU-conv1-BN, conv3 in four groups, conv1."""
     return nn.Sequential(
         nn.ReLU(), conv(in_channels, out_channels, 1),
         *norm_relu(out_channels), conv(out_channels, out_channels, 3, stride, groups=4),
@@ -84,6 +86,7 @@ class ShakeBlock(nn.Module):
 
 def build(name: str, num_classes: int, image_size: int = 32, *, initial_channels: int = 64,
           dropout: float = 0.0) -> Network:
+    """The network `name` of this family; see `common.models.build`."""
     width, resnext = SPECS[name]
     width = width * initial_channels // 64
     stem_width = initial_channels if resnext else initial_channels // 4

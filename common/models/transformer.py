@@ -22,6 +22,7 @@ SPECS = {                      # blocks, width of the (first) stage at 64 initia
 
 def build(name: str, num_classes: int, image_size: int = 224, *, initial_channels: int = 64,
           dropout: float = 0.0, drop_path: float = 0.0) -> nn.Module:
+    """The network `name` of this family; see `common.models.build`."""
     depths, width = SPECS[name]
     width = width * initial_channels // 64
     if name == "deit_s":

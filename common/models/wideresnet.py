@@ -45,6 +45,7 @@ class BiasedBlock(nn.Module):
 
 def build(name: str, num_classes: int, image_size: int = 32, *, initial_channels: int = 64,
           dropout: float = 0.0) -> Network:
+    """The network `name` of this family; see `common.models.build`."""
     depth, factor, biased, momentum = SPECS[name]
     base = initial_channels // 4                 # the paper's 16
     widths = [base * factor * 2 ** stage for stage in range(3)]
