@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT
 from PIL import Image
+from programs import Program, same, weights
 from test_imagenet import make_photos, pack
 from torchvision.transforms import v2
 
@@ -26,6 +27,9 @@ from resizemix import main as resizemix
 
 TINY = "--net_name wrn16_8 --initial_channels 4 --init_lr 0.05 --warmup_epochs 0 --device cpu"
 SMALL = f"--dataset digits --image_size 16 --labels_per_class 12 --batch_size 30 {TINY}".split()
+PROGRAM = Program(resizemix, SMALL)
+train, arguments = PROGRAM.train, PROGRAM.arguments
+faults = Program(resizemix, []).faults
 STREAM = f"--dataset imagenet --image_size 32 --batch_size 16 --workers 1 {TINY}".split()
 ROWS = {"baseline": "--resizemix False", "cutout": "--resizemix False --cutout 8",
         "cutmix": "--resizemix False --cutmix_prob 1",
@@ -37,36 +41,11 @@ HAS_DALI = importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvid
 needs_dali = pytest.mark.skipif(not HAS_DALI, reason="DALI is not installed")
 
 
-def train(root, *words):
-    """Runs main() in this process; returns the run's folder."""
-    resizemix.main([*SMALL, "--root_dir", str(root), *map(str, words)])
-    return next(folder for folder in root.iterdir())
-
-
-def faults(capsys, *words):
-    """Exit code and stderr of main() under the program's own handling of faults."""
-    with pytest.raises(SystemExit) as end:
-        runtime.launch(lambda: resizemix.main([*map(str, words)]))
-    return end.value.code, capsys.readouterr().err
-
-
 @pytest.fixture
 def no_pictures(monkeypatch):
     """Skips what takes most of a tiny run's time."""
     monkeypatch.setattr(resizemix, "draw_preview", lambda *args: None)
     monkeypatch.setattr(resizemix.runlog.Run, "draw_curves", lambda *args: None)
-
-
-def arguments(words=""):
-    return resizemix.parse_args([*SMALL, *words.split()])
-
-
-def weights(folder, name="checkpoint.pt"):
-    return checkpoint.load(folder / name)["model"]
-
-
-def same(first, second):
-    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
 
 
 def batch(n=6, side=16):

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT, Golden, golden_cases
 from PIL import Image
+from programs import Program, same, weights
 from test_imagenet import HAS_DALI, make_cub, make_dogs
 from test_safuse import close, relabelled
 
@@ -27,31 +28,10 @@ from safuse.network import SuperpixelAttention, superpixel_pool
 TINY = "--initial_channels 16 --LR 0.05 --device cpu"
 SMALL = ("--dataset digits --image_size 16 --labels_per_class 12 --batch_size 30 "
          f"--schedule step {TINY}").split()
+PROGRAM = Program(safuse, SMALL)
+command, train, arguments = PROGRAM.command, PROGRAM.train, PROGRAM.arguments
 CUB = f"--dataset cub200 --image_size 64 --batch_size 4 --workers 1 --pretrained none {TINY}"
 SUPERPIXELS = ["safuse", "lgcoamix"]
-
-
-def command(*words, root):
-    return [sys.executable, str(ROOT / "safuse" / "main.py"), *SMALL, "--root_dir", str(root),
-            *map(str, words)]
-
-
-def train(root, *words):
-    """Runs main() in this process; returns the run's folder."""
-    safuse.main([*SMALL, "--root_dir", str(root), *map(str, words)])
-    return next(folder for folder in root.iterdir())
-
-
-def arguments(words=""):
-    return safuse.parse_args([*SMALL, *words.split()])
-
-
-def weights(folder, name="checkpoint.pt"):
-    return checkpoint.load(folder / name)["model"]
-
-
-def same(first, second):
-    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
 
 
 class Ten:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT
 from PIL import Image
+from programs import Program, same, weights
 
 from common import checkpoint, runtime
 from sage import main as sage
@@ -21,38 +22,8 @@ from sage import puzzlemix
 SMALL = ("--dataset digits --image_size 16 --labels_per_class 12 --batch_size 30 --arch "
          "preactresnet18 --initial_channels 4 --learning_rate 0.05 --rand_pos 0.02 --m_part 8 "
          "--device cpu").split()
-
-
-def command(*words, root):
-    return [sys.executable, str(ROOT / "sage" / "main.py"), *SMALL, "--root_dir", str(root),
-            *map(str, words)]
-
-
-def program(*words, root, **options):
-    """Runs sage/main.py in a process of its own."""
-    return subprocess.run(command(*words, root=root), capture_output=True, text=True, timeout=300,
-                          **options)
-
-
-def train(root, *words):
-    """Runs main() in this process; returns the run's folder."""
-    sage.main([*SMALL, "--root_dir", str(root), *map(str, words)])
-    return next(folder for folder in root.iterdir())
-
-
-def faults(capsys, *words):
-    """Exit code and stderr of main() under the program's own handling of faults."""
-    with pytest.raises(SystemExit) as end:
-        runtime.launch(lambda: sage.main([*SMALL, *map(str, words)]))
-    return end.value.code, capsys.readouterr().err
-
-
-def weights(folder, name="checkpoint.pt"):
-    return checkpoint.load(folder / name)["model"]
-
-
-def same(first, second):
-    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+PROGRAM = Program(sage, SMALL)
+command, program, train, faults = PROGRAM.command, PROGRAM.run, PROGRAM.train, PROGRAM.faults
 
 
 @pytest.mark.parametrize("method", sage.METHODS)

@@ -15,10 +15,11 @@ import torch.nn.functional as F
 import torchvision
 from conftest import ROOT
 from PIL import Image
+from programs import Program, same, weights
 from test_imagenet import make_cub, make_photos
 from torchvision.transforms import v2
 
-from common import checkpoint, runlog, runtime
+from common import runlog, runtime
 from common.data.batches import ResizedCrop
 from common.randaugment import randaugment
 from samix import configs
@@ -29,24 +30,11 @@ from samix.momentum import cosine, ema_momentum
 TINY = "--initial_channels 8 --device cpu".split()
 SMALL = ["--lr", "0.05", *TINY, *("--dataset digits --image_size 16 --labels_per_class 12 "
                                   "--batch_size 30").split()]
-
-
-def train(root, *words):
-    """Runs main() in this process; returns the run's folder."""
-    samix.main([*SMALL, "--root_dir", str(root), *map(str, words)])
-    return next(folder for folder in root.iterdir())
+train = Program(samix, SMALL).train
 
 
 def arguments(words="", method="samix"):
     return samix.parse_args([*SMALL, "--method", method, *words.split()])
-
-
-def weights(folder, name="checkpoint.pt"):
-    return checkpoint.load(folder / name)["model"]
-
-
-def same(first, second):
-    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
 
 
 @pytest.fixture

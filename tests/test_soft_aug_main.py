@@ -13,8 +13,8 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
 from PIL import Image
+from programs import Program, same, weights
 
 from common import checkpoint, metrics, runtime
 from soft_aug import evaluation, plots
@@ -23,39 +23,9 @@ from soft_aug.losses import soft_target_loss
 
 SMALL = ("--dataset digits --image_size 16 --labels_per_class 12 --batch_size 30 --net resnet18 "
          "--initial_channels 4 --lr 0.05 --crop 5 --seed 0 --device cpu").split()
+PROGRAM = Program(soft_aug, SMALL)
+command, program, train, faults = PROGRAM.command, PROGRAM.run, PROGRAM.train, PROGRAM.faults
 RECIPE = "--da 2 --loss st --ra 1 --mixup 1"
-
-
-def command(*words, root):
-    return [sys.executable, str(ROOT / "soft_aug" / "main.py"), *SMALL, "--root_dir", str(root),
-            *map(str, words)]
-
-
-def program(*words, root, **options):
-    """Runs soft_aug/main.py in a process of its own."""
-    return subprocess.run(command(*words, root=root), capture_output=True, text=True, timeout=300,
-                          **options)
-
-
-def train(root, *words):
-    """Runs main() in this process; returns the run's folder."""
-    soft_aug.main([*SMALL, "--root_dir", str(root), *map(str, words)])
-    return next(folder for folder in root.iterdir())
-
-
-def faults(capsys, *words):
-    """Exit code and stderr of main() under the program's own handling of faults."""
-    with pytest.raises(SystemExit) as end:
-        runtime.launch(lambda: soft_aug.main([*SMALL, *map(str, words)]))
-    return end.value.code, capsys.readouterr().err
-
-
-def weights(folder, name="checkpoint.pt"):
-    return checkpoint.load(folder / name)["model"]
-
-
-def same(first, second):
-    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
 
 
 def table(path):
