@@ -85,9 +85,9 @@ def run(method: str, seed: int, args) -> dict:
     with open(log) as file:
         rows = list(csv.DictReader(file))
     facts = json.loads(log.with_name("args.json").read_text())
-    for file in log.parent.glob("*.csv"):
-        part = "" if file == log else f"_{file.stem}"
-        shutil.copy(file, args.keep / f"{method}_seed{seed}{part}.csv")
+    for name, part in (("log.csv", ""), ("occlusion.csv", "_occlusion")):
+        if (log.parent / name).exists():
+            shutil.copy(log.parent / name, args.keep / f"{method}_seed{seed}{part}.csv")
     return {"method": method, "seed": seed,
             "accuracy": statistics.median(float(row["test_accuracy"]) for row in rows[-5:]),
             "best": max(float(row["test_accuracy"]) for row in rows),
@@ -111,8 +111,7 @@ def read(file: Path) -> dict:
 
 def table(results: list[dict]) -> str:
     """Markdown: a line a method, mean and spread over its seeds."""
-    lines = ["| method | seeds | test accuracy, % | spread | ECE, % | seconds an epoch |",
-             "|---|---|---|---|---|---|"]
+    lines = ["| method | seeds | test accuracy, % | spread | ECE, % |", "|---|---|---|---|---|"]
     for method in dict.fromkeys(row["method"] for row in results):
         rows = [row for row in results if row["method"] == method]
         values = [row["accuracy"] for row in rows]
@@ -120,8 +119,7 @@ def table(results: list[dict]) -> str:
         errors = [row["ece"] for row in rows if row["ece"] != ""]
         error = f"{100 * statistics.mean(errors):.2f}" if errors else "–"
         lines.append(f"| {method} | {len(values)} | {statistics.mean(values):.2f} | {spread} | "
-                     f"{error} | "
-                     f"{statistics.mean(row['seconds_per_epoch'] for row in rows):.1f} |")
+                     f"{error} |")
     return "\n".join(lines)
 
 
