@@ -16,6 +16,7 @@ import argparse
 import csv
 import io
 import json
+import math
 import shutil
 import statistics
 import subprocess
@@ -29,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from common.runlog import BLUE, GRID, INK, save_figure, write_atomic
 
 ROOT = Path(__file__).resolve().parents[2]
+GREY = "#8d8c86"
 
 PROTOCOLS = {"p20": (20, "10 15"), "p100": (100, "50 75")}
 SAGE = ("sage/main.py --dataset npz --data_dir {data} --arch preactresnet18 --initial_channels 16 "
@@ -124,19 +126,23 @@ def table(results: list[dict]) -> str:
 
 
 def chart(results: list[dict], path: Path, title: str):
-    """A horizontal bar a method, with the range over its seeds."""
+    """A horizontal bar a method, with the range over its seeds; plain training in grey."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     methods = list(dict.fromkeys(row["method"] for row in results))
     values = [[row["accuracy"] for row in results if row["method"] == m] for m in methods]
     means = [statistics.mean(v) for v in values]
-    error = [[mean - min(v) for mean, v in zip(means, values, strict=True)],
-             [max(v) - mean for mean, v in zip(means, values, strict=True)]]
-    figure, axis = plt.subplots(figsize=(7, 0.36 * len(methods) + 1.1), layout="constrained")
-    axis.barh(methods, means, xerr=error, color=BLUE, height=0.62, ecolor=INK, capsize=2)
+    error = [[mean - min(v) if v[1:] else math.nan for mean, v in zip(means, values, strict=True)],
+             [max(v) - mean if v[1:] else math.nan for mean, v in zip(means, values, strict=True)]]
+    plain = ("vanilla", "baseline", "standard")
+    colours = [GREY if m.endswith(plain) else BLUE for m in methods]
+    figure, axis = plt.subplots(figsize=(7, 0.25 * len(methods) + 0.9), layout="constrained")
+    axis.barh(methods, means, xerr=error, color=colours, height=0.7, ecolor=INK, capsize=2)
+    axis.margins(y=0.01)
+    axis.tick_params(axis="y", length=0, labelsize=9)
     for i, mean in enumerate(means):
-        axis.text(0.6, i, f"{mean:.1f}", va="center", color="white", fontsize=9)
+        axis.text(0.6, i, f"{mean:.1f}", va="center", color="white", fontsize=8)
     axis.invert_yaxis()
     axis.set_xlabel("test accuracy, %", color=INK)
     axis.grid(axis="x", color=GRID)
@@ -178,7 +184,7 @@ def main():
         write_atomic(kept, text.getvalue())
     results = [results[key] for key in sorted(wanted, key=lambda key: names.index(key[0]))]
     print(table(results))
-    chart(results, args.out / "chart.png", f"{args.protocol.upper()} on {Path(args.data).stem}")
+    chart(results, args.out / "chart.png", f"{args.protocol.upper()} on {Path(args.data).stem}; grey: plain training")
     print(f"{kept}\n{args.out / 'chart.png'}")
 
 
