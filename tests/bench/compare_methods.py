@@ -184,7 +184,8 @@ def main():
         write_atomic(kept, text.getvalue())
     results = [results[key] for key in sorted(wanted, key=lambda key: names.index(key[0]))]
     print(table(results))
-    chart(results, args.out / "chart.png", f"{args.protocol.upper()} on {Path(args.data).stem}; grey: plain training")
+    chart(results, args.out / "chart.png",
+          f"{args.protocol.upper()} on {Path(args.data).stem}; grey: plain training")
     print(f"{kept}\n{args.out / 'chart.png'}")
 
 
