@@ -1,5 +1,7 @@
 """What the READMEs show: the code runs, and all commands are understood."""
+import ast
 import importlib
+import math
 import re
 import shlex
 
@@ -11,7 +13,11 @@ README = (ROOT / "README.md").read_text()
 CODE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 COMMANDS = sorted({line for file in ROOT.glob("**/README.md") if ".venv" not in file.parts
                    for line in file.read_text().splitlines()
-                   if re.match(r"(python3?|torchrun) .*\.py", line) and "…" not in line})
+                   if re.match(r"(python3?|torchrun) .*\.py", line)})
+for file in sorted([*ROOT.glob("*/main.py"), *ROOT.glob("samix/*.py")]):     # and their docstrings
+    text = ast.get_docstring(ast.parse(file.read_text())) or ""
+    COMMANDS += re.findall(r"(?:python3?|torchrun) .*\.py.*", re.sub(r"\\\n *", " ", text))
+COMMANDS = [line for line in COMMANDS if "…" not in line]
 
 
 def test_a_mixing_function_in_ones_own_loop():
@@ -47,4 +53,6 @@ def test_commands_are_understood(line, tmp_path):
     if "bench" in place or "make_recordio" in place:        # these look for their files at once
         return
     program = importlib.import_module(place[:-3].replace("/", "."))
-    program.parse_args(words[words.index(place) + 1:])
+    args = program.parse_args(words[words.index(place) + 1:])
+    processes = [int(n) for n in re.findall(r"--n(?:nodes|proc_per_node)=(\d+)", line)]
+    assert args.batch_size % math.prod(processes) == 0
