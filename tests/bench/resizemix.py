@@ -152,7 +152,8 @@ def main():
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
-    runtime.add_boolean(parser, "--tune", False, "with runtime's memory settings, as main.py runs")
+    runtime.add_boolean(parser.add_argument, "--tune", False,
+                        "with runtime's memory settings, as main.py runs")
     args = parser.parse_args()
     device = torch.device(args.device)
     if args.tune:

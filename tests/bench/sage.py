@@ -92,7 +92,7 @@ def main():
 
     gradients = {}                              # real ones, of the network as it is at the start
     for method, args in parsed.items():
-        gradients[method] = sage.saliency_gradient(net, images, labels, args, scaler).detach()
+        gradients[method] = sage.saliency_gradient(net, images, labels, args, scaler, 1.0).detach()
     whole, mixing = ({method: [] for method in parsed} for _ in range(2))
     original = sage.saliency_gradient
     for number in range(own.rounds + 1):

@@ -116,13 +116,9 @@ def bench_step(args, device) -> dict:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--arch", default="resnet18")
-    parser.add_argument("--initial_channels", type=int, default=64)
-    parser.add_argument("--batch_size", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cpu_time", action="store_true")
-    runtime.add_flags(parser)
+    runtime.add_flags(parser, ["digits"], samix.NETS, {}, arch="resnet18", batch_size=100)
     args = parser.parse_args()
     device = runtime.setup(args)
     clock = time.perf_counter
