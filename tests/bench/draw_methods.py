@@ -4,9 +4,9 @@
     python tests/bench/draw_methods.py methods.jpg [--epochs 12]
 
 Saliency, attention and the MixBlock's masks come from a network trained for a few minutes to tell
-random crops of these photographs apart (ResNet-18 with 16 channels, by samix/main.py), AutoMix's
-masks from another such training, which is enough to look at and no more. LGCOAMix pastes as SAFuse
-does; Manifold Mixup mixes activations, of which there is no picture.
+random crops of these photographs apart (ResNet-18 with 16 channels, by samix/main.py), which is
+enough to look at and no more. LGCOAMix pastes as SAFuse does, AutoMix learns masks as SAMix does;
+Manifold Mixup mixes activations, of which there is no picture.
 """
 import argparse
 import sys
@@ -45,7 +45,7 @@ def photographs() -> torch.Tensor:
     return torch.stack([square(getattr(skimage.data, name)()) for name in PHOTOS.values()])
 
 
-def train(photos: torch.Tensor, epochs: int, method: str):
+def train(photos: torch.Tensor, epochs: int):
     """A network that tells crops of the photographs apart, and the MixBlock that learnt with it."""
     crop = v2.RandomResizedCrop(64, (0.3, 1.0), (0.8, 1.25), antialias=True)
     torch.manual_seed(0)
@@ -57,12 +57,12 @@ def train(photos: torch.Tensor, epochs: int, method: str):
                 for i in range(number):
                     Image.fromarray(crop(photo).permute(1, 2, 0).numpy()).save(folder / f"{i}.png")
         return samix.main(
-            f"--method {method} --dataset folder --data_dir {place} --root_dir {place}/runs "
+            f"--method samix --dataset folder --data_dir {place} --root_dir {place}/runs "
             f"--initial_channels 16 --epochs {epochs} --batch_size 48 --lr 0.05 --min_lr 0 "
             "--block_lr 0.05 --block_min_lr 0 --ema_base 0.95 --ema_end 0.99 --seed 1".split())
 
 
-def mixtures(images, net, automix) -> dict:
+def mixtures(images, net) -> dict:
     """Method -> (images, soft targets)."""
     generator = torch.Generator().manual_seed(4)
     n, half = len(images), torch.tensor(0.5)
@@ -101,11 +101,10 @@ def mixtures(images, net, automix) -> dict:
         attention = activation_maps(net.q.backbone(images)[-1], net.q.one.weight).amax(1)
     mask = attentive_mask(attention[perm], segments[perm], 3)
     found["OcCaMix"] = paste(images, perm, mask), 1 - mask.float().mean((1, 2))
-    for title, learnt in (("AutoMix", automix), ("SAMix", net)):
-        with torch.no_grad():
-            features = learnt.eval().k.features(images)
-            masks = learnt.block(features, half, perm, SIDE // features.shape[-1], mode="bilinear")
-        found[title] = mix(images, masks, perm), torch.full((n,), 0.5)
+    with torch.no_grad():
+        features = net.k.features(images)
+        masks = net.block(features, half, perm, SIDE // features.shape[-1], mode="bilinear")
+    found["SAMix"] = mix(images, masks, perm), torch.full((n,), 0.5)
 
     results = {title: (mixed, mixing.soft_targets(labels, perm, ratio.expand(n), n))
                for title, (mixed, ratio) in found.items()}
@@ -159,9 +158,9 @@ def main():
     parser.add_argument("--epochs", type=int, default=12)
     args = parser.parse_args()
     photos = photographs()
-    nets = [train(photos, args.epochs, method) for method in ("samix", "automix")]
+    net = train(photos, args.epochs)
     images = (photos.float() / 255 - 0.5) / 0.25
-    draw(args.path, images, list(PHOTOS), mixtures(images, *nets))
+    draw(args.path, images, list(PHOTOS), mixtures(images, net))
 
 
 if __name__ == "__main__":
