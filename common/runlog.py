@@ -116,6 +116,7 @@ class Run:
         if len(set(runtime.gather((self.epoch, self.step)))) > 1:
             raise RunError(f"{self.folder}: the processes find different checkpoints there; "
                            "--root_dir must be on a disk that all machines share")
+        self.resumed = state is not None
         if start_epoch is not None:
             self.epoch, self.step, self.sums = start_epoch, 0, None
             self.history = [row for row in self.history if row["epoch"] < start_epoch]

@@ -109,7 +109,8 @@ def add_flags(parser, datasets, archs, names: dict, **defaults):
     ours("lr", "learning rate", type=amount)
     ours("momentum", type=share)
     ours("weight_decay", type=amount)
-    ours("seed", "of all that is random", type=number(int, low=-2**63, high=2**63 - 1))
+    ours("seed", "of all that is random; a default of -1 draws one",
+         type=number(int, low=-2**63, high=2**63 - 1))
     ours("workers", "threads that decode image files or run DALI", type=count)
     ours("print_freq", "steps between log lines", type=positive)
 

@@ -323,7 +323,7 @@ def main(argv=None):
             runtime.say(f"mixed images: {draw_preview(args.preview, net, train, args, info)}")
         return net
     run.start(args.start_epoch)
-    if args.pretrained and not run.history and not run.step:        # not of a resumed run
+    if args.pretrained and not run.resumed:
         network.load_pretrained(net.encoder, args.arch, args.pretrained)
 
     # The epochs

@@ -679,3 +679,10 @@ def test_runs_from_its_own_folder(tmp_path):
                              "--max_steps", "1", "--root_dir", str(tmp_path)],
                             cwd=ROOT / "safuse", capture_output=True, text=True, timeout=100)
     assert result.returncode == 0, result.stderr
+
+
+def test_a_resumed_run_keeps_its_weights_from_epoch_0_on(tmp_path, monkeypatch):
+    words = ["--method", "baseline", "--epochs", 1]
+    train(tmp_path, *words)
+    monkeypatch.setattr(network, "load_pretrained", lambda *args: pytest.fail("loaded again"))
+    train(tmp_path, *words, "--pretrained", "weights.pth", "--resume", "auto", "--start_epoch", 0)
