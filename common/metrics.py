@@ -14,13 +14,25 @@ def topk_hits(logits: torch.Tensor, labels: torch.Tensor, ks=(1, 5)) -> torch.Te
     return torch.stack([hits[:, :k].sum() for k in ks])
 
 
+def tally(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Of logits (B, C): summed cross-entropy, hits at 1 and at 5, and B; (4,), for `averages`."""
+    loss = F.cross_entropy(logits.float(), labels, reduction="sum")
+    return torch.cat([loss[None], topk_hits(logits, labels), labels.new_tensor([len(labels)])])
+
+
+def averages(sums: list[float]) -> dict:
+    """loss (mean cross-entropy), top1 and top5 in %, count; of the sum of all `tally`."""
+    loss, top1, top5, count = sums
+    return {"loss": loss / max(count, 1), "top1": 100 * top1 / max(count, 1),
+            "top5": 100 * top5 / max(count, 1), "count": int(count)}
+
+
 def evaluate(net, loader, args, *, attack=None, keep_logits=False):
     """Loss and accuracy of `net` on every image of `loader`, counted once over all ranks.
 
     args: --amp's precision of the forward pass, --max_steps batches at most; attack: changes the
-    images first (images, labels) -> images. Returns a dict: loss (mean cross-entropy), top1 and
-    top5 in %, count; with keep_logits also this rank's logits (N, C) float32 and labels (N,). The
-    network's mode is restored.
+    images first (images, labels) -> images. Returns `averages`' dict, with keep_logits also this
+    rank's logits (N, C) float32 and labels (N,). The network's mode is restored.
     """
     training = net.training
     net.eval()
@@ -35,14 +47,11 @@ def evaluate(net, loader, args, *, attack=None, keep_logits=False):
         with torch.no_grad(), runtime.autocast(args, device):
             logits = net(images)
         logits = logits.float()
-        loss = F.cross_entropy(logits, labels, reduction="sum")
-        sums += torch.cat([loss[None], topk_hits(logits, labels), labels.new_tensor([len(labels)])])
+        sums += tally(logits, labels)
         if keep_logits:
             kept.append((logits, labels))
     net.train(training)
-    loss, top1, top5, count = runtime.total(sums).tolist()
-    result = {"loss": loss / max(count, 1), "top1": 100 * top1 / max(count, 1),
-              "top5": 100 * top5 / max(count, 1), "count": int(count)}
+    result = averages(runtime.total(sums).tolist())
     if keep_logits:                     # a rank may have had no image
         empty = torch.empty(0, 1, device=device), torch.empty(0, dtype=torch.long, device=device)
         result["logits"], result["labels"] = (

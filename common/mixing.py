@@ -1,4 +1,4 @@
-"""Mixup, CutMix, soft targets and their losses; the random draws they share.
+"""Mixup, CutMix, Cutout, soft targets and their losses; the random draws they share.
 
 Draws come from a CPU `torch.Generator` and are arguments of the mixing functions, which are pure:
 the same draws give the same result on every device. Nothing here waits for the device.
@@ -30,6 +30,11 @@ def draw_centre(height: int, width: int, generator: torch.Generator, n: int | No
     """Centres (y, x) of CutMix boxes in pixels, uniform over the image: (2,), or (n, 2)."""
     shape = (2,) if n is None else (n, 2)
     return torch.rand(shape, generator=generator) * torch.tensor([height, width])
+
+
+def draw_pixels(n: int, size: tuple[int, int], generator: torch.Generator) -> Tensor:
+    """(n, 2) int64 pixels, y and x, uniform over images of `size` (H, W)."""
+    return torch.stack([torch.randint(length, (n,), generator=generator) for length in size], 1)
 
 
 def per_image(values: float | Tensor, images: Tensor) -> Tensor:
@@ -72,6 +77,20 @@ def cutmix(images: Tensor, perm: Tensor, centre: Tensor, lam: float | Tensor
     box = inside[0][:, :, None] & inside[1][:, None, :]      # (B, H, W)
     mixed = torch.where(box[:, None], images[perm.to(images.device, non_blocking=True)], images)
     return mixed, 1 - box.float().mean((1, 2))
+
+
+def cutout(images: Tensor, centres: Tensor, side: float) -> Tensor:
+    """Cutout (DeVries & Taylor 2017): a square of every image becomes 0, the mean colour.
+
+    `images` (B, C, H, W), normalised; `centres` (B, 2) pixels y, x. The square reaches from
+    side // 2 pixels before the centre to just before side // 2 pixels after it, cut off at the
+    borders.
+    """
+    half, centres, inside = side // 2, centres.to(images.device, non_blocking=True), []
+    for axis, length in enumerate(images.shape[-2:]):
+        away = torch.arange(length, device=images.device) - centres[:, axis, None]
+        inside.append((-half <= away) & (away < half))
+    return images.masked_fill((inside[0][:, :, None] & inside[1][:, None])[:, None], 0)
 
 
 def soft_targets(labels: Tensor, perm: Tensor, ratio: Tensor, num_classes: int) -> Tensor:

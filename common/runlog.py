@@ -330,7 +330,7 @@ class Run:
         figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
         for axis, what, heading in (
                 (axes[0], "loss", "loss (training: the method's own)"),
-                (axes[1], "accuracy", "accuracy, % (training: on mixed images)")):
+                (axes[1], "accuracy", "accuracy, % (training: as it learns)")):
             for part, colour in (("train", ORANGE), ("valid", GREEN), ("test", BLUE)):
                 name = f"{part}_{what}"
                 points = [(row["epoch"], row[name]) for row in self.history if name in row]

@@ -283,6 +283,16 @@ def gather(value) -> list:
     return values
 
 
+def gather_rows(rows: torch.Tensor) -> torch.Tensor:
+    """The processes' tensors (B, ...), all of one shape, in one; only our own carry a gradient."""
+    if world() == 1:
+        return rows
+    parts = [torch.empty_like(rows, memory_format=torch.contiguous_format) for _ in range(world())]
+    dist.all_gather(parts, rows.detach().contiguous())
+    parts[rank()] = rows
+    return torch.cat(parts)
+
+
 def share_buffers(net):
     """Every rank takes rank 0's BatchNorm statistics, so that all evaluate the same network."""
     if world() > 1:

@@ -1,26 +1,7 @@
-"""Cutout and AutoAugment, which ResizeMix is compared with, for whole batches."""
+"""AutoAugment, which ResizeMix is compared with, for whole batches."""
 import torch
 from torch import Tensor
 from torchvision.transforms import v2
-
-
-def draw_holes(n: int, image_size: tuple[int, int], generator: torch.Generator) -> Tensor:
-    """Centres (n, 2) of `cutout`'s squares, y and x, uniform over the pixels of images (H, W)."""
-    return torch.stack([torch.randint(length, (n,), generator=generator)
-                        for length in image_size], dim=1)
-
-
-def cutout(images: Tensor, holes: Tensor, side: int) -> Tensor:
-    """Cutout (DeVries & Taylor 2017): a square of every image becomes 0, the mean colour.
-
-    `images` (B, C, H, W), normalised; `holes` (B, 2) centres y, x in pixels. Squares of `side`
-    pixels (even: an odd one loses a pixel), cut off where they leave the image.
-    """
-    holes, inside = holes.to(images.device, non_blocking=True), []
-    for axis, length in enumerate(images.shape[-2:]):
-        away = torch.arange(length, device=images.device) - holes[:, axis, None]
-        inside.append((-(side // 2) <= away) & (away < side // 2))
-    return images.masked_fill((inside[0][:, :, None] & inside[1][:, None])[:, None], 0)
 
 
 class AutoAugment(v2.AutoAugment):

@@ -23,10 +23,17 @@ import torch
 import torch.nn.functional as F
 
 from common import data, metrics, models, preview, runlog, runtime
-from common.mixing import draw_lambda, draw_perm, soft_cross_entropy, soft_targets
+from common.mixing import (
+    cutout,
+    draw_lambda,
+    draw_perm,
+    draw_pixels,
+    soft_cross_entropy,
+    soft_targets,
+)
 from common.runtime import RunError, add_boolean, amount, count, number, positive, share
 from resizemix import configs, mixing, randaugment
-from resizemix.augment import AutoAugment, cutout, draw_holes
+from resizemix.augment import AutoAugment
 from resizemix.cost import latency, multiply_adds
 from resizemix.gradcam import find_layer, grad_cam
 from resizemix.schedule import step_rate
@@ -161,14 +168,14 @@ def mix_batch(images, labels, args, info, generator) -> Mixed:
     n, size, perm = len(images), tuple(images.shape[-2:]), None
     targets = F.one_hot(labels, info.num_classes).float()
     if args.cutout:
-        images = cutout(images, draw_holes(n, size, generator), args.cutout)
+        images = cutout(images, draw_pixels(n, size, generator), args.cutout)
     by_cutmix = torch.rand((), generator=generator) < args.cutmix_prob
 
     if by_cutmix or args.resizemix:
         perm = draw_perm(n, generator)
         if by_cutmix:
             lam = draw_lambda(args.cutmix_beta, generator)
-            centre = mixing.draw_cutmix_centre(size, generator)
+            centre, = draw_pixels(1, size, generator)
             images, ratio = mixing.cutmix(images, perm, centre, lam)
         else:
             scale = mixing.draw_scale(generator, args.resizemix_low, args.resizemix_high)

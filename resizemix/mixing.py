@@ -5,7 +5,7 @@ Also this paper's CutMix, which cuts whole pixels, and the central crop of its e
 import torch
 from torch import Tensor, nn
 
-from common.mixing import per_image
+from common.mixing import draw_pixels, per_image
 
 
 def box_size(image_size: tuple[int, int], scale: float) -> tuple[int, int]:
@@ -35,8 +35,7 @@ def draw_corners(n: int, image_size: tuple[int, int], scale: float, generator: t
     The centres are uniform over the image's pixels; boxes that would leave it are moved inside,
     so the borders are likelier than the middle.
     """
-    centres = torch.stack([torch.randint(length, (n,), generator=generator)
-                           for length in image_size], dim=1)
+    centres = draw_pixels(n, image_size, generator)
     return clip_corners(centres, box_size(image_size, scale), image_size)
 
 
@@ -73,11 +72,6 @@ def nearest_index(size: int, length: int, scale: float, device) -> Tensor:
     """
     step = torch.arange(size, device=device, dtype=torch.float32) * (1 / float(scale))
     return step.long().clamp_(max=length - 1)
-
-
-def draw_cutmix_centre(image_size: tuple[int, int], generator: torch.Generator) -> Tensor:
-    """Centre (2,), y and x, of this paper's CutMix box: a pixel, uniform over the image."""
-    return torch.cat([torch.randint(length, (1,), generator=generator) for length in image_size])
 
 
 def cutmix(images: Tensor, perm: Tensor, centre: Tensor, lam: float | Tensor

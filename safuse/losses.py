@@ -1,8 +1,9 @@
 """Losses on superpixels: cross entropy of their own label, and contrast between their classes."""
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+
+from common import runtime
 
 
 def superpixel_labels(labels: Tensor, perm: Tensor, from_b: Tensor) -> Tensor:
@@ -44,9 +45,10 @@ def superpixel_contrastive(logits: Tensor, labels: Tensor, kept: Tensor,
         features = F.normalize(logits.float(), dim=-1).flatten(0, 1)
         share = (kept if weights is None else weights.detach() * kept).float().flatten()
         labels, kept = labels.flatten(), kept.flatten()
-        processes = dist.get_world_size() if gather and dist.is_initialized() else 1
+        processes = runtime.world() if gather else 1
         if processes > 1:
-            features, share, labels, kept = (gathered(t) for t in (features, share, labels, kept))
+            features, share, labels, kept = (runtime.gather_rows(t)
+                                             for t in (features, share, labels, kept))
         elif features.device.type == "cpu":             # a matrix without padding; a GPU would wait
             features, share, labels, kept = (t[kept] for t in (features, share, labels, kept))
         # a row's largest entry is its own, 1 / temperature
@@ -60,11 +62,3 @@ def superpixel_contrastive(logits: Tensor, labels: Tensor, kept: Tensor,
         share = share / share.sum().clamp(min=1e-12)
         loss = -temperature / base_temperature * (losses * share).sum()
         return loss + (processes - 1) * (loss - loss.detach())
-
-
-def gathered(values: Tensor) -> Tensor:
-    """The values of all processes, one after the other; only our own carry a gradient."""
-    everything = [torch.empty_like(values) for _ in range(dist.get_world_size())]
-    dist.all_gather(everything, values.detach().contiguous())
-    everything[dist.get_rank()] = values
-    return torch.cat(everything)

@@ -96,23 +96,10 @@ def top_superpixels(scores: Tensor, counts: Tensor, ratio: float, *, at_least_on
     return order, torch.arange(most, device=scores.device) < wanted[:, None]
 
 
-def occamix(images: Tensor, perm: Tensor, scores: Tensor, labels_b: Tensor, cells: int = 3, *,
-            num_b: int | None = None) -> tuple[Tensor, Tensor]:
-    """OcCaMix: pastes the superpixels of images[perm] that its most attentive cells belong to.
-
-    `images` (B, C, H, W) in any range; `scores` (B, h, w) attention over the grid of cells of
-    images (`network.attention_scores`); `labels_b` (B, H, W) superpixels of images[perm]; the rest
-    as in `attentive_mask`. Returns the mixed images and ratio (B,), the share of pixels that stay.
-    """
-    perm = perm.to(images.device, non_blocking=True)
-    mask = attentive_mask(scores[perm], labels_b, cells, num_b=num_b)
-    return paste(images, perm, mask), 1 - mask.float().mean((1, 2))
-
-
 @torch.no_grad()
 def attentive_mask(scores: Tensor, labels: Tensor, cells: int = 3, *, num_b: int | None = None
                    ) -> Tensor:
-    """Superpixels of an image that its most attentive cells belong to: (B, H, W) bool.
+    """OcCaMix: superpixels of an image that its most attentive cells belong to, (B, H, W) bool.
 
     `scores` (B, h, w) over the grid of cells and `labels` (B, H, W) superpixels of the same images,
     from 0, below `num_b` (default: the maximum + 1, which waits for the device). For each of the

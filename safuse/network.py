@@ -3,23 +3,21 @@
 The encoder is a ResNet or ViT; the decoder brings its features back to the size of the images,
 where they are averaged over superpixels, which attend to each other and are classified one by one.
 """
-import pickle
-
 import torch
 from torch import Tensor, nn
 from torchvision import models
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
+from common.models.features import load_weights
 from common.models.parts import PreActBlock, conv, post_act_block
-from common.runtime import DataError, RunError
+from common.runtime import RunError
 
-# block, depths, options of the block, torchvision's ImageNet weights
+# block, depths, options of the block, torchvision's name
 RESNETS = {
-    "resnet18": (BasicBlock, (2, 2, 2, 2), {}, "ResNet18_Weights.IMAGENET1K_V1"),
-    "resnet50": (Bottleneck, (3, 4, 6, 3), {}, "ResNet50_Weights.IMAGENET1K_V1"),
+    "resnet18": (BasicBlock, (2, 2, 2, 2), {}, "resnet18"),
+    "resnet50": (Bottleneck, (3, 4, 6, 3), {}, "resnet50"),
     "resnext50": (Bottleneck, (3, 4, 6, 3), {"groups": 32, "base_width": 4},
-                  "ResNeXt50_32X4D_Weights.IMAGENET1K_V1")}
-VIT_WEIGHTS = "ViT_B_16_Weights.IMAGENET1K_V1"
+                  "resnext50_32x4d")}
 ARCHS = (*RESNETS, "deit_b16")
 DECODERS = ("joint", "local", "none")
 SCORES = ("post_norm", "pre_norm")
@@ -256,16 +254,13 @@ def attention_scores(net: Network, images: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------- build
 
 def build(arch: str, num_classes: int, image_size: int = 32, *, decoder: str = "joint",
-          initial_channels: int = 64, score: str = "post_norm", pretrained: str = "",
-          width: int | None = None) -> Network:
+          initial_channels: int = 64, score: str = "post_norm", width: int | None = None
+          ) -> Network:
     """The network `arch` (one of ARCHS) for images of `image_size` pixels (square, or `width`).
 
     `decoder`: joint (SAFuse: also feeds the classifier), local (LGCOAMix: only for superpixels) or
-    none (a plain classifier). `initial_channels` scales all widths (64: the papers'). `pretrained`:
-    "torchvision" loads its ImageNet weights into the encoder, anything else is a local file of
-    such weights.
-    Raises RunError for sizes the network cannot take, DataError for weights that are not there
-    or do not fit.
+    none (a plain classifier). `initial_channels` scales all widths (64: the papers'). Raises
+    RunError for sizes the network cannot take.
     """
     form = 224 if arch == "deit_b16" else form_of(image_size)
     multiple = 16 if form == 224 else 8
@@ -285,43 +280,9 @@ def build(arch: str, num_classes: int, image_size: int = 32, *, decoder: str = "
         if isinstance(module, nn.ConvTranspose2d) or \
                 isinstance(module, nn.Conv2d) and arch != "deit_b16":
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-    if pretrained:
-        load_pretrained(encoder, arch, pretrained)
     return net
 
 
 def load_pretrained(encoder: nn.Module, arch: str, source: str):
-    """Loads ImageNet weights into an encoder: torchvision's, or those of a local file.
-
-    A file holds a state_dict in torchvision's names, possibly under the key state_dict or model
-    and with the prefix module.; its classifier is left out. Raises DataError naming the source.
-    """
-    if source == "torchvision":
-        weights = models.get_weight(VIT_WEIGHTS if arch == "deit_b16" else RESNETS[arch][3])
-        try:
-            state = weights.get_state_dict(progress=False, check_hash=True)
-        except (OSError, RuntimeError) as fault:
-            raise DataError(f"{weights.url} could not be downloaded ({fault}); fetch it elsewhere "
-                            "and give the file: --pretrained FILE") from fault
-    else:
-        try:
-            state = torch.load(source, map_location="cpu", weights_only=True)
-        except FileNotFoundError:
-            raise DataError(f"{source}: no such file of weights") from None
-        except (RuntimeError, EOFError, pickle.UnpicklingError, OSError, ValueError) as fault:
-            raise DataError(f"{source}: not a readable file of weights "
-                            f"({(str(fault).splitlines() or ['empty'])[0][:100]})") from fault
-        for key in ("state_dict", "model"):
-            state = state.get(key, state) if isinstance(state, dict) else {}
-        state = {name.removeprefix("module."): value for name, value in state.items()}
-    own = {name: value for name, value in encoder.state_dict().items()
-           if not name.endswith("num_batches_tracked")}
-    shape = {name: tuple(getattr(state.get(name), "shape", ())) for name in own}
-    wrong = [name for name, value in own.items() if shape[name] != tuple(value.shape)]
-    if wrong:
-        name = wrong[0]
-        theirs = shape[name] if name in state else "missing"
-        raise DataError(f"{source} does not fit {arch} at this image size: {len(wrong)} of "
-                        f"{len(own)} tensors, first {name}: {theirs}, {tuple(own[name].shape)} "
-                        "needed")
-    encoder.load_state_dict({name: state[name] for name in own}, strict=False)
+    """Loads ImageNet weights into an encoder, see `common.models.features.load_weights`."""
+    load_weights(encoder, source, "vit_b_16" if arch == "deit_b16" else RESNETS[arch][3])

@@ -92,24 +92,6 @@ def block_masks(labels: Tensor, inputs: int) -> Tensor:
     return one_hot.scatter_add_(-1, labels, torch.full_like(labels, 0.5, dtype=one_hot.dtype))
 
 
-def objective(labels: Tensor, cost: Tensor, *, beta: float = 0.32, gamma: float = 1.0,
-              thres: float = 0.83) -> tuple[Tensor, Tensor]:
-    """What the labelling is judged by, for each part (P,): without and with the threshold.
-
-    `labels` (P, N, n, n, 2); `cost` (P, N, n, n), the prior subtracted. sum(cost·z) +
-    beta/2·sum(|z - z_neighbour|²) + gamma·sum_j(c_j·d_j), beta and gamma over n²; c_j are output
-    j's blocks of each input, d_j the others', in the second value only where above thres·n².
-    """
-    size = cost.shape[-1] ** 2
-    z = block_masks(labels, cost.shape[1])
-    smooth = z.diff(dim=2).square().sum((1, 2, 3, 4)) + z.diff(dim=3).square().sum((1, 2, 3, 4))
-    linear = torch.einsum("pjyxi,piyx->p", z, cost) + beta / size / 2 * smooth
-    counts = z.sum((2, 3))
-    others = counts.sum(1, keepdim=True) - counts
-    above = others * (others > thres * size)
-    return tuple(linear + gamma / size * (counts * d).sum((1, 2)) for d in (others, above))
-
-
 def _resolve(counts: Tensor) -> Tensor:
     """Extra cost (P, N, N), 0 or 1, that parts outputs made of the same two or more inputs.
 

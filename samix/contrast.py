@@ -4,7 +4,6 @@ Keys, queries and embeddings are (B, dim) of length 1. The momentum encoder is `
 the encoder; of the MixBlock's second image, features and pixels are of the second view.
 """
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -46,7 +45,7 @@ class Queue(nn.Module):
 
         Raises ValueError for more keys than the queue holds.
         """
-        keys = gather(keys).to(self.keys.dtype)
+        keys = runtime.gather_rows(keys).to(self.keys.dtype)
         if len(keys) > len(self.keys):
             raise ValueError(f"{len(keys)} keys do not fit into a queue of {len(self.keys)}")
         place = torch.arange(len(keys), device=keys.device) + self.position
@@ -55,16 +54,6 @@ class Queue(nn.Module):
 
 
 # ------------------------------------------------------------------------------- many processes
-
-def gather(tensor: Tensor) -> Tensor:
-    """The ranks' tensors (B, ...), all of one shape, one behind the other; without gradient."""
-    if runtime.world() == 1:
-        return tensor
-    parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format)
-             for _ in range(runtime.world())]
-    dist.all_gather(parts, tensor.detach().contiguous())
-    return torch.cat(parts)
-
 
 def shuffle(images: Tensor, order: Tensor) -> Tensor:
     """This rank's part of all ranks' images in `order`, so that BatchNorm sees a random batch.
@@ -76,7 +65,7 @@ def shuffle(images: Tensor, order: Tensor) -> Tensor:
     if runtime.world() == 1:
         return images
     mine = order.view(runtime.world(), -1)[runtime.rank()].to(images.device, non_blocking=True)
-    return gather(images)[mine]
+    return runtime.gather_rows(images)[mine]
 
 
 def unshuffle(outputs: Tensor, order: Tensor) -> Tensor:

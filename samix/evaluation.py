@@ -3,7 +3,6 @@ import copy
 import statistics
 
 import torch
-import torch.nn.functional as F
 
 from common import metrics, runtime
 from common.data.batches import statistics as on_device
@@ -33,13 +32,9 @@ def measure(net, batches, args) -> dict:
                 outputs = [getattr(getattr(net, branch), head)(pooled[branch])
                            for branch, head in HEADS.values()]
         for total, logits in zip(sums, outputs, strict=True):
-            loss = F.cross_entropy(logits.float(), labels, reduction="sum")
-            total += torch.cat([loss[None], metrics.topk_hits(logits, labels),
-                                labels.new_tensor([len(labels)])])
+            total += metrics.tally(logits, labels)
     net.train()
-    return {name: {"loss": loss / max(n, 1), "top1": 100 * top1 / max(n, 1),
-                   "top5": 100 * top5 / max(n, 1), "count": int(n)} for name, (loss, top1, top5, n)
-            in zip(names, runtime.total(sums).tolist(), strict=True)}
+    return dict(zip(names, map(metrics.averages, runtime.total(sums).tolist()), strict=True))
 
 
 def report(run) -> str:

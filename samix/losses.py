@@ -1,9 +1,7 @@
-"""The heads' losses and the accuracy on mixed images."""
+"""The heads' losses."""
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from common.mixing import per_image
 
 
 def head_loss(logits: Tensor, targets: Tensor, head: str = "ce", neg_weight: float = 1.0,
@@ -22,17 +20,3 @@ def head_loss(logits: Tensor, targets: Tensor, head: str = "ce", neg_weight: flo
     weight = torch.where(targets > 0, 1.0, neg_weight)
     total = F.binary_cross_entropy_with_logits(logits, targets, weight, reduction="sum")
     return total / len(logits)
-
-
-def mixed_accuracy(logits: Tensor, labels: Tensor, perm: Tensor, lam: float | Tensor) -> Tensor:
-    """Accuracy on mixed images in %, a scalar tensor.
-
-    Finding the class of larger share first earns its share, finding the other one second earns
-    the rest. `logits` (B, K), `labels` (B,), `perm` (B,), `lam` in [0, 1] a scalar or (B,).
-    """
-    ratio = per_image(lam, logits)
-    others = labels[perm.to(labels.device, non_blocking=True)]
-    larger, smaller = (torch.where(swap, others, labels) for swap in (ratio < 0.5, ratio >= 0.5))
-    best = logits.topk(2).indices == torch.stack([larger, smaller], 1)
-    share = torch.maximum(ratio, 1 - ratio)
-    return 100 * (best[:, 0] * share + best[:, 1] * (1 - share)).mean()

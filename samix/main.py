@@ -14,7 +14,6 @@ two machines      torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d \\
 import argparse
 import sys
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -314,15 +313,12 @@ def draw_preview(path, net, train, args, info):
 def build(args, info) -> nn.Module:
     """The network to train: SAMix, or a Branch with one head for the baselines."""
     wish = str(args.pretrained)
+    pretrained = {True: "torchvision", False: ""}.get(runtime.BOOLEANS.get(wish.lower()), wish)
     options = {"drop_path": args.drop_path} if args.drop_path else {}
     try:
         backbone = build_backbone(args.arch, info.image_size, args.layer,
-                                  pretrained=runtime.BOOLEANS.get(wish.lower(), wish),
-                                  initial_channels=args.initial_channels, **options)
-    except (OSError, UnpicklingError, EOFError) as fault:
-        reason = fault if isinstance(fault, OSError) else "no file of weights alone"
-        raise RunError(f"--pretrained {wish}: {reason}; name a state_dict in a file, or give "
-                       "--pretrained False") from None
+                                  pretrained=pretrained, initial_channels=args.initial_channels,
+                                  **options)
     except ValueError as fault:
         raise RunError(str(fault)) from None
     branch = Branch(backbone, backbone.width, info.num_classes)

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 
 from common import checkpoint, data, metrics, models, preview, runlog, runtime
 from common.data.sets import STREAMED
-from common.mixing import draw_lambda, draw_perm, mixup
+from common.mixing import cutout, draw_lambda, draw_perm, draw_pixels, mixup
 from common.randaugment import draw_randaugment, rand_augment
 from common.runtime import RunError, add_boolean, amount, count, number, positive
 from soft_aug.evaluation import evaluate, measure, write_events
@@ -42,9 +42,7 @@ from soft_aug.losses import (
 from soft_aug.schedule import fine_tuning, step_rate
 from soft_aug.softcrop import (
     confidence,
-    cutout,
     draw_background,
-    draw_centres,
     draw_noise,
     draw_offsets,
     soft_crop,
@@ -171,7 +169,7 @@ def mix_batch(images, args, info, epoch, generator) -> Mixed:
     sure = torch.ones(n, device=images.device)
 
     if args.da == 1:
-        images = cutout(images, draw_centres(n, size, generator), args.l / shrink)
+        images = cutout(images, draw_pixels(n, size, generator), args.l / shrink)
     elif args.da == 2:
         background = draw_background(n, 3, args.bgcrop, generator)
         offsets = draw_offsets(n, size, args.crop / shrink, generator)

@@ -1,4 +1,4 @@
-"""SoftCrop (Liu et al. 2023), its confidence curve, Cutout and soft noise, for whole batches.
+"""SoftCrop (Liu et al. 2023), its confidence curve and soft noise, for whole batches.
 
 A crop that shows less of an image deserves less confidence in its label: `soft_crop` moves each
 image by a random offset and tells the fraction that stays visible, `confidence` turns fractions
@@ -79,27 +79,7 @@ def confidence(visible: torch.Tensor, num_classes: int, *, power: float, t: floa
     return highest - (highest - chance) * ((t - visible) / t).clamp(0, 1) ** power
 
 
-# ------------------------------------------------------------------------- Cutout and soft noise
-
-def draw_centres(n: int, size: tuple[int, int], generator=None) -> torch.Tensor:
-    """(n, 2) int64 pixels (y, x), uniform over images of `size` (H, W)."""
-    return torch.stack([torch.randint(limit, (n,), generator=generator) for limit in size], 1)
-
-
-def cutout(images: torch.Tensor, centre: torch.Tensor, length: float) -> torch.Tensor:
-    """Sets a square of each image (B, C, H, W) to 0 (DeVries and Taylor 2017).
-
-    centre (B, 2) integer (y, x); the square reaches from length // 2 pixels before the centre to
-    just before length // 2 pixels after it, cut off at the borders.
-    """
-    half = length // 2
-    centre = centre.to(images.device, non_blocking=True)
-    rows, columns = (torch.arange(side, device=images.device) - centre[:, axis:axis + 1]
-                     for axis, side in enumerate(images.shape[2:]))
-    hole = (((rows >= -half) & (rows < half))[:, :, None]
-            & ((columns >= -half) & (columns < half))[:, None])
-    return images.masked_fill(hole[:, None], 0)
-
+# -------------------------------------------------------------------------------------- soft noise
 
 def draw_noise(shape: tuple[int, ...], noise: float, scale: float = 1.0, generator=None):
     """Draws of `soft_noise` for a batch of `shape` (B, C, H, W).

@@ -53,6 +53,21 @@ def test_draws_per_image(shape, device):
             assert every[1][i] == alone[1][i] and every[1].shape == alone[1].shape == (5,)
 
 
+def test_cutout(device):
+    """Squares of even sides around the pixels; the recorded ones are in test_soft_aug.py."""
+    images = torch.ones(3, 2, 10, 12, device=device)
+    centres = torch.tensor([[5, 5], [0, 11], [9, 0]])
+    cut = mixing.cutout(images, centres, 6) == 0
+    assert cut.sum((1, 2, 3)).tolist() == [72, 2 * 3 * 4, 2 * 4 * 3]
+    assert cut[0, :, 2:8, 2:8].all() and cut[1, :, :3, 8:].all() and cut[2, :, 6:, :3].all()
+    assert torch.equal(mixing.cutout(images, centres, 7) == 0, cut)
+
+
+def test_draw_pixels():
+    pixels = mixing.draw_pixels(4000, (10, 12), torch.Generator().manual_seed(0))
+    assert [column.unique().tolist() for column in pixels.T] == [list(range(10)), list(range(12))]
+
+
 def test_cutmix_extremes(device):
     images, perm = torch.randn(4, 3, 8, 8, device=device), torch.tensor([1, 2, 3, 0])
     kept, ratio = mixing.cutmix(images, perm, torch.tensor([4.0, 4.0]), 1.0)

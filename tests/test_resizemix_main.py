@@ -22,6 +22,7 @@ from test_imagenet import make_photos, pack
 from torchvision.transforms import v2
 
 from common import checkpoint, runtime
+from common.mixing import draw_pixels
 from resizemix import augment, cost, gradcam, mixing
 from resizemix import main as resizemix
 
@@ -135,7 +136,7 @@ def test_training_is_the_recipe(tmp_path, words, rate, no_pictures, monkeypatch)
             perm = torch.randperm(30, generator=generator)
             if args.cutmix_prob:
                 lam = resizemix.draw_lambda(args.cutmix_beta, generator)
-                centre = mixing.draw_cutmix_centre((16, 16), generator)
+                centre, = draw_pixels(1, (16, 16), generator)
                 mixed, ratio = mixing.cutmix(images, perm, centre, lam)
             else:
                 scale = args.resizemix_low + torch.rand(
@@ -284,16 +285,6 @@ def test_loss_is_cross_entropy_with_two_labels():
     expected = own * F.cross_entropy(logits, labels) + \
         (1 - own) * F.cross_entropy(logits, labels[mixed.perm])
     assert torch.allclose(loss, expected, atol=1e-6)
-
-
-def test_cutout():
-    images = torch.ones(3, 2, 10, 12)
-    holes = torch.tensor([[5, 5], [0, 11], [9, 0]])
-    cut = augment.cutout(images, holes, 6) == 0
-    assert cut.sum((1, 2, 3)).tolist() == [72, 2 * 3 * 4, 2 * 4 * 3]
-    assert cut[0, :, 2:8, 2:8].all() and cut[1, :, :3, 8:].all() and cut[2, :, 6:, :3].all()
-    holes = augment.draw_holes(4000, (10, 12), torch.Generator().manual_seed(0))
-    assert holes.min(0).values.tolist() == [0, 0] and holes.max(0).values.tolist() == [9, 11]
 
 
 def test_autoaugment_changes_each_image_by_its_own_policy():

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from conftest import Golden, golden_cases
 
+from common import runtime
 from common.runtime import DataError, RunError
 from safuse import losses, mixing, network
 from safuse.localisation import boxes_of, localised
@@ -66,6 +67,11 @@ def test_superpixel_mix_without_bounds(device):
     assert from_b[0, :3].tolist() == [False, False, True]
 
 
+def occamix(images, perm, scores, labels_b, cells, num_b=None):
+    mask = mixing.attentive_mask(scores[perm], labels_b, cells, num_b=num_b)
+    return mixing.paste(images, perm, mask), 1 - mask.float().mean((1, 2))
+
+
 @pytest.mark.parametrize("path", golden_cases("safuse", "e_occamix"))
 def test_occamix_golden(path, device):
     case = Golden(path)
@@ -74,7 +80,7 @@ def test_occamix_golden(path, device):
     args = (images_of(case, device), case.tensor("rand_index"), case.tensor("scores", device),
             labels, int(case["N"]))
     for num_b in (None, 60):
-        mixed, ratio = mixing.occamix(*args, num_b=num_b)
+        mixed, ratio = occamix(*args, num_b)
         close(mixed, case.tensor("mixed", device))
         close(1 - ratio, case.tensor("lam", device))
     maps = network.activation_maps(case.tensor("cam_f", device), case.tensor("cam_w", device))
@@ -87,7 +93,7 @@ def test_occamix_takes_lowest_label_of_equals(device):
     labels = torch.stack([labels, labels.flip(1)])
     scores = torch.tensor([[1.0, 0.0], [0.0, 0.0]], device=device).expand(2, 2, 2)
     images = torch.tensor([0.0, 1.0], device=device)[:, None, None, None].expand(2, 3, 4, 4)
-    mixed, ratio = mixing.occamix(images, torch.tensor([1, 0]), scores, labels, 1)
+    mixed, ratio = occamix(images, torch.tensor([1, 0]), scores, labels, 1)
     assert ratio.tolist() == [1 - 2 / 16, 1 - 12 / 16]
     assert torch.equal(mixed[0, 0] == 1, labels[0] == 1)
     assert torch.equal(mixed[1, 2] == 0, labels[1] == 0)
@@ -253,7 +259,7 @@ def test_contrastive_gathers(monkeypatch, device):
     expected = losses.superpixel_contrastive(whole, labels, kept, weights)
     expected.backward()
     ranks = Ranks()
-    monkeypatch.setattr(losses, "dist", ranks)
+    monkeypatch.setattr(runtime, "dist", ranks)
 
     def run(rank):
         ranks.mine.rank, half = rank, slice(2 * rank, 2 * rank + 2)
@@ -396,24 +402,30 @@ def test_build_refuses():
         build("resnet18", 10, 32, initial_channels=20)
 
 
+def load(arch, image_size, source):
+    net = build(arch, 10, image_size)
+    network.load_pretrained(net.encoder, arch, str(source))
+    return net
+
+
 def test_pretrained_file(tmp_path):
     """torchvision's names load, wrapped or bare; what does not fit is named."""
     from torchvision.models import resnet18
     theirs = resnet18().state_dict()
     path = tmp_path / "weights.pth"
     torch.save({"state_dict": {f"module.{k}": v for k, v in theirs.items()}}, path)
-    net = build("resnet18", 10, 224, pretrained=str(path))
+    net = load("resnet18", 224, path)
     close(net.encoder.layer4[1].conv2.weight, theirs["layer4.1.conv2.weight"], 0, 0)
     close(net.encoder.bn1.running_var, theirs["bn1.running_var"], 0, 0)
     with pytest.raises(DataError, match=r"conv1.weight: \(64, 3, 7, 7\), \(64, 3, 3, 3\) needed"):
-        build("resnet18", 10, 32, pretrained=str(path))
+        load("resnet18", 32, path)
     with pytest.raises(DataError, match=r"layer1.0.conv1.weight: \(64, 64, 3, 3\)"):
-        build("resnet50", 10, 224, pretrained=str(path))
+        load("resnet50", 224, path)
     with pytest.raises(DataError, match="no such file"):
-        build("resnet18", 10, 224, pretrained=str(tmp_path / "absent.pth"))
+        load("resnet18", 224, tmp_path / "absent.pth")
     path.write_bytes(b"not weights")
     with pytest.raises(DataError, match="weights.pth: not a readable"):
-        build("resnet18", 10, 224, pretrained=str(path))
+        load("resnet18", 224, path)
 
 
 def test_pretrained_without_network(monkeypatch):
@@ -425,7 +437,7 @@ def test_pretrained_without_network(monkeypatch):
         raise URLError("no route")
     monkeypatch.setattr(_api, "load_state_dict_from_url", refuse)
     with pytest.raises(DataError, match="resnet18-.*could not be downloaded.*--pretrained FILE"):
-        build("resnet18", 10, 224, pretrained="torchvision")
+        load("resnet18", 224, "torchvision")
 
 
 # ---------------------------------------------------------------------------------- localisation

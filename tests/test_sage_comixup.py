@@ -13,7 +13,6 @@ from sage.comixup import (
     cost_and_compatibility,
     draw_comix,
     label_parts,
-    objective,
     prior_cost,
 )
 
@@ -26,6 +25,24 @@ def options(case):
 
 def part(case, device):
     return [case.tensor(name, device) for name in ("cost_in", "A", "dirichlet", "init_idx")]
+
+
+def objective(labels: torch.Tensor, cost: torch.Tensor, *, beta: float = 0.32, gamma: float = 1.0,
+              thres: float = 0.83) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the labelling is judged by, for each part (P,): without and with the threshold.
+
+    `labels` (P, N, n, n, 2); `cost` (P, N, n, n), the prior subtracted. sum(cost·z) +
+    beta/2·sum(|z - z_neighbour|²) + gamma·sum_j(c_j·d_j), beta and gamma over n²; c_j are output
+    j's blocks of each input, d_j the others', in the second value only where above thres·n².
+    """
+    size = cost.shape[-1] ** 2
+    z = block_masks(labels, cost.shape[1])
+    smooth = z.diff(dim=2).square().sum((1, 2, 3, 4)) + z.diff(dim=3).square().sum((1, 2, 3, 4))
+    linear = torch.einsum("pjyxi,piyx->p", z, cost) + beta / size / 2 * smooth
+    counts = z.sum((2, 3))
+    others = counts.sum(1, keepdim=True) - counts
+    above = others * (others > thres * size)
+    return tuple(linear + gamma / size * (counts * d).sum((1, 2)) for d in (others, above))
 
 
 def random_parts(parts, n, side, seed=0, device="cpu"):

@@ -393,12 +393,12 @@ def test_pretrained_weights(tmp_path, capsys):
             if not name.startswith("fc"):
                 assert torch.equal(net.state_dict()[f"{branch}.backbone.before.{name}"], value)
     (tmp_path / "text.pt").write_text("nothing")
-    for wrong, line in (("none.pt", "No such file"), ("text.pt", "no file of weights alone")):
+    for wrong, line in (("none.pt", "none.pt: no such file"), ("text.pt", "not a readable")):
         with pytest.raises(runtime.RunError, match=line):
             samix.build(samix.parse_args([*words, "--pretrained", str(tmp_path / wrong)]), Big)
     args = samix.parse_args([*words, "--arch", "resnet34", "--pretrained",
                              str(tmp_path / "weights.pt")])
-    with pytest.raises(runtime.RunError, match="weights do not fit resnet34"):
+    with pytest.raises(runtime.RunError, match="weights.pt does not fit resnet34"):
         samix.build(args, Big)
 
 

@@ -1,4 +1,6 @@
 """Feature maps of a network: behind a middle layer, and those that its classifier sees."""
+from pickle import UnpicklingError
+
 import torch
 import torchvision
 from torch import Tensor, nn
@@ -9,6 +11,7 @@ from torchvision.models.vision_transformer import VisionTransformer
 
 from common import models
 from common.models.parts import Network
+from common.runtime import DataError
 
 
 class Backbone(nn.Module):
@@ -59,30 +62,57 @@ class Backbone(nn.Module):
         return middle, last
 
 
-def build_backbone(name: str, image_size: int, layer: int, *, pretrained: str | bool = False,
+def build_backbone(name: str, image_size: int, layer: int, *, pretrained: str = "",
                    **options) -> Backbone:
     """The network `name` without its classifier, for images of exactly `image_size` pixels.
 
     Up to 64 pixels the convolutional ones have a stem of stride 1. `options` of `models.build`;
-    pretrained: begin with ImageNet weights, torchvision's (True: downloaded) or of a file with
-    their state_dict. Raises ValueError for what does not exist or fit, OSError when the weights
-    cannot be had.
+    pretrained: begin with ImageNet weights, see `load_weights`. Raises ValueError for what does
+    not exist, DataError when the weights cannot be had.
     """
     form = image_size if image_size > 64 or name in ("deit_s", "swin_t") else 32
     network = models.build(name, 1000, form, **options)
-    if pretrained is True:
-        theirs = {"convnext_t": "convnext_tiny"}.get(name, name)
-        weights = torchvision.models.get_model_weights(theirs).IMAGENET1K_V1
-        state = weights.get_state_dict(progress=False, check_hash=True)
-    elif pretrained:
-        state = torch.load(pretrained, map_location="cpu", weights_only=True)
     if pretrained:
         classifier = [m for m in network.modules() if isinstance(m, nn.Linear)][-1]
-        own = network.state_dict(keep_vars=True)
-        for key, value in own.items():
-            if value is classifier.weight or value is classifier.bias:
-                state[key] = value
-            elif key not in state or state[key].shape != value.shape:
-                raise ValueError(f"the weights do not fit {name} for {image_size} pixels ({key})")
-        network.load_state_dict({key: state[key] for key in own})
+        load_weights(network, pretrained, {"convnext_t": "convnext_tiny"}.get(name, name),
+                     skip=tuple(classifier.parameters()))
     return Backbone(network, layer, image_size)
+
+
+def load_weights(network: nn.Module, source: str, model: str, skip: tuple = ()):
+    """Loads ImageNet weights: torchvision's of its `model` (source "torchvision": downloaded), or
+    those of a local file.
+
+    A file holds a state_dict in torchvision's names, perhaps under the key state_dict or model and
+    with the prefix module.; `skip`: parameters that stay as they are. Raises DataError naming the
+    source that is missing or does not fit, ValueError for a model that torchvision has not.
+    """
+    if source == "torchvision":
+        weights = torchvision.models.get_model_weights(model).IMAGENET1K_V1
+        try:
+            state = weights.get_state_dict(progress=False, check_hash=True)
+        except (OSError, RuntimeError) as fault:
+            raise DataError(f"{weights.url} could not be downloaded ({fault}); fetch it elsewhere "
+                            "and give the file: --pretrained FILE") from fault
+    else:
+        try:
+            state = torch.load(source, map_location="cpu", weights_only=True)
+        except FileNotFoundError:
+            raise DataError(f"{source}: no such file of weights") from None
+        except (RuntimeError, EOFError, UnpicklingError, OSError, ValueError) as fault:
+            raise DataError(f"{source}: not a readable file of weights "
+                            f"({(str(fault).splitlines() or ['empty'])[0][:100]})") from fault
+        for key in ("state_dict", "model"):
+            state = state.get(key, state) if isinstance(state, dict) else {}
+        state = {name.removeprefix("module."): value for name, value in state.items()}
+    own = {name: value for name, value in network.state_dict(keep_vars=True).items()
+           if not any(value is parameter for parameter in skip)}
+    wrong = [name for name, value in own.items() if not name.endswith("num_batches_tracked")
+             and getattr(state.get(name), "shape", None) != value.shape]
+    if wrong:
+        name, theirs = wrong[0], getattr(state.get(wrong[0]), "shape", None)
+        raise DataError(f"{source} does not fit {model} at this image size: {len(wrong)} of "
+                        f"{len(own)} tensors, first {name}: "
+                        f"{'missing' if theirs is None else tuple(theirs)}, "
+                        f"{tuple(own[name].shape)} needed")
+    network.load_state_dict({name: state[name] for name in own if name in state}, strict=False)
