@@ -14,8 +14,7 @@ device  tensor operations without host synchronisation. The cost of two labels i
         its solution is taken. 60 iterations end 0.001 % above the optimum, gco 0.08 % above it.
 """
 import functools
-import threading
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -23,7 +22,6 @@ from gco.cgco import _cgco
 from torch import Tensor
 
 MAX_TERM = 10**7               # gco ends the process at larger ones
-GCO_TABLE = threading.Lock()   # gco keeps its graphs in one unguarded table
 
 
 def solve(unary: Tensor, weight_x: Tensor, weight_y: Tensor, *, solver: str = "auto",
@@ -35,33 +33,12 @@ def solve(unary: Tensor, weight_x: Tensor, weight_y: Tensor, *, solver: str = "a
     or 'auto' (device on an accelerator, gco on the CPU). threads: of gco, 0 is none beside the
     caller's. Returns labels (B, h, w) int64. Raises ValueError for another solver.
     """
-    return solve_async(unary, weight_x, weight_y, solver=solver, threads=threads).result()
-
-
-def solve_async(unary: Tensor, weight_x: Tensor, weight_y: Tensor, *, solver: str = "auto",
-                threads: int = 0) -> Future:
-    """`solve` in the background: a Future of the labels, which gco finds while the device works on.
-
-    With solver 'device' the Future is already done (its tensor may still be in the making on the
-    device, as any).
-    """
     if solver not in ("auto", "gco", "device"):
         raise ValueError(f"solver must be auto, gco or device, not {solver!r}")
-    if solver == "auto":
-        solver = "gco" if unary.device.type == "cpu" else "device"
     terms = unary.detach().float(), weight_x.detach().float(), weight_y.detach().float()
-    if solver == "device":
-        future = Future()
-        future.set_result(_solve_on_device(*terms))
-        return future
-    terms = _integer_terms(*terms)
-    if unary.device.type == "cpu":
-        copied = None
-    else:   # fetch without halting the caller: the background thread waits for the event
-        terms = [term.to("cpu", non_blocking=True) for term in terms]
-        copied = torch.cuda.Event()
-        copied.record()
-    return _pool("batches", 1).submit(_solve_by_gco, terms, copied, threads, unary.device)
+    if solver == "device" or solver == "auto" and unary.device.type != "cpu":
+        return _solve_on_device(*terms)
+    return _solve_by_gco(*terms, threads=threads)
 
 
 def energy(labels: Tensor, unary: Tensor, weight_x: Tensor, weight_y: Tensor) -> Tensor:
@@ -82,17 +59,17 @@ def alpha_beta_swap(problems: list, threads: int = 0) -> list:
     integer arrays; edge e joins the sites first[e] < second[e]. Unconnected problems with the same
     label costs may be joined into one: their labels stay the same and the calls are saved.
     threads: how many problems at once, 0 for one after the other. Returns a list of labels (S,).
+    To be called by one thread at a time: gco keeps its graphs in one unguarded table.
     """
     arrays = [[np.ascontiguousarray(a, np.intc) for a in problem] for problem in problems]
-    with GCO_TABLE:      # no graph may come or go while a thread looks its own up
-        graphs = [_make_graph(*problem) for problem in arrays]
-        energies = [np.empty(1, np.longlong) for _ in graphs]
-        run = map if threads < 2 or len(graphs) < 2 else _pool("cuts", threads).map
-        list(run(_cgco.gcoSwap, graphs, [-1] * len(graphs), energies))   # releases the GIL
-        labels = [np.empty(len(problem[0]), np.intc) for problem in arrays]
-        for graph, found in zip(graphs, labels, strict=True):
-            _cgco.gcoGetLabels(graph, found)
-            _cgco.gcoDestroyGraph(graph)
+    graphs = [_make_graph(*problem) for problem in arrays]
+    energies = [np.empty(1, np.longlong) for _ in graphs]
+    run = map if threads < 2 or len(graphs) < 2 else _pool(threads).map
+    list(run(_cgco.gcoSwap, graphs, [-1] * len(graphs), energies))       # releases the GIL
+    labels = [np.empty(len(problem[0]), np.intc) for problem in arrays]
+    for graph, found in zip(graphs, labels, strict=True):
+        _cgco.gcoGetLabels(graph, found)
+        _cgco.gcoDestroyGraph(graph)
     return labels
 
 
@@ -119,10 +96,9 @@ def _integer_terms(unary, weight_x, weight_y) -> list[Tensor]:
     return [unary * squared, *(weight.clamp(min=0) for weight in weights)]
 
 
-def _solve_by_gco(terms, copied, threads: int, device) -> Tensor:
-    if copied is not None:
-        copied.synchronize()
-    unary, weight_x, weight_y = (term.numpy() for term in terms)
+def _solve_by_gco(*terms, threads: int) -> Tensor:
+    device = terms[0].device
+    unary, weight_x, weight_y = (term.cpu().numpy() for term in _integer_terms(*terms))
     images, height, width, num_labels = unary.shape
     level = np.arange(num_labels)
     label_cost = (level[:, None] - level) ** 2
@@ -140,8 +116,8 @@ def _solve_by_gco(terms, copied, threads: int, device) -> Tensor:
 
 
 @functools.cache
-def _pool(purpose: str, threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix=purpose)
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads)
 
 
 # ------------------------------------------------------------------------------- device

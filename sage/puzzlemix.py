@@ -1,9 +1,8 @@
 """Puzzle Mix (Kim, Choo & Song, ICML 2020): which image owns which block, and where its blocks go.
 
-Blocks go to the image that is salient there, and neighbours like the same owner (a graph cut);
-then each image moves its salient blocks into what it owns (masked optimal transport).
-
-    puzzle_mix = start_puzzle_mask (the graph cut, in the background) + apply_mask
+Blocks go to the image that is salient there, and neighbours like the same owner (`puzzle_mask`, a
+graph cut); then each image moves its salient blocks into what it owns (`apply_mask`, by masked
+optimal transport).
 """
 import math
 from collections.abc import Callable
@@ -78,28 +77,23 @@ def puzzle_mix(images: Tensor, saliency: Tensor, perm: Tensor, lam: Tensor | flo
     Returns mixed (B, C, H, W) and ratio (B,), the mask's mean. Raises ValueError if block_num does
     not divide the sides.
     """
-    finish = start_puzzle_mask(images, saliency, perm, lam, block_num, beta=beta, gamma=gamma,
-                               eta=eta, n_labels=n_labels, neigh_size=neigh_size, std=std,
-                               solver=solver, threads=threads)
-    return apply_mask(images, saliency, perm, finish(), transport=transport, t_eps=t_eps,
+    mask = puzzle_mask(images, saliency, perm, lam, block_num, beta=beta, gamma=gamma, eta=eta,
+                       n_labels=n_labels, neigh_size=neigh_size, std=std, solver=solver,
+                       threads=threads)
+    return apply_mask(images, saliency, perm, mask, transport=transport, t_eps=t_eps,
                       t_size=t_size, mean=mean, std=std, noise=noise, noisy=noisy)
 
 
 @torch.no_grad()
-def start_puzzle_mask(images: Tensor, saliency: Tensor, perm: Tensor, lam: Tensor | float,
-                      block_num: int, *, beta: float = 1.2, gamma: float = 0.5, eta: float = 0.2,
-                      n_labels: int = 3, neigh_size: int = 4, std, solver: str = "auto",
-                      threads: int = 0) -> Callable[[], Tensor]:
-    """Starts the graph cut and returns a function that waits for its mask (B, n, n) in [0, 1].
-
-    Between the two calls gco's threads leave the caller and the device free. Arguments as in
-    `puzzle_mix`; a mask of 1 is the first image.
-    """
+def puzzle_mask(images: Tensor, saliency: Tensor, perm: Tensor, lam: Tensor | float,
+                block_num: int, *, beta: float = 1.2, gamma: float = 0.5, eta: float = 0.2,
+                n_labels: int = 3, neigh_size: int = 4, std, solver: str = "auto",
+                threads: int = 0) -> Tensor:
+    """Mask (B, n, n) in [0, 1], 1 for the first image; arguments as in `puzzle_mix`."""
     terms = graph_terms(images, saliency, perm, block_num, beta=beta, gamma=gamma,
                         neigh_size=neigh_size, std=std)
     terms = label_terms(*terms, lam, beta=beta, eta=eta, n_labels=n_labels)
-    labels = graphcut.solve_async(*terms, solver=solver, threads=threads)
-    return lambda: 1 - labels.result() / (n_labels - 1)
+    return 1 - graphcut.solve(*terms, solver=solver, threads=threads) / (n_labels - 1)
 
 
 @torch.no_grad()

@@ -49,8 +49,8 @@ def test_golden(path, solver, device):
     images, saliency, perm, lam, block_num = inputs(case, device)
     names = ("beta", "gamma", "eta", "n_labels", "neigh_size")
     some = {name: value for name, value in options(case).items() if name in names}
-    mask = puzzlemix.start_puzzle_mask(images, saliency, perm, lam, block_num, solver=solver,
-                                       std=CIFAR100["std"], **some)()
+    mask = puzzlemix.puzzle_mask(images, saliency, perm, lam, block_num, solver=solver,
+                                 std=CIFAR100["std"], **some)
     labels = ((1 - mask) * (some["n_labels"] - 1)).round().long()
     energy = graphcut.energy(labels, *terms(case, device)).cpu() * 1000 * block_num**2
     gap = energy / case.tensor("energy_optimum_f64") - 1
@@ -173,8 +173,8 @@ def test_saliency_without_information_is_uniform(solver, device):
 def test_levels_and_ratio(n_labels, solver, device):
     """Masks take n_labels values; their mean is the ratio; images are blended by them."""
     images, saliency, perm = batch(device=device, peak=30)
-    mask = puzzlemix.start_puzzle_mask(images, saliency, perm, 0.5, 8, n_labels=n_labels,
-                                       solver=solver, std=CIFAR100["std"])()
+    mask = puzzlemix.puzzle_mask(images, saliency, perm, 0.5, 8, n_labels=n_labels,
+                                 solver=solver, std=CIFAR100["std"])
     steps = mask * (n_labels - 1)
     torch.testing.assert_close(steps, steps.round())
     assert len(steps.round().unique()) == n_labels
@@ -191,8 +191,8 @@ def test_peaked_saliency_keeps_its_block(solver, device):
     images, saliency, _ = batch(count=2, device=device)
     saliency = torch.zeros_like(saliency)
     saliency[0, :2, :2], saliency[1, -2:, -2:] = 1, 1
-    mask = puzzlemix.start_puzzle_mask(images, saliency, torch.tensor([1, 0]), 0.5, 16,
-                                       solver=solver, std=CIFAR100["std"])()
+    mask = puzzlemix.puzzle_mask(images, saliency, torch.tensor([1, 0]), 0.5, 16,
+                                 solver=solver, std=CIFAR100["std"])
     assert mask[0, 0, 0] == 1 and mask[0, -1, -1] == 0
     assert mask[1, 0, 0] == 0 and mask[1, -1, -1] == 1
 
@@ -211,13 +211,12 @@ def test_lam_per_image(solver, device):
     assert ratio[0] == 0 and ratio[-1] == 1 and (ratio.diff() >= 0).all()
 
 
-def test_threads_and_background_give_the_same(device):
+def test_threads_give_the_same(device):
     images, saliency, perm = batch(count=20, device=device)
     arguments = images, saliency, perm, 0.5, 8
     keywords = {"std": CIFAR100["std"], "solver": "gco"}
-    waiting = [puzzlemix.start_puzzle_mask(*arguments, threads=threads, **keywords)
-               for threads in (0, 2, 8, 100)]
-    masks = torch.stack([finish() for finish in waiting])
+    masks = torch.stack([puzzlemix.puzzle_mask(*arguments, threads=threads, **keywords)
+                         for threads in (0, 2, 8, 100)])
     assert (masks == masks[0]).all() and masks.device == images.device
 
 
