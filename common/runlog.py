@@ -165,12 +165,13 @@ class Run:
             setattr(self, name, state[name])
 
     def load_part(self, name: str, state: dict):
-        """Gives one part its state; an optimizer keeps the settings that this run's flags gave it.
+        """Gives one part its state; an optimizer keeps the settings that this run's flags gave it
+        (but for the learning rate, which the loop sets).
 
         Raises RunError when it is of another shape.
         """
         part = self.parts[name]
-        settings = [{key: value for key, value in group.items() if key != "params"}
+        settings = [{key: value for key, value in group.items() if key not in ("params", "lr")}
                     for group in getattr(part, "param_groups", [])]
         try:
             if state[name]:                                 # a scaler that is off has no state

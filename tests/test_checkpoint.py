@@ -49,6 +49,17 @@ def test_damaged_newest_falls_back(tmp_path, harm, capsys):
         checkpoint.resume(str(path), tmp_path)
 
 
+def test_every_bit_counts(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    checkpoint.save(tmp_path, {"model": {"w": torch.ones(2)}, "identity": {}})
+    content = path.read_bytes()
+    assert torch.load(path, weights_only=True)["model"]["w"].sum() == 2     # others can read it
+    for place in range(0, len(content), 3):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 16]) + content[place + 1:])
+        with pytest.raises(RunError, match="is damaged or no checkpoint"):
+            checkpoint.load(path)
+
+
 def test_fresh_start_overwrites_nothing(tmp_path):
     assert checkpoint.resume("", tmp_path) is None and checkpoint.resume("auto", tmp_path) is None
     checkpoint.save(tmp_path, state(1))
@@ -63,8 +74,8 @@ def test_no_code_runs_from_a_checkpoint(tmp_path):
         def __reduce__(self):
             return builtins.open, (str(tmp_path / "harmed"), "w")
 
-    torch.save({"model": Harm(), "identity": {}}, tmp_path / "checkpoint.pt")
-    with pytest.raises(RunError, match="damaged or no checkpoint"):
+    checkpoint.save(tmp_path, {"model": Harm(), "identity": {}})
+    with pytest.raises(RunError, match="damaged or no checkpoint .Weights only load failed"):
         checkpoint.load(tmp_path / "checkpoint.pt")
     assert not (tmp_path / "harmed").exists()
 
