@@ -21,8 +21,12 @@ def draw_lambda(alpha: float, generator: torch.Generator, n: int | None = None) 
     shape = () if n is None else (n,)
     if alpha <= 0:
         return torch.ones(shape)
-    concentration = torch.full((*shape, 2), alpha, dtype=torch.float64)
-    return torch._sample_dirichlet(concentration, generator)[..., 0].float()
+    # Gamma(alpha) = Gamma(alpha + 1)·U^(1/alpha), by logarithms: small ones underflow
+    shape = (2, *shape)
+    gamma = torch._standard_gamma(torch.full(shape, alpha + 1, dtype=torch.float64), generator)
+    first, second = gamma.log() + torch.rand(
+        shape, generator=generator, dtype=torch.float64).log() / alpha
+    return (first - second).sigmoid().float()
 
 
 def draw_centre(height: int, width: int, generator: torch.Generator, n: int | None = None

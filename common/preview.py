@@ -38,13 +38,12 @@ def grid(path, title: str, rows: dict, captions: list[str] | dict, side: float =
     captions: below the pictures of the last row, or name -> captions of that row; side: of a
     picture, in inches.
     """
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
     captions = captions if isinstance(captions, dict) else {list(rows)[-1]: captions}
     columns = min(len(pictures) for pictures in rows.values())
-    figure, axes = plt.subplots(len(rows), columns, squeeze=False, layout="constrained",
-                                figsize=(side * columns + 0.3, 1.06 * side * len(rows) + 0.75))
+    figure = Figure(figsize=(side * columns + 0.3, 1.06 * side * len(rows) + 0.75),
+                    layout="constrained")
+    axes = figure.subplots(len(rows), columns, squeeze=False)
     for line, (name, pictures) in zip(axes, rows.items(), strict=True):
         for axis, picture, number in zip(line, pictures, range(columns), strict=False):
             axis.imshow(picture, cmap="gray", interpolation="nearest")

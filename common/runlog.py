@@ -21,19 +21,42 @@ from common import checkpoint, runtime
 from common.metrics import NOT_SAVED
 from common.runtime import RunError
 
+# Flags that a run may change when it goes on, without a word
+NOT_TRAINING = ("data_dir", "root_dir", "workers", "print_freq", "device", "loader", "resume",
+                "evaluate", "preview", "max_steps", "tensorboard", "log_off", "ngpu", "gpu_ids",
+                "mp", "launcher", "port", "local_rank", "load_path", "tb_path", "RESUME",
+                "start_epoch", "pretrained", "weights", "cam", "evaluation", "meas_lat", "nogpu")
 # One colour a curve, in fixed order; readable for the colour-blind, on white.
 BLUE, ORANGE, GREEN, INK, GRID = "#2a78d6", "#c4570a", "#1a7f4b", "#3d3d3a", "#e4e3de"
 
 
-def write_atomic(path: Path, text: str):
-    """Writes a text file that is whole at every moment. Raises RunError naming the file."""
+@contextlib.contextmanager
+def whole(path: Path):
+    """Where to write a file that is whole at every moment: it gets its name at the end.
+
+    Raises RunError naming the file that could not be written.
+    """
+    path = Path(path)
     new = path.with_name(f".{path.name}.new")
     try:
-        new.write_text(text)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield new
         os.replace(new, path)
     except OSError as fault:
         new.unlink(missing_ok=True)
         raise RunError(f"{path} could not be written: {fault.strerror}") from None
+
+
+def write_atomic(path: Path, text: str):
+    """Writes a text file that is whole at every moment. Raises RunError naming the file."""
+    with whole(path) as new:
+        new.write_text(text)
+
+
+def save_figure(figure, path: Path):
+    """Writes a matplotlib Figure as a PNG that is whole at every moment."""
+    with whole(path) as new:
+        figure.savefig(new, dpi=130, format="png")
 
 
 def commit() -> str:
@@ -85,13 +108,17 @@ class Run:
     # ---- beginning
 
     def load_weights(self) -> Path | None:
-        """Loads what --evaluate (its own path, --resume's, best.pt) or --preview ask for."""
+        """Loads what --evaluate asks for (its own path, --resume's, best.pt), or --preview
+        (--resume's); returns the file, None for a fresh network."""
         wish, path = self.args.evaluate, self.args.resume
         if wish and wish != "auto":
             path = wish
-        elif wish and path in ("", "auto"):
+        elif path == "auto":
+            newest = self.folder / checkpoint.NEWEST
+            path = newest if newest.exists() else ""
+        if not path and wish:
             path = self.folder / checkpoint.BEST
-        if not path or path == "auto":
+        if not path:
             return None
         state = checkpoint.load(path)
         checkpoint.check_identity(state, self.identity | {"data": state["identity"].get("data")})
@@ -117,6 +144,12 @@ class Run:
             raise RunError(f"{self.folder}: the processes find different checkpoints there; "
                            "--root_dir must be on a disk that all machines share")
         self.resumed = state is not None
+        changed = {name: f"{before} -> {getattr(self.args, name)}"
+                   for name, before in (state or {}).get("args", {}).items()
+                   if name not in NOT_TRAINING and before != vars(self.args).get(name, before)}
+        if changed:
+            runtime.warn("going on with other flags than before: " + ", ".join(
+                f"--{name} {change}" for name, change in changed.items()))
         if start_epoch is not None:
             self.epoch, self.step, self.sums = start_epoch, 0, None
             self.history = [row for row in self.history if row["epoch"] < start_epoch]
@@ -131,7 +164,7 @@ class Run:
             "gpu": torch.cuda.get_device_name(self.device) if on_gpu else None,
             "threads": torch.get_num_threads(), "python": platform.python_version(),
             "torch": torch.__version__, "torchvision": torchvision.__version__,
-            "resumed_at": [self.epoch, self.step] if state else None}
+            "resumed_at": [self.epoch, self.step] if state else None, "changed": changed}
         write_atomic(self.folder / "args.json", json.dumps(facts, indent=1, default=str) + "\n")
         if self.args.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -247,7 +280,8 @@ class Run:
         """Logs the epoch's row, keeps best.pt if `accuracy` (None: not measured) is the best yet,
         moves on to the next epoch unless this one was cut short, and saves.
 
-        A trial's accuracy is of a few images: it never counts as the best yet. Raises RunError,
+        A trial's accuracy is of a few images: it never counts as the best yet, and its last epoch
+        is evaluated again when the run goes on. Raises RunError,
         and keeps the checkpoint before, when something in `row` or a weight is not finite.
         """
         bad = [name for name, value in row.items() if not math.isfinite(value)]
@@ -265,8 +299,9 @@ class Run:
             if self.writes:
                 checkpoint.save(self.folder, {
                     "model": self.parts["model"].state_dict(), "identity": self.identity,
-                    "epoch": self.epoch, "accuracy": accuracy}, checkpoint.BEST)
-        if self.step < self.epoch_steps:
+                    "epoch": self.epoch, "accuracy": accuracy, "args": vars(self.args)},
+                    checkpoint.BEST)
+        if self.step < self.epoch_steps or self.steps_left == 0:
             history, self.history = self.history, self.history[:-1]     # logged again when done
             self.save(sums.state())
             self.history = history
@@ -325,10 +360,9 @@ class Run:
 
     def draw_curves(self, title: str) -> Path:
         """curves.png: loss and accuracy of training and test over the epochs."""
-        import matplotlib
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-        figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+        from matplotlib.figure import Figure
+        figure = Figure(figsize=(9, 3.4), layout="constrained")
+        axes = figure.subplots(1, 2)
         for axis, what, heading in (
                 (axes[0], "loss", "loss (training: the method's own)"),
                 (axes[1], "accuracy", "accuracy, % (training: as it learns)")):
@@ -348,19 +382,3 @@ class Run:
         path = self.folder / "curves.png"
         save_figure(figure, path)
         return path
-
-
-def save_figure(figure, path: Path):
-    """Writes a matplotlib figure as a PNG that is whole at every moment, and closes it."""
-    import matplotlib.pyplot as plt
-    path = Path(path)
-    new = path.with_name(f".{path.name}.new")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(new, dpi=130, format="png")
-        os.replace(new, path)
-    except OSError as fault:
-        new.unlink(missing_ok=True)
-        raise RunError(f"{path} could not be written: {fault.strerror}") from None
-    finally:
-        plt.close(figure)

@@ -114,7 +114,8 @@ def add_flags(parser, datasets, archs, names: dict, **defaults):
     ours("workers", "threads that decode image files or run DALI", type=count)
     ours("print_freq", "steps between log lines", type=positive)
 
-    add = parser.add_argument_group("run time (the same in every main.py)").add_argument
+    group = parser.add_argument_group("run time (the same in every main.py)")
+    add = group.add_argument
     add("--device", choices=["auto", "cpu", "cuda"], default="auto",
         help="auto: the GPU where there is one")
     add("--amp", choices=["off", "bf16", "fp16"], default="off",
@@ -126,10 +127,11 @@ def add_flags(parser, datasets, archs, names: dict, **defaults):
         help="who makes the batches; both augment alike, auto: the faster")
     add("--resume", default="", metavar="auto|PATH",
         help="auto: go on from the run's newest good checkpoint, if there is one")
-    add("--evaluate", nargs="?", const="auto", default="", metavar="CHECKPOINT",
-        help="evaluate and exit: this file, or --resume's, or the run's best.pt")
-    add("--preview", default="", metavar="FILE.png",
-        help="draw a mixed batch with its label shares, and exit")
+    either = group.add_mutually_exclusive_group().add_argument
+    either("--evaluate", nargs="?", const="auto", default="", metavar="CHECKPOINT",
+           help="evaluate and exit: this file, or --resume's, or the run's best.pt")
+    either("--preview", default="", metavar="FILE.png",
+           help="draw a mixed batch with its label shares (by --resume's network), and exit")
     add("--max_steps", type=positive, default=None, metavar="N",
         help="a trial: N training steps, N evaluation batches, then all the closing motions")
     add_boolean(add, "--tensorboard", False, "write TensorBoard events into the run folder")
@@ -190,10 +192,13 @@ def setup(args) -> torch.device:
 def use_gpus(count: int):
     """Restarts this program under torchrun on `count` GPUs of this machine, if count is above 1.
 
-    Does nothing under torchrun, or without a GPU. Raises RunError if there are fewer GPUs.
+    Does nothing under torchrun, or (with a warning) without a GPU. Raises RunError if there are
+    fewer GPUs.
     """
-    if count <= 1 or "RANK" in os.environ or not torch.cuda.is_available():
+    if count <= 1 or "RANK" in os.environ:
         return
+    if not torch.cuda.is_available():
+        return warn(f"{count} GPUs asked for, none is there: one process on the CPU")
     if count > torch.cuda.device_count():
         raise RunError(f"{count} GPUs asked for, {torch.cuda.device_count()} are there")
     os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", "--standalone",
@@ -388,6 +393,9 @@ def launch(main):
                   f"({str(fault).splitlines()[0][:120]})", file=sys.stderr)
         elif "can't allocate memory" in str(fault):         # torch's word on a CPU
             print(MEMORY_FULL, file=sys.stderr)
+        elif "more than 1 value per channel" in str(fault):
+            print("error: BatchNorm cannot learn from a batch of one image: choose another "
+                  "--batch_size", file=sys.stderr)
         else:                                               # a defect of ours: show where
             traceback.print_exc()
     sys.stdout.flush()

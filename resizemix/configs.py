@@ -47,8 +47,6 @@ CONFIGS = {
         "weight_decay": 4e-5,
         "warmup_epochs": 0,
         "image_size": 224,
-        "min_scale": 0.08,      # smallest share of the area that a training crop shows
-        "color_jitter": False,
         "target_layer": "layer4.2",
     },
 }

@@ -11,10 +11,12 @@ from common.runtime import RunError
 def find_layer(net: nn.Module, name: str) -> nn.Module:
     """Block M of stage N of a network, `layerN.M`: N from 1, M from 0, as torchvision names them.
 
-    Raises RunError naming the last block when there is none.
+    Raises RunError naming the last block when there is none, or for a transformer.
     """
-    stages = net.stages if hasattr(net, "stages") else [net.layer1, net.layer2, net.layer3,
-                                                        net.layer4]
+    stages = getattr(net, "stages", None) or [
+        getattr(net, f"layer{n}") for n in range(1, 5) if hasattr(net, f"layer{n}")]
+    if not stages:
+        raise RunError(f"--cam is for networks with stages of blocks, not for {type(net).__name__}")
     found = re.fullmatch(r"layer(\d+)\.(\d+)", name)
     stage, block = map(int, found.groups()) if found else (0, 0)
     if not 1 <= stage <= len(stages) or block >= len(stages[stage - 1]):

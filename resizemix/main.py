@@ -38,7 +38,6 @@ from resizemix.cost import latency, multiply_adds
 from resizemix.gradcam import find_layer, grad_cam
 from resizemix.schedule import step_rate
 
-NETS = [name for names in models.NAMES.values() for name in names]
 METHODS = ["cutout", "randaugment", "autoaugment", "resizemix", "batch_aug"]    # on or off
 CIFAR = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2023, 0.1994, 0.2010)}
 
@@ -96,14 +95,11 @@ def parse_args(argv=None):
     add_boolean(add, "--crop_test", None, "evaluate the whole image and its centre together")
     add("--target_layer", metavar="layerN.M", help="--cam: block M of stage N")
     runtime.add_flags(
-        parser, data.NAMES, NETS,
+        parser, data.NAMES, models.ALL,
         {"data_dir": ["--data_path"], "root_dir": ["--save"], "arch": ["--net_name"],
          "lr": ["--init_lr"], "print_freq": ["--report_freq"]})
 
-    early = argparse.ArgumentParser(add_help=False)
-    early.add_argument("--config", default="cifar100_wrs")
-    early.add_argument("--dataset")
-    first, _ = early.parse_known_args(argv)
+    first, _ = parser.parse_known_args(argv)
     try:
         config = configs.get(first.config)
     except ValueError as fault:
@@ -116,6 +112,8 @@ def parse_args(argv=None):
         parser.error("--load_path and --resume: choose one of them")
     args.resume = args.resume or args.load_path
     args.tensorboard |= bool(args.tb_path)
+    if args.cam and args.preview:
+        parser.error("--cam and --preview: choose one of them")
     if args.cam:
         args.evaluate = args.evaluate or "auto"             # draw with the weights of that
     if args.randaugment and args.autoaugment:
@@ -127,6 +125,9 @@ def parse_args(argv=None):
         parser.error(f"--warmup_epochs {args.warmup_epochs} are not below the {args.epochs} epochs")
     if args.milestones and args.lr_schedule != "step":
         parser.error("--milestones are for --lr_schedule step")
+    if args.lr_schedule == "cosine" and args.lr < args.min_lr:
+        parser.error(f"--lr {args.lr} is below --min_lr {args.min_lr}, to which it should fall: "
+                     "give both")
     if args.lr_schedule == "step" and (args.restart_epochs or args.min_lr != config["min_lr"]):
         parser.error("--restart_epochs and --min_lr are for --lr_schedule cosine")
     if args.nesterov and not args.momentum:
@@ -285,11 +286,11 @@ def main(argv=None):
                      model=net, optimizer=optimizer, scaler=scaler)
     if args.evaluate or args.preview:
         run.load_weights()
-        if args.cam:
+        if args.cam and runtime.rank() == 0:
             runtime.say(f"Grad-CAM: {draw_cam(args.cam, net, test, args, info)}")
-        elif args.evaluate:
+        elif args.evaluate and not args.cam:
             runtime.say(f"test: {metrics.sentence(measure(net, test, args))}")
-        else:
+        elif args.preview and runtime.rank() == 0:
             runtime.say(f"mixed images: {draw_preview(args.preview, train, args, info)}")
         return net
     run.start(multiply_adds=cost)

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from common import runtime
 from common.data import recordio
-from common.data.sets import SUFFIXES
+from common.data.sets import list_classes
 from common.runtime import DataError
 
 KEPT = {"JPEG", "PNG"}                  # formats whose bytes are stored as they are
@@ -70,9 +70,9 @@ def printable(text: str) -> str:
 
 def list_images(args) -> tuple[list[tuple[str, int]], list[str]]:
     """(path below the folder, label) of all images in writing order, and the class names."""
-    folders = sorted(entry.name for entry in args.images.iterdir() if entry.is_dir())
+    folders = list_classes(args.images, allow_empty=True)
     try:
-        classes = args.classes.read_text("utf-8").splitlines() if args.classes else folders
+        classes = args.classes.read_text("utf-8").splitlines() if args.classes else list(folders)
     except UnicodeDecodeError:
         raise DataError(f"{args.classes} is no text in UTF-8") from None
     classes = [name for name in classes if name]
@@ -86,11 +86,8 @@ def list_images(args) -> tuple[list[tuple[str, int]], list[str]]:
         raise DataError(f"{args.classes or args.images}: the class {printable((odd + twice)[0])} "
                         + ("has a name that cannot be listed" if odd else "is there twice"))
     labels = {name: label for label, name in enumerate(classes)}
-    items = [(str(path.relative_to(args.images)), labels[name]) for name in folders
-             for path in sorted((args.images / name).rglob("*"))
-             if path.suffix.lower() in SUFFIXES]
-    if not items:
-        raise DataError(f"{args.images} holds no folder with images")
+    items = [(str(path.relative_to(args.images)), labels[name])
+             for name, files in folders.items() for path in files]
     if args.shuffle:
         order = torch.randperm(len(items), generator=torch.Generator().manual_seed(args.seed))
         items = [items[i] for i in order.tolist()]

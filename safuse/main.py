@@ -60,7 +60,8 @@ def parse_args(argv=None):
     add = parser.add_argument_group("data and schedule").add_argument
     add("--method", choices=METHODS, default="safuse")
     add("--NUM_CLASS", type=positive, default=None, help="if given, the data must have so many")
-    add("--padding", type=count, default=4, help="pixels around an image before its random crop")
+    add("--padding", type=count, default=4, help="pixels around an image before its random crop "
+        "(of sets in memory)")
     add_boolean(add, "--normalise", False,
                 "images in units of the data set's deviation instead of in [0, 1]")
     add("--pretrained", nargs="?", const="torchvision", metavar="FILE",
@@ -81,8 +82,9 @@ def parse_args(argv=None):
     add("--cutmix_prob", type=share, default=0.5, help="share of the batches that are mixed")
     add("--p_binom", "--Burn_prob", type=share, default=0.5,
         help="probability of pasting a superpixel; 0: nothing is mixed")
-    add("--N_min", type=number(float, low=1), help="superpixels wanted of an image, at least")
-    add("--N_max", type=number(float, low=1), help="and at most")
+    add("--N_min", type=number(float, low=1, high=1e6), help="superpixels wanted of an image, "
+        "at least")
+    add("--N_max", type=number(float, low=1, high=1e6), help="and at most")
     add("--compactness", type=number(above=0), help="of the superpixels, against colour")
     add("--superpixels", choices=SLICS, default="slic",
         help="slic: ours, batched on the device; skimage: scikit-image's, on the CPU")
@@ -285,7 +287,9 @@ def main(argv=None):
     """Trains (or evaluates, or draws a preview) as the flags say; returns the network."""
     args = parse_args(argv)
     if args.gpu_ids and args.device != "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, args.gpu_ids))
+        seen = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")    # a scheduler's: of these
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(
+            seen[n] if len(seen) > n and seen[n] else str(n) for n in args.gpu_ids)
         if not torch.cuda.is_available():
             raise RunError(f"--gpu_ids {args.gpu_ids}: torch sees no such GPU; without the flag "
                            "the program finds what there is")
@@ -316,7 +320,8 @@ def main(argv=None):
     run = runlog.Run(args, device, info, [args.method], {"method": args.method},
                      model=net, optimizer=optimizer, scaler=scaler)
     if args.evaluate or args.preview:
-        run.load_weights()
+        if not run.load_weights() and args.pretrained:
+            network.load_pretrained(net.encoder, args.arch, args.pretrained)
         if args.evaluate:
             evaluate(net, test, args)
         elif runtime.rank() == 0:

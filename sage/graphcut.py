@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
-from gco.cgco import _cgco
+from gco import GCO
 from torch import Tensor
 
 MAX_TERM = 10**7               # gco ends the process at larger ones
@@ -52,38 +52,6 @@ def energy(labels: Tensor, unary: Tensor, weight_x: Tensor, weight_y: Tensor) ->
 
 # ---------------------------------------------------------------------------------- gco
 
-def alpha_beta_swap(problems: list, threads: int = 0) -> list:
-    """Alpha-beta swap (Boykov et al. 2001) to convergence from all-zero labels, by gco.
-
-    problems: a list of (unary (S, L), first (E,), second (E,), weight (E,), label_cost (L, L)),
-    integer arrays; edge e joins the sites first[e] < second[e]. Unconnected problems with the same
-    label costs may be joined into one: their labels stay the same and the calls are saved.
-    threads: how many problems at once, 0 for one after the other. Returns a list of labels (S,).
-    To be called by one thread at a time: gco keeps its graphs in one unguarded table.
-    """
-    arrays = [[np.ascontiguousarray(a, np.intc) for a in problem] for problem in problems]
-    graphs = [_make_graph(*problem) for problem in arrays]
-    energies = [np.empty(1, np.longlong) for _ in graphs]
-    run = map if threads < 2 or len(graphs) < 2 else _pool(threads).map
-    list(run(_cgco.gcoSwap, graphs, [-1] * len(graphs), energies))       # releases the GIL
-    labels = [np.empty(len(problem[0]), np.intc) for problem in arrays]
-    for graph, found in zip(graphs, labels, strict=True):
-        _cgco.gcoGetLabels(graph, found)
-        _cgco.gcoDestroyGraph(graph)
-    return labels
-
-
-def _make_graph(unary, first, second, weight, label_cost) -> int:
-    """Handle of a new graph; gco keeps pointers to the arrays, the caller must hold them."""
-    handle = np.empty(1, np.intc)
-    _cgco.gcoCreateGeneralGraph(*unary.shape, handle)
-    graph = int(handle[0])
-    _cgco.gcoSetDataCost(graph, unary)
-    _cgco.gcoSetAllNeighbors(graph, first, second, weight, len(weight))
-    _cgco.gcoSetSmoothCost(graph, label_cost)
-    return graph
-
-
 def _integer_terms(unary, weight_x, weight_y) -> list[Tensor]:
     """1000 h w times the terms, truncated as in the paper's code; (L-1)^2 makes label costs whole.
 
@@ -97,22 +65,30 @@ def _integer_terms(unary, weight_x, weight_y) -> list[Tensor]:
 
 
 def _solve_by_gco(*terms, threads: int) -> Tensor:
+    """Alpha-beta swap (Boykov et al. 2001) to convergence from all-zero labels.
+
+    To be called by one thread at a time: gco keeps its graphs in one unguarded table.
+    """
     device = terms[0].device
     unary, weight_x, weight_y = (term.cpu().numpy() for term in _integer_terms(*terms))
     images, height, width, num_labels = unary.shape
     level = np.arange(num_labels)
-    label_cost = (level[:, None] - level) ** 2
-    problems = []
+    cuts = []
     for part in np.array_split(np.arange(images), min(max(threads, 1), images)):
         site = np.arange(len(part) * height * width).reshape(-1, height, width)
-        problems.append((
-            unary[part].reshape(-1, num_labels),
-            np.concatenate([site[:, :-1].ravel(), site[:, :, :-1].ravel()]),
-            np.concatenate([site[:, 1:].ravel(), site[:, :, 1:].ravel()]),
-            np.concatenate([weight_x[part].ravel(), weight_y[part].ravel()]), label_cost))
-    labels = np.concatenate(alpha_beta_swap(problems, threads))
-    labels = torch.from_numpy(labels).view(images, height, width).long()
-    return labels.to(device, non_blocking=True)
+        cut = GCO()
+        cut.create_general_graph(site.size, num_labels)
+        cut.set_data_cost(unary[part].reshape(-1, num_labels))
+        cut.set_all_neighbors(np.concatenate([site[:, :-1].ravel(), site[:, :, :-1].ravel()]),
+                              np.concatenate([site[:, 1:].ravel(), site[:, :, 1:].ravel()]),
+                              np.concatenate([weight_x[part].ravel(), weight_y[part].ravel()]))
+        cut.set_smooth_cost((level[:, None] - level) ** 2)
+        cuts.append(cut)
+    list((map if len(cuts) < 2 else _pool(threads).map)(GCO.swap, cuts))    # releases the GIL
+    labels = np.concatenate([cut.get_labels() for cut in cuts])
+    for cut in cuts:
+        cut.destroy_graph()
+    return torch.from_numpy(labels).view(images, height, width).long().to(device)
 
 
 @functools.cache

@@ -40,8 +40,8 @@ from sage import comixup, puzzlemix, saliencymix
 from sage.rearrange import draw_offsets, gradient_saliency, sage_mix
 
 METHODS = ["vanilla", "input", "manifold", "cutmix", "saliencymix", "puzzle", "comix", "sage"]
-ARCHS = [name for family in ("preactresnet", "resnext29", "wideresnet")
-         for name in models.NAMES[family]]
+ARCHS = [*models.NAMES["preactresnet"], "resnext29_4_24", "resnext29_4_24_new",
+         *models.NAMES["wideresnet"]]
 PREACT = {"arch": "preactresnet18", "lr": 0.2, "schedule": [100, 200]}
 
 
@@ -83,8 +83,10 @@ def parse_args(argv=None):
     add_boolean(add, "--box", None, "CutMix")
     add_boolean(add, "--graph", None, "Puzzle Mix")
     add_boolean(add, "--comix", None, "Co-Mixup")
-    add("--mixup_alpha", type=float, default=1.0, help="Beta (comix: Dirichlet) parameter")
-    add_boolean(add, "--in_batch", False, "one lambda per image instead of one per batch")
+    add("--mixup_alpha", type=number(), default=1.0,
+        help="Beta (comix: Dirichlet) parameter; saliencymix: always 1")
+    add_boolean(add, "--in_batch", False,
+                "one lambda per image instead of one per batch (not of saliencymix and comix)")
     add("--prob_mix", type=share, default=1.0, help="fraction of the batch that is mixed")
     add("--mix_schedule", choices=["fixed", "scheduled", "delayed"], default="fixed",
         help="prob_mix over the epochs: constant, growing until, or zero before:")

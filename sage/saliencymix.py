@@ -54,15 +54,12 @@ def fine_grained_saliency(images: Tensor, channel_order: str = "RGB") -> Tensor:
         on += (centre - mean).clamp(min=0).int()
         off += (mean - centre).clamp(min=0).int()
 
-    def stretch(values, most):
-        top = values.amax((1, 2), keepdim=True)
-        return (255 * (values.float() / most.clamp(min=1).float())).int(), top
+    def stretch(values, of):
+        most = of.amax((1, 2), keepdim=True).clamp(min=1)
+        return (255 * (values.float() / most.float())).int()
 
-    on, _ = stretch(on, on.amax((1, 2), keepdim=True))
-    off, _ = stretch(off, off.amax((1, 2), keepdim=True))
-    most = torch.maximum(on, off).amax((1, 2), keepdim=True)
-    both, _ = stretch(on + off, most)
-    return (both & 255).float() / 255
+    on, off = stretch(on, on), stretch(off, off)
+    return (stretch(on + off, torch.maximum(on, off)) & 255).float() / 255
 
 
 @torch.no_grad()

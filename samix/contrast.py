@@ -13,7 +13,7 @@ from common import runtime
 class Encoder(nn.Module):
     """A backbone with MoCo v2's projection: images -> (middle feature map, embedding (B, dim)).
 
-    backbone: images -> (middle, last) features, as in `momentum.Branch`; width: last's channels.
+    backbone: images -> (middle, pooled) features, as in `momentum.Branch`; width: pooled's.
     """
 
     def __init__(self, backbone: nn.Module, width: int, dim: int = 128):
@@ -22,8 +22,7 @@ class Encoder(nn.Module):
         self.projection = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, dim))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        middle, last = self.backbone(images)
-        pooled = last.mean((2, 3)) if last.ndim == 4 else last
+        middle, pooled = self.backbone(images)
         return middle, F.normalize(self.projection(pooled).float())
 
 

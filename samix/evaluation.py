@@ -6,8 +6,7 @@ import torch
 
 from common import metrics, runtime
 from common.data.batches import statistics as on_device
-from common.mixing import soft_targets
-from samix.mixblock import draw_partners, mix
+from samix.mixblock import mix
 
 HEADS = {"one_k": ("k", "one"), "mix_k": ("k", "mix"), "one_q": ("q", "one"), "mix_q": ("q", "mix")}
 
@@ -50,18 +49,18 @@ def report(run) -> str:
 
 
 @torch.no_grad()
-def mixtures(net, images, labels, args, info, generator):
-    """Rows of pairs, and of masks (white: the first image) and mixtures by lambda, to draw; the
-    last row's soft targets."""
-    net, perm = copy.deepcopy(net).train(), draw_partners(len(images), generator, True)
-    net.block.value[-1].eval()                              # no dropout in the picture
+def mixtures(net, images, second, perm, args, info) -> dict:
+    """Rows of masks (white: the first image) and of mixtures by lambda, to draw: of images with
+    second[perm], another view of them or themselves. Leaves the network alone."""
+    # in training mode, but without dropout, nor SyncBatchNorm, which would wait for other ranks
+    net, rows = copy.deepcopy(net).train(not getattr(args, "sync_bn", False)), {}
+    net.block.value[-1].eval()
     mean, std = on_device(info, images.device)
-    rows = {"image": images, "partner": images[perm]}
     with runtime.autocast(args, images.device):
-        features = net.k.features(images)
+        first, partners = (net.k.backbone(views)[0] for views in (images, second))
         for lam in torch.tensor([0.3, 0.5, 0.7]):
-            mask = net.block(features, lam, perm, images.shape[-1] // features.shape[-1],
-                             mode=args.mode[0])
+            mask = net.block(first, lam, perm, images.shape[-1] // first.shape[-1],
+                             partners=partners, mode=getattr(args, "mode", [None])[0])
             rows[f"mask, λ {lam:.1f}"] = (mask[:, :1] - mean) / std
-            rows[f"mixed, λ {lam:.1f}"] = mix(images, mask, perm)
-    return rows, soft_targets(labels, perm, lam, info.num_classes)
+            rows[f"mixed, λ {lam:.1f}"] = mix(images, mask, perm, second)
+    return rows

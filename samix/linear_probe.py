@@ -25,8 +25,6 @@ from common.models.features import Backbone, build_backbone
 from common.runtime import RunError
 from samix.momentum import cosine
 
-NETS = [name for names in models.NAMES.values() for name in names]
-
 
 def parse_args(argv=None):
     """The flags; usage errors end the program with exit code 2."""
@@ -35,7 +33,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("run").add_argument
     add("--weights", required=True, metavar="CHECKPOINT|random",
         help="of pretrain.py (or of another run of the probe's network)")
-    runtime.add_flags(parser, data.NAMES, NETS, {}, initial_channels=None, epochs=100,
+    runtime.add_flags(parser, data.NAMES, models.ALL, {}, initial_channels=None, epochs=100,
                       batch_size=256, lr=0.1, weight_decay=0.0)
     args = parser.parse_args(argv)
     if args.preview:
@@ -63,8 +61,7 @@ class Probe(nn.Module):
 
     def forward(self, images):
         with torch.no_grad():
-            _, last = self.backbone(images)
-        pooled = last.mean((2, 3)) if last.ndim == 4 else last
+            _, pooled = self.backbone(images)
         self.norm.train(self.training and len(images) > 1)      # one image has no deviation
         return self.fc(self.norm(pooled.float()))
 
@@ -98,7 +95,7 @@ def main(argv=None):
     state, known = {}, {"initial_channels": 64, "layer": 3}
     if args.weights != "random":
         stored = checkpoint.load(args.weights)
-        known |= stored["identity"]
+        known |= stored.get("args", {}) | stored["identity"]
         state = {name.removeprefix("q.backbone."): value for name, value in stored["model"].items()
                  if name.startswith("q.backbone.")}
         if not state:
@@ -110,7 +107,7 @@ def main(argv=None):
     train, test, info = data.load(
         args.dataset, args.data_dir, batch_size=args.batch_size, device=device, seed=args.seed,
         loader=args.loader, image_size=args.image_size, labels_per_class=args.labels_per_class,
-        workers=args.workers,
+        workers=args.workers, mean=known.get("mean"), std=known.get("std"),
         streaming={"filter": "bicubic"})
     torch.manual_seed(args.seed)
     try:

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from common import data, metrics, mixing, models, preview, runlog, runtime
 from common.data.batches import ResizedCrop
 from common.mixing import draw_lambda, soft_targets
-from common.models.features import build_backbone
+from common.models.features import build_backbone, load_weights
 from common.randaugment import randaugment
-from common.runtime import RunError, add_boolean
+from common.runtime import add_boolean
 from samix import configs
 from samix.evaluation import measure, mixtures, report
 from samix.losses import head_loss
@@ -43,7 +43,6 @@ from samix.mixblock import (
 from samix.momentum import Branch, cosine, ema_momentum, momentum_copy, momentum_update
 from samix.schedule import parameter_groups, step_rates
 
-NETS = [name for names in models.NAMES.values() for name in names]
 LEARNED = ("samix", "automix")          # methods with a MixBlock
 
 
@@ -73,8 +72,8 @@ def parse_args(argv=None):
     add("--layer", type=runtime.positive, help="stage (of DeiT: block) whose features the MixBlock "
         "sees, from 1")
     add("--drop_path", type=share, help="of transformers: stochastic depth of the last block")
-    add("--pretrained", metavar="BOOL|FILE", help="begin with ImageNet weights: torchvision's, or "
-        "a state_dict in a file")
+    add("--pretrained", nargs="?", const=True, metavar="BOOL|FILE", help="begin with ImageNet "
+        "weights: torchvision's, or a state_dict in a file; none is False")
 
     add = parser.add_argument_group("mixing").add_argument
     add("--alpha", type=amount, help="lambda ~ Beta(alpha, alpha)")
@@ -118,7 +117,7 @@ def parse_args(argv=None):
     add("--ema_base", type=share, help="branch k: momentum up to a share ema_start of the run")
     add("--ema_end", type=share, help="what it then grows to")
     add("--ema_start", type=share)
-    runtime.add_flags(parser, data.NAMES, NETS, {"lr": ["--learning_rate"]}, momentum=None)
+    runtime.add_flags(parser, data.NAMES, models.ALL, {"lr": ["--learning_rate"]}, momentum=None)
 
     first, _ = parser.parse_known_args(argv)
     try:
@@ -301,7 +300,10 @@ def draw_preview(path, net, train, args, info):
     images, labels = (part[:16] for part in next(iter(train)))
     generator = runtime.step_generator(args.seed, 0, 0)
     if args.method in LEARNED:
-        rows, targets = mixtures(net, images, labels, args, info, generator)
+        perm = draw_partners(len(images), generator, True)
+        rows = {"image": images, "partner": images[perm],
+                **mixtures(net, images, images, perm, args, info)}
+        targets = soft_targets(labels, perm, torch.tensor(0.7), info.num_classes)   # the last row's
     else:
         mixed, targets, perm = mix_baseline(images, labels, args, info, generator)
         rows = {"image": images, "partner": images[perm], "mixed": mixed}
@@ -312,15 +314,9 @@ def draw_preview(path, net, train, args, info):
 
 def build(args, info) -> nn.Module:
     """The network to train: SAMix, or a Branch with one head for the baselines."""
-    wish = str(args.pretrained)
-    pretrained = {True: "torchvision", False: ""}.get(runtime.BOOLEANS.get(wish.lower()), wish)
     options = {"drop_path": args.drop_path} if args.drop_path else {}
-    try:
-        backbone = build_backbone(args.arch, info.image_size, args.layer,
-                                  pretrained=pretrained, initial_channels=args.initial_channels,
-                                  **options)
-    except ValueError as fault:
-        raise RunError(str(fault)) from None
+    backbone = build_backbone(args.arch, info.image_size, args.layer,
+                              initial_channels=args.initial_channels, **options)
     branch = Branch(backbone, backbone.width, info.num_classes)
     if args.method in LEARNED:
         check_masks(backbone, args.arch, info.image_size, info.width)
@@ -329,6 +325,19 @@ def build(args, info) -> nn.Module:
         return SAMix(branch, block, args)
     branch.mix = None
     return branch
+
+
+def load_pretrained(net, args):
+    """--pretrained: ImageNet weights for both branches."""
+    wish = str(args.pretrained)
+    wish = (runtime.BOOLEANS | {"none": False}).get(wish.lower(), wish)
+    if wish is False:
+        return
+    q = getattr(net, "q", net)
+    load_weights(q.backbone.before, "torchvision" if wish is True else wish,
+                 {"convnext_t": "convnext_tiny"}.get(args.arch, args.arch))
+    if args.method in LEARNED:
+        net.k.load_state_dict(q.state_dict())
 
 
 def load_data(args, device):
@@ -366,13 +375,16 @@ def main(argv=None):
     run = runlog.Run(args, device, info, [args.method], {"method": args.method},
                      model=net, optimizer=optimizer, scaler=scaler)
     if args.evaluate or args.preview:
-        run.load_weights()
+        if not run.load_weights():
+            load_pretrained(net, args)
         if args.evaluate:
             evaluate(net, test, args)
         elif runtime.rank() == 0:
             runtime.say(f"mixed images: {draw_preview(args.preview, net, train, args, info)}")
         return net
     run.start()
+    if not run.resumed:
+        load_pretrained(net, args)
     if run.writes and run.epoch == run.step == 0:
         draw_preview(run.folder / "mixed_start.png", net, train, args, info)
 

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 class Branch(nn.Module):
     """A backbone with two linear heads: `one` for clean images, `mix` for mixed ones.
 
-    backbone: images -> (middle feature map (B, C, h, w), last features (B, width, h', w') or
-    (B, width)); the heads see the mean of the last over its positions.
+    backbone: images -> (middle feature map (B, C, h, w), pooled features (B, width)).
     """
 
     def __init__(self, backbone: nn.Module, width: int, num_classes: int):
@@ -31,8 +30,7 @@ class Branch(nn.Module):
 
     def pooled(self, images: Tensor) -> Tensor:
         """What the heads see, (B, width)."""
-        last = self.backbone(images)[1]
-        return last.mean((2, 3)) if last.ndim == 4 else last
+        return self.backbone(images)[1]
 
     def forward(self, images: Tensor, head: str = "one") -> Tensor:
         """Logits (B, num_classes) of head 'one' or 'mix'."""

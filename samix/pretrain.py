@@ -14,7 +14,6 @@ two machines      torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d \\
 --batch_size counts the images of a step over all processes.
 """
 import argparse
-import copy
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -41,6 +40,7 @@ from samix.contrast import (
     mixed_nce,
     mixed_pair,
 )
+from samix.evaluation import mixtures
 from samix.mixblock import (
     MixBlock,
     adjust_mask,
@@ -52,7 +52,6 @@ from samix.mixblock import (
 from samix.momentum import cosine, momentum_copy, momentum_update
 from samix.views import DaliViews, draw_view, make_view
 
-NETS = [name for names in models.NAMES.values() for name in names]
 CONFIGS = {                             # the blur is for large images alone
     "cifar100_r18": {"dataset": "cifar100", "arch": "resnet18", "blur": 0.0, "queue": 4096},
     "imagenet_r18": {"dataset": "imagenet", "arch": "resnet18", "blur": 0.5, "queue": 65536},
@@ -100,7 +99,7 @@ def parse_args(argv=None):
     add("--block_weight", type=amount, default=1.0)
     add("--extend_weight", type=amount, default=0.5, help="falls to 0 along a cosine")
     add("--mask_loss", type=amount, default=0.1, help="weight, falls to 0 along a cosine")
-    runtime.add_flags(parser, data.NAMES, NETS, {}, epochs=200, batch_size=256, lr=0.03,
+    runtime.add_flags(parser, data.NAMES, models.ALL, {}, epochs=200, batch_size=256, lr=0.03,
                       weight_decay=1e-4)
 
     first, _ = parser.parse_known_args(argv)
@@ -230,7 +229,6 @@ def train_one_epoch(net, model, queue, loader, optimizer, scaler, args, info, ru
     return sums
 
 
-@torch.no_grad()
 def draw_preview(path, net, train, args, info):
     """A picture of both views of the first batch and, of SAMix, of masks and mixtures by lambda."""
     train.set_epoch(0)
@@ -238,30 +236,19 @@ def draw_preview(path, net, train, args, info):
     images, labels = images[:16], labels[:16]
     generator = runtime.step_generator(args.seed, 0, 0)
     view_q, view_k = two_views(images, args, info, generator)
-    perm, lam = draw_partners(len(images), generator, True), torch.ones(())
+    perm, lam = draw_partners(len(images), generator, True), 1.0
     rows = {"view q": view_q, "view k": view_k}
     if args.method == "samix":
-        net = copy.deepcopy(net).train()
-        mean, std = statistics(info, images.device)
-        rows["partner, view k"] = view_k[perm]
-        with runtime.autocast(args, images.device):
-            (first, _), (second, _) = net.k(view_q), net.k(view_k)
-            for lam in torch.tensor([0.3, 0.5, 0.7]):
-                mask = net.block(first, lam, perm, view_q.shape[-1] // first.shape[-1],
-                                 partners=second)
-                rows[f"mask, λ {lam:.1f}"] = (mask[:, :1] - mean) / std    # white: the first image
-                rows[f"mixed, λ {lam:.1f}"] = mix(view_q, mask, perm, view_k)
+        lam = 0.7                                           # of the last row
+        rows |= {"partner, view k": view_k[perm], **mixtures(net, view_q, view_k, perm, args, info)}
     return preview.draw(path, f"{args.method} on {info.name}", rows,
-                        soft_targets(labels, perm, lam, info.num_classes), info)
+                        soft_targets(labels, perm, torch.tensor(lam), info.num_classes), info)
 
 
 def build(args, info) -> Contrast:
     """The network to train, for the sizes of the data."""
-    try:
-        backbone = build_backbone(args.arch, info.image_size, args.layer,
-                                  initial_channels=args.initial_channels)
-    except ValueError as fault:
-        raise RunError(str(fault)) from None
+    backbone = build_backbone(args.arch, info.image_size, args.layer,
+                              initial_channels=args.initial_channels)
     block = None
     if args.method == "samix":
         check_masks(backbone, args.arch, info.image_size)

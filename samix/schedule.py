@@ -25,10 +25,11 @@ def step_rates(args, step: int, epoch_steps: int) -> dict:
     epoch = step / epoch_steps if args.lr_every == "step" else step // epoch_steps
     if args.milestones is not None:
         factor = args.gamma ** sum(epoch >= milestone for milestone in args.milestones)
-        return {"q": args.lr * factor, "block": args.block_lr * factor}
-    fall = cosine(epoch, args.epochs)
-    rates = {"q": args.min_lr + (args.lr - args.min_lr) * fall,
-             "block": args.block_min_lr + (args.block_lr - args.block_min_lr) * fall}
+        rates = {"q": args.lr * factor, "block": args.block_lr * factor}
+    else:
+        fall = cosine(epoch, args.epochs)
+        rates = {"q": args.min_lr + (args.lr - args.min_lr) * fall,
+                 "block": args.block_min_lr + (args.block_lr - args.block_min_lr) * fall}
     if epoch < args.warmup_epochs:
         rates["q"] *= 1 - (1 - epoch / args.warmup_epochs) * (1 - args.warmup_ratio)
     return rates

@@ -83,7 +83,7 @@ class DaliViews(DaliStream):
         images = fn.decoders.image(encoded, device="mixed" if on_gpu else "cpu",
                                    output_type=types.RGB, adjust_orientation=False)
         views = [self.view(images) for _ in range(2)]
-        return fn.cat(*views, axis=0), labels.gpu() if on_gpu else labels
+        return fn.cat(*views, axis=0), labels
 
     def view(self, images):
         from nvidia.dali import fn, types

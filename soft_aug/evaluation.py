@@ -1,4 +1,5 @@
 """What Soft Augmentation's runs find out: accuracy, calibration, occlusion; TensorBoard's tags."""
+import math
 from pathlib import Path
 
 import torch
@@ -58,7 +59,7 @@ def evaluate(net, test, args, info, folder: Path | None, prefix: str = ""):
     rows = []
     for hidden in OCCLUDED:
         offset = round(hidden * info.image_size)
-        visible = (1 - offset / info.image_size) ** 2
+        visible = math.prod(max(0, 1 - offset / side) for side in (info.image_size, info.width))
         result = measure(net, test, args, info, occlude(offset))
         rows.append({"offset": offset, "visible": visible, "accuracy": result["top1"],
                      "loss": result["loss"], "ece": result["ece"]})
@@ -77,17 +78,18 @@ def evaluate(net, test, args, info, folder: Path | None, prefix: str = ""):
     write_csv(folder / f"{prefix}reliability.csv", dict(zip(
         ("above", "up_to", "confidence", "accuracy", "count"), (edges[:-1], edges[1:], *bins),
         strict=True)))
-    plots.reliability_diagram(*bins, folder / f"{prefix}reliability.png")
+    plots.reliability_diagram(folder / f"{prefix}reliability.png", *bins, rows[0]["ece"])
     occlusion = {name: [row[name] for row in rows] for name in rows[0]}
     write_csv(folder / f"{prefix}occlusion.csv", occlusion)
-    plots.occlusion_curve(occlusion["visible"], {"test": occlusion["accuracy"]},
-                          folder / f"{prefix}occlusion.png")
+    plots.curve(folder / f"{prefix}occlusion.png", "Accuracy under occlusion", "top-1 accuracy, %",
+                occlusion["visible"], {"test": occlusion["accuracy"]}, top=100)
     if args.da == 2:
         visible = torch.linspace(0, 1, 101)
-        write_csv(folder / f"{prefix}softening.csv", {"visible": visible, "confidence": confidence(
-            visible, info.num_classes, power=args.pcrop, max_p=args.max_p)})
-        plots.softening_curve(folder / f"{prefix}softening.png", info.num_classes, (args.pcrop,),
-                              args.max_p)
+        sure = confidence(visible, info.num_classes, power=args.pcrop, max_p=args.max_p)
+        write_csv(folder / f"{prefix}softening.csv", {"visible": visible, "confidence": sure})
+        plots.curve(folder / f"{prefix}softening.png", "Confidence in the label of a crop",
+                    "confidence", visible, {f"k = {args.pcrop:g}": sure}, top=1,
+                    chance=1 / info.num_classes)
     runtime.say(f"calibration and occlusion: {folder}/{prefix}*.png, *.csv")
 
 

@@ -51,7 +51,8 @@ def smooth_cross_entropy(logits, labels, confidence=None, *, smoothing: float) -
 def focal_loss(logits, labels, confidence=None, *, gamma: float = 2.0) -> torch.Tensor:
     """Mean of (1 - p)^gamma times the cross-entropy (Lin et al. 2017); ignores the confidence."""
     losses = F.cross_entropy(logits.float(), labels, reduction="none")
-    return ((1 - (-losses).exp()) ** gamma * losses).mean()
+    wrong = -torch.expm1(-losses).clamp(max=-1e-12)         # 1 - p; 0 has no gradient of a root
+    return (wrong ** gamma * losses).mean()
 
 
 def mixup_loss(loss, logits, labels, confidence, perm, lam) -> torch.Tensor:

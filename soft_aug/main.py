@@ -114,6 +114,11 @@ def parse_args(argv=None):
         parser.error(f"--sch {args.sch} is less than one epoch")
     if args.milestones is not None and args.decay != "s":
         parser.error("--milestones are for --decay s")
+    if args.milestones is None:
+        args.milestones = [int(part * args.epochs) for part in (1 / 2, 3 / 4, 9 / 10)]
+    soft = args.loss == "st" and (args.da == 2 or args.noise)
+    if args.max_p < 1 and not (soft or args.loss == "sce"):
+        parser.error("--max_p is for --loss sce, or for --loss st with --da 2 or --noise")
     if args.warm >= args.epochs:
         parser.error(f"--warm {args.warm} is not below the {args.epochs} epochs")
     if args.other and args.loss != "st":
@@ -146,7 +151,7 @@ def choose_seed(args, device) -> int:
                 if (found := re.fullmatch(name, path.parent.name))]
         seed = max(runs, default=(0, seed))[1]
     elif args.resume:
-        seed = checkpoint.resume(args.resume, Path()).get("args", {}).get("seed", seed)
+        seed = checkpoint.load(args.resume).get("args", {}).get("seed", seed)
     seed = int(runtime.total(torch.tensor(seed * (runtime.rank() == 0), device=device)))
     runtime.say(f"seed: {seed}")
     return seed
@@ -165,7 +170,8 @@ class Mixed(NamedTuple):
 def mix_batch(images, args, info, epoch, generator) -> Mixed:
     """Augments a normalised batch by --da, --noise and --mixup; all draws from `generator`."""
     n, size = len(images), images.shape[-2:]
-    shrink = args.r if fine_tuning(epoch, args.epochs, args.ft) else 1.0
+    weak = fine_tuning(epoch, args.epochs, args.ft)
+    shrink = args.r if weak else 1.0
     sure = torch.ones(n, device=images.device)
 
     if args.da == 1:
@@ -186,7 +192,7 @@ def mix_batch(images, args, info, epoch, generator) -> Mixed:
     if not args.mixup:
         return Mixed(images, sure)
     perm = draw_perm(n, generator)
-    lam = draw_lambda(0.0 if shrink > 1 else args.a, generator)
+    lam = draw_lambda(0.0 if weak else args.a, generator)
     return Mixed(mixup(images, perm, lam)[0], sure, perm, lam)
 
 
@@ -301,9 +307,8 @@ def main(argv=None):
         path = run.load_weights()
         if args.evaluate:
             evaluate(net, test, args, info, path.parent if run.writes else None, f"{path.stem}_")
-        else:
-            picture = draw_preview(args.preview, train, args, info)
-            runtime.say(f"mixed images: {picture}")
+        elif runtime.rank() == 0:
+            runtime.say(f"mixed images: {draw_preview(args.preview, train, args, info)}")
         return net
     run.start()
 

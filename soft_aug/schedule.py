@@ -1,37 +1,19 @@
 """Learning rate and fine-tune phase of Soft Augmentation, as functions of the step alone."""
 import math
 
-MILESTONES = (1 / 2, 3 / 4, 9 / 10)        # of the epochs, for the step schedule
 
+def step_rate(args, step: int, epoch_steps: int) -> float:
+    """Learning rate of training step `step`, counted from 0 over all epochs.
 
-def learning_rate(step: int, total: int, base: float, *, decay: str = "c", warm: int = 0,
-                  steps_per_epoch: int = 1, gamma: float = 0.2) -> float:
-    """Learning rate of training step `step` (from 0) out of `total`.
-
-    decay 'c': cosine from `base` to 0, 'l': linear from `base` to 0, anything else: `base` times
-    `gamma` for each of 1/2, 3/4 and 9/10 of the epochs that have passed. In the first `warm`
-    steps it is multiplied by (step + 1) / warm.
+    --decay c: a half cosine from --lr to 0, l: a line, s: times --gamma from each of the
+    --milestones on. In the first --warm epochs it is multiplied by the share of them that has
+    passed.
     """
-    done = (step + 1) / (total + 1)
-    if decay == "c":
-        rate = base * (1 + math.cos(math.pi * done)) / 2
-    elif decay == "l":
-        rate = base * (1 - done)
-    else:
-        epoch, epochs = step // steps_per_epoch, total // steps_per_epoch
-        rate = base * gamma ** sum(epoch >= int(part * epochs) for part in MILESTONES)
-    return rate * min(1, (step + 1) / warm) if warm else rate
-
-
-def step_rate(args, step: int, steps_per_epoch: int) -> float:
-    """Learning rate of training step `step`, counted from 0 over all epochs."""
-    base, gamma = args.lr, args.gamma
-    if args.milestones is not None:
-        base *= gamma ** sum(step // steps_per_epoch >= epoch for epoch in args.milestones)
-        gamma = 1.0
-    return learning_rate(step, args.epochs * steps_per_epoch, base, decay=args.decay,
-                         warm=args.warm * steps_per_epoch, steps_per_epoch=steps_per_epoch,
-                         gamma=gamma)
+    done, epoch = (step + 1) / (args.epochs * epoch_steps + 1), step // epoch_steps
+    rate = args.lr * {"c": (1 + math.cos(math.pi * done)) / 2, "l": 1 - done,
+                      "s": args.gamma ** sum(epoch >= start for start in args.milestones)
+                      }[args.decay]
+    return rate * min(1, (step + 1) / (args.warm * epoch_steps)) if args.warm else rate
 
 
 def fine_tuning(epoch: int, epochs: int, ft: int = 20) -> bool:

@@ -116,6 +116,43 @@ def test_run_folder_is_held_by_one_run(tmp_path):
     make_run(tmp_path).start()
 
 
+def test_flags_that_changed_are_named(tmp_path, capsys):
+    run = make_run(tmp_path, lr=0.1, workers=2)
+    run.start()
+    end_epoch(run, 50.0)
+    fcntl.flock(run.lock, fcntl.LOCK_UN)
+    run = make_run(tmp_path, lr=0.2, workers=3, resume="auto", new_flag=1)
+    run.start()
+    assert capsys.readouterr().err == \
+        "warning: going on with other flags than before: --lr 0.1 -> 0.2\n"
+    assert json.loads((run.folder / "args.json").read_text())["changed"] == {"lr": "0.1 -> 0.2"}
+
+
+def test_an_optimizer_keeps_this_runs_settings_but_for_the_rate(tmp_path):
+    for decay in (0.1, 0.2):
+        run = make_run(tmp_path, resume="auto")
+        optimizer = run.parts["optimizer"] = torch.optim.SGD(
+            run.parts["model"].parameters(), lr=1.0, weight_decay=decay)
+        run.start()
+        assert optimizer.param_groups[0]["lr"] == (1.0 if decay == 0.1 else 0.5)
+        assert optimizer.param_groups[0]["weight_decay"] == decay
+        optimizer.param_groups[0]["lr"] = 0.5               # the loop does
+        end_epoch(run, 50.0)
+        fcntl.flock(run.lock, fcntl.LOCK_UN)
+
+
+def test_a_trials_last_epoch_is_evaluated_again(tmp_path):
+    trial = make_run(tmp_path, max_steps=1)
+    trial.start()
+    trial.steps_left = 0
+    end_epoch(trial, 99.0)
+    assert (trial.epoch, trial.step, len(trial.history)) == (0, 1, 1) and trial.over
+    fcntl.flock(trial.lock, fcntl.LOCK_UN)
+    run = make_run(tmp_path, resume="auto")
+    run.start()
+    assert (run.epoch, run.step, run.history) == (0, 1, [])
+
+
 def test_signals_are_noted_from_the_start_on(tmp_path):
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     run = make_run(tmp_path)

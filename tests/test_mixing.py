@@ -1,4 +1,5 @@
 """common.mixing against the recorded originals, and the properties that every use relies on."""
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -61,6 +62,16 @@ def test_cutout(device):
     assert cut.sum((1, 2, 3)).tolist() == [72, 2 * 3 * 4, 2 * 4 * 3]
     assert cut[0, :, 2:8, 2:8].all() and cut[1, :, :3, 8:].all() and cut[2, :, 6:, :3].all()
     assert torch.equal(mixing.cutout(images, centres, 7) == 0, cut)
+
+
+@pytest.mark.parametrize("alpha", [0.001, 0.2, 1.0, 2.0])
+def test_lambda_is_of_the_beta_distribution(alpha):
+    lam = mixing.draw_lambda(alpha, torch.Generator().manual_seed(0), 40_000).double()
+    other = torch.from_numpy(np.random.default_rng(0).beta(alpha, alpha, 40_000))
+    share = torch.linspace(0.05, 0.95, 10)
+    for part in share:
+        assert abs((lam < part).double().mean() - (other < part).double().mean()) < 0.012
+    assert mixing.draw_lambda(0, None) == 1 and mixing.draw_lambda(-1, None, 3).tolist() == [1] * 3
 
 
 def test_draw_pixels():

@@ -15,6 +15,7 @@ from common.models.features import Backbone
 from common.models.parts import Scale
 from common.models.pyramidnet import ShakeDrop
 from common.models.shakeshake import ShakeBlock
+from common.runtime import RunError
 
 PARAMETERS = [                 # name, image size, {classes: parameters}
     ("preactresnet18", 32, {10: 11171146, 100: 11217316, 200: 11268616}),
@@ -153,7 +154,7 @@ def test_every_name(names):
 def test_imagenet_form(device):
     network = models.build("resnet18", 7, 224, dropout=0.5).to(device)
     assert network(torch.randn(2, 3, 64, 64, device=device)).shape == (2, 7)
-    with pytest.raises(ValueError, match="64 initial channels"):
+    with pytest.raises(RunError, match="--initial_channels 64"):
         models.build("resnet18", 7, 224, initial_channels=16)
 
 
@@ -218,16 +219,16 @@ def test_backbone(name, form, size, layer, middle, width, device):
         hook.remove()
         backbone = Backbone(network, layer, size)
         assert backbone.training and (backbone.channels, backbone.width) == (middle[0], width)
-        features, last = copy.deepcopy(backbone).eval()(images)
+        features, pooled = copy.deepcopy(backbone).eval()(images)
         head = [m for m in network.modules() if isinstance(m, nn.Linear)][-1]
-        torch.testing.assert_close(head(last.mean((2, 3)) if last.ndim == 4 else last), logits)
+        torch.testing.assert_close(head(pooled), logits)
     assert features.shape == (3, *middle)
     expected = {"deit_s": lambda x: x[:, 1:].transpose(1, 2).reshape(3, *middle),
                 "swin_t": lambda x: x.permute(0, 3, 1, 2)}.get(name, lambda x: x)(seen[0])
     torch.testing.assert_close(features, expected)
     assert not any(parameter is weight for parameter in backbone.parameters()
                    for weight in head.parameters())
-    with pytest.raises(ValueError, match=f"no layer {99} before the last"):
+    with pytest.raises(RunError, match="--layer 99: no layer 99 before the last"):
         Backbone(network, 99, size)
 
 
@@ -251,7 +252,7 @@ def test_transformers_train(name, device):
     shape = {"deit_s": (4, 5, 96), "swin_t": (4, 1, 1, 192), "convnext_t": (4, 192, 4, 4)}[name]
     x = torch.randn(shape, device=device)
     assert torch.equal(last(x), x)                  # both paths of the last block are dropped
-    with pytest.raises(ValueError, match="multiple of 16 pixels, not 40"):
+    with pytest.raises(RunError, match="multiple of 16 pixels, not 40"):
         models.build("deit_s", 5, 40)
 
 

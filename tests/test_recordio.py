@@ -232,7 +232,7 @@ def test_bad_input_gets_one_line(photos, records, tmp_path, capsys):
     (tmp_path / "line" / "a class\nb").mkdir(parents=True)
     (tmp_path / "line" / "a class\nb" / "a.jpg").write_bytes(b"nothing")
     for message, *command in (
-            ("holds no folder with images", tmp_path / "empty", tmp_path / "out"),
+            ("holds no class folders with images", tmp_path / "empty", tmp_path / "out"),
             ("not one of 1 files is a readable image", tmp_path / "bad", tmp_path / "bad" / "o"),
             ("train.rec is there already", photos, records.with_suffix("")),
             ("lone.rec is there already", photos, tmp_path / "lone"),

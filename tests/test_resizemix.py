@@ -1,5 +1,6 @@
 """resizemix/ against the recorded originals, and the properties that training relies on."""
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from conftest import Golden, golden_cases
 from PIL import Image, ImageEnhance, ImageOps
 
 from resizemix import configs, mixing, randaugment
-from resizemix.schedule import learning_rate
+from resizemix.schedule import step_rate
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 
@@ -253,6 +254,10 @@ def test_batch_aug_step_golden(path):
 
 # -------------------------------------------------------------------- schedule and configurations
 
+COSINE = {"lr_schedule": "cosine", "min_lr": 1e-5, "warmup_epochs": 0, "warmup_start_lr": 1e-5,
+          "restart_epochs": ()}
+
+
 @pytest.mark.parametrize("path", golden_cases("resizemix", "lr_schedule"))
 @pytest.mark.parametrize("name, epochs, init_lr, options", [
     ("wrs", 200, 0.2, {"warmup_epochs": 5}), ("ss", 1800, 0.04, {"warmup_epochs": 5}),
@@ -260,15 +265,15 @@ def test_batch_aug_step_golden(path):
     ("tiny_restart", 70, 0.5, {"restart_epochs": (10, 20, 40, 80, 160, 320)})])
 def test_learning_rate_golden(path, name, epochs, init_lr, options):
     case = Golden(path)
-    found = [learning_rate(step, epoch_steps=int(case[f"{name}_epoch_steps"]), epochs=epochs,
-                           init_lr=init_lr, min_lr=1e-5, **options)
+    args = SimpleNamespace(**{"epochs": epochs, "lr": init_lr, **COSINE, **options})
+    found = [step_rate(args, step, int(case[f"{name}_epoch_steps"]))
              for step in case[f"{name}_i"].tolist()]
     np.testing.assert_allclose(found, case[f"{name}_lr"], rtol=1e-12)
 
 
 def test_learning_rate_ends_at_its_lowest():
-    rate = [learning_rate(step, epoch_steps=10, epochs=4, init_lr=1, min_lr=0.1, warmup_epochs=1)
-            for step in range(60)]
+    args = SimpleNamespace(**COSINE | {"epochs": 4, "lr": 1, "min_lr": 0.1, "warmup_epochs": 1})
+    rate = [step_rate(args, step, 10) for step in range(60)]
     assert rate[0] == 1e-5 and rate[10] == 1 and max(rate) == 1
     assert rate[39] > 0.1 and rate[40:] == [0.1] * 20
 

@@ -21,7 +21,7 @@ from programs import Program, same, weights
 from test_imagenet import make_photos, pack
 from torchvision.transforms import v2
 
-from common import checkpoint, runtime
+from common import checkpoint, models, runtime
 from common.mixing import draw_pixels
 from resizemix import augment, cost, gradcam, mixing
 from resizemix import main as resizemix
@@ -341,6 +341,8 @@ def test_grad_cam_finds_the_class():
         gradcam.find_layer(net, "layer3.2")
     big = resizemix.models.build("resnet50", 10, 224)
     assert gradcam.find_layer(big, "layer4.2") is big.layer4[2]
+    with pytest.raises(runtime.RunError, match="not for ConvNeXt"):
+        gradcam.find_layer(models.build("convnext_t", 2, 32), "layer4.2")
 
 
 def test_previews_evaluation_and_grad_cam(tmp_path, capsys):
@@ -420,8 +422,10 @@ def test_killed_and_resumed_is_the_run_never_killed(tmp_path):
     ("--batch_size 500", 1, "--batch_size 500 is more than the 120"),
     ("--dataset imagenet", 1, "is for sets that fit in memory"),
     ("--net_name resnet50 --image_size 128", 1,
-     "resnet50 for 128 pixels has 64 initial channels"),
+     "resnet50 for 128 pixels has --initial_channels 64"),
     ("--net_name shakeshake26_2x64d --initial_channels 5", 1, "cannot have --initial_channels 5"),
+    ("--cam a.png --preview b.png", 2, "--cam and --preview: choose one of them"),
+    ("--init_lr 1e-7", 2, "--lr 1e-07 is below --min_lr 1e-05"),
     ("--load_path none.pt", 1, "none.pt: no such checkpoint"),
     ("--target_layer layer3.3 --cam cam.png --resume none.pt", 1, "none.pt: no such checkpoint"),
     ("--init_lr 1e30 --lr_schedule step --print_freq 1", 1, "at epoch 0, step")])

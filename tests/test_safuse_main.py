@@ -516,6 +516,19 @@ def test_pretrained_weights_begin_a_run_and_never_overwrite_one(birds, tmp_path,
         safuse.main([*words, "--max_steps", "1", "--seed", "1"])
 
 
+def test_previews_begin_with_pretrained_weights(tmp_path):
+    with pytest.raises(runtime.DataError, match="none.pth: no such file of weights"):
+        safuse.main([*SMALL, "--root_dir", str(tmp_path), "--pretrained", "none.pth", "--preview",
+                     str(tmp_path / "a.png")])
+
+
+def test_gpu_ids_are_of_those_that_a_scheduler_gave(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+    with pytest.raises(runtime.RunError, match="torch sees no such GPU"):
+        safuse.main(["--gpu_ids", "1"])
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "5"
+
+
 def test_images_need_not_be_square(tmp_path, capsys):
     rng = np.random.default_rng(0)
     np.savez(tmp_path / "wide.npz", **{

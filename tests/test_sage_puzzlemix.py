@@ -262,15 +262,3 @@ def test_gradient_magnitude(device):
     grad = torch.tensor([3.0, 4.0, 0.0], device=device).view(1, 3, 1, 1).expand(2, 3, 4, 5)
     torch.testing.assert_close(puzzlemix.gradient_magnitude(grad),
                                torch.full((2, 4, 5), (25 / 3) ** 0.5, device=device))
-
-
-def test_joined_problems_are_solved_alone():
-    """alpha_beta_swap: an unconnected union has the labels of its parts."""
-    label_cost = [[0, 2, 2], [2, 0, 2], [2, 2, 0]]
-    unary = torch.randint(9, (2, 5, 3), generator=torch.Generator().manual_seed(3)).numpy()
-    first, second, weight = list(range(4)), list(range(1, 5)), [1, 2, 1, 2]
-    parts = [(u, first, second, weight, label_cost) for u in unary]
-    union = (unary.reshape(10, 3), first + [k + 5 for k in first], second + [k + 5 for k in second],
-             weight * 2, label_cost)
-    alone, (joined,) = graphcut.alpha_beta_swap(parts, threads=2), graphcut.alpha_beta_swap([union])
-    assert [list(part) for part in alone] == [list(joined[:5]), list(joined[5:])]

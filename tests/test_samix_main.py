@@ -386,7 +386,12 @@ def test_pretrained_weights(tmp_path, capsys):
 
     class Big(Ten):
         image_size = width = 128
-    net = samix.build(samix.parse_args([*words, "--pretrained", str(tmp_path / "weights.pt")]), Big)
+    def pretrained(*more):
+        args = samix.parse_args([*words, *more])
+        net = samix.build(args, Big)
+        samix.load_pretrained(net, args)
+        return net
+    net = pretrained("--pretrained", str(tmp_path / "weights.pt"))
     state = theirs.state_dict()
     for branch in ("q", "k"):
         for name, value in state.items():
@@ -395,18 +400,20 @@ def test_pretrained_weights(tmp_path, capsys):
     (tmp_path / "text.pt").write_text("nothing")
     for wrong, line in (("none.pt", "none.pt: no such file"), ("text.pt", "not a readable")):
         with pytest.raises(runtime.RunError, match=line):
-            samix.build(samix.parse_args([*words, "--pretrained", str(tmp_path / wrong)]), Big)
-    args = samix.parse_args([*words, "--arch", "resnet34", "--pretrained",
-                             str(tmp_path / "weights.pt")])
+            pretrained("--pretrained", str(tmp_path / wrong))
     with pytest.raises(runtime.RunError, match="weights.pt does not fit resnet34"):
-        samix.build(args, Big)
+        pretrained("--arch", "resnet34", "--pretrained", str(tmp_path / "weights.pt"))
+    with pytest.raises(runtime.RunError, match="no ImageNet weights of resnet200"):
+        pretrained("--arch", "resnet200", "--pretrained")
+    assert torch.equal(net.q.one.weight, net.k.one.weight)
+    pretrained("--pretrained", "none")
 
 
 # ---------------------------------------------------------------------------- evaluation, previews
 
 def test_four_heads_are_measured_and_reported(tmp_path, capsys):
     words = ["--epochs", 6, "--labels_per_class", 60, "--ema_base", 0.7, "--ema_end", 0.7,
-             "--lr", 0.1, "--milestones", 4]
+             "--lr", 0.1, "--milestones", 4, "--seed", 1]
     folder = train(tmp_path, *words)
     printed = capsys.readouterr().out
     rows = [dict(zip(*(line.split(",") for line in pair), strict=True)) for pair in
@@ -555,13 +562,43 @@ def test_script_trains_on_two_ranks(sets, tmp_path):
     ("--lr 0.01", "--lr 0.01 is below --min_lr 0.05"),
     ("--image_size 30", "cannot be enlarged to 30×30 pixels"),
     ("--padding 16", "cannot be padded by 16 of their reflection"),
-    ("--image_size 128", "resnet18 for 128 pixels has 64 initial channels"),
+    ("--image_size 128", "resnet18 for 128 pixels has --initial_channels 64"),
+    ("--arch swin_t --image_size 32 --initial_channels 5", "swin_t cannot have"),
+    ("--evaluate --preview a.png", "--preview: not allowed with argument --evaluate"),
     ("--lr 1e30 --print_freq 1", "at epoch 0, ")])
 def test_bad_input_is_one_line(tmp_path, words, line, capsys):
     with pytest.raises((SystemExit, runtime.RunError)) as fault:
         samix.main([*SMALL, "--root_dir", str(tmp_path), *words.split()])
     assert line in f"{fault.value} {capsys.readouterr().err}" and "\n" not in str(fault.value)
     assert not list(tmp_path.rglob("*.pt"))
+
+
+def test_milestones_leave_the_warm_up(tmp_path):
+    args = samix.parse_args("--milestones 5 --warmup_epochs 4 --lr 0.4 --warmup_ratio 0".split())
+    assert [samix.step_rates(args, step, 1)["q"] for step in (0, 2, 4, 5)] == pytest.approx(
+        [0, 0.2, 0.4, 0.04])
+    assert samix.step_rates(args, 0, 1)["block"] == args.block_lr
+
+
+def test_weights_are_read_once(tmp_path, monkeypatch):
+    """ImageNet weights begin a run; neither resuming nor evaluating asks for them again."""
+    asked = []
+    monkeypatch.setattr(samix, "load_pretrained", lambda net, args: asked.append(1))
+    folder = train(tmp_path, "--max_steps", 1)
+    train(tmp_path, "--max_steps", 1, "--resume", "auto")
+    train(tmp_path, "--evaluate", folder / "checkpoint.pt", "--max_steps", 1)
+    assert asked == [1]
+
+
+def test_preview_shows_the_network_of_the_run(tmp_path, drawn):
+    words = ["--method", "samix", "--root_dir", str(tmp_path)]
+    samix.main([*SMALL, *words, "--max_steps", "3", "--block_lr", "1"])
+    pictures = []
+    newest = next(tmp_path.rglob("checkpoint.pt"))
+    for more in ([], ["--resume", "auto"], ["--resume", str(newest)]):
+        samix.main([*SMALL, *words, *more, "--preview", str(tmp_path / "a.png")])
+        pictures.append((tmp_path / "a.png").read_bytes())
+    assert pictures[0] != pictures[1] == pictures[2]
 
 
 def test_a_run_of_another_method_is_not_resumed(tmp_path):

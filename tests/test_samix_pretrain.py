@@ -13,6 +13,7 @@ from torchvision.transforms.v2 import functional as TF
 
 from common import checkpoint, data, runlog, runtime
 from samix import linear_probe, pretrain, views
+from samix import main as samix
 
 SMALL = ("--dataset digits --image_size 16 --labels_per_class 12 --batch_size 30 --queue 90 "
          "--dim 16 --initial_channels 8 --device cpu").split()
@@ -290,7 +291,7 @@ def test_probe_survives_single_images_and_keeps_to_its_weights(tmp_path):
     folder = probe(tmp_path, *words)                        # batches of 9 images and of 1
     state = checkpoint.load(folder / "checkpoint.pt")
     state["identity"]["weights"] = "another backbone's"
-    torch.save(state, folder / "checkpoint.pt")
+    checkpoint.save(folder, state)
     with pytest.raises(runtime.RunError, match="of another run: weights"):
         probe(tmp_path, *words, "--resume", "auto")
 
@@ -311,6 +312,21 @@ def test_probe_learns_resumes_and_is_evaluated(tmp_path, capsys):
     probe(tmp_path / "whole", *words, "--evaluate", whole / "checkpoint.pt")
     found = re.search(r"test: accuracy ([\d.]+) %.* on 355 images", capsys.readouterr().out)
     assert float(found[1]) == pytest.approx(accuracy, abs=0.01)
+
+
+def test_probe_of_main_has_its_layer_and_statistics(tmp_path, monkeypatch):
+    words = ["--dataset", "digits", "--image_size", 16, "--initial_channels", 8, "--arch",
+             "wrn28_2", "--layer", 2, "--labels_per_class", 6, "--batch_size", 30, "--mean", 0.1,
+             0.2, 0.3, "--std", 0.4, 0.5, 0.6, "--max_steps", 1, "--device", "cpu", "--crop",
+             "zero", "--root_dir", tmp_path / "a"]
+    monkeypatch.setattr(samix, "draw_preview", lambda path, *words: path)
+    samix.main([*map(str, words)])
+    seen = []
+    load = data.load
+    monkeypatch.setattr(data, "load", lambda *args, **words: seen.append(words) or load(
+        *args, **words))
+    probe(tmp_path / "b", "--weights", next((tmp_path / "a").rglob("best.pt")), "--max_steps", 1)
+    assert tuple(seen[0]["mean"]) == (0.1, 0.2, 0.3) and tuple(seen[0]["std"]) == (0.4, 0.5, 0.6)
 
 
 @pytest.mark.parametrize("program, words, line", [

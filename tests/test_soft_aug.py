@@ -1,5 +1,6 @@
 """Soft Augmentation: the original's numbers, mended defects, RandAugment against torchvision."""
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -303,25 +304,34 @@ def test_calibration_error_equals_the_original(path, device):
     assert cases >= 5
 
 
+@pytest.mark.parametrize("gamma", [0.3, 1.0, 2.0])
+def test_focal_loss_of_the_certain_has_a_gradient(gamma):
+    logits = torch.tensor([[100.0, 0.0], [0.0, 1.0]], requires_grad=True)
+    focal_loss(logits, torch.tensor([0, 0]), gamma=gamma).backward()
+    assert logits.grad.isfinite().all() and logits.grad[1].abs().min() > 0.1
+
+
 # ------------------------------------------------------------------------------------- schedule
 
 @pytest.mark.parametrize("path", golden_cases("soft_aug", "lr_schedule_"))
 def test_learning_rate_equals_the_original(path):
     case = Golden(path)
+    flags = {"lr": 0.1, "warm": 0, "milestones": [], "gamma": 0.2}
     for name in ("c_sch2.5_it391", "l_sch2.5_it391", "c_sch0.05_it7"):
         total = int(case[f"{name}_total"])
-        ours = [schedule.learning_rate(step, total, 0.1, decay=name[0])
-                for step in case[f"{name}_step"].tolist()]
+        args = SimpleNamespace(decay=name[0], epochs=total, **flags)
+        ours = [schedule.step_rate(args, step, 1) for step in case[f"{name}_step"].tolist()]
         close(ours, case[f"{name}_lr"], rtol=1e-6, atol=1e-13)
     # the original runs one epoch more than 200 sch
-    ours = [schedule.learning_rate(391 * epoch, 391 * 500, 0.1, decay="s", steps_per_epoch=391)
-            for epoch in range(501)]
+    args = SimpleNamespace(decay="s", epochs=500, **flags | {"milestones": [250, 375, 450]})
+    ours = [schedule.step_rate(args, 391 * epoch, 391) for epoch in range(501)]
     close(ours, case["s_sch2.5_lr_per_epoch"], rtol=1e-9)
 
 
 def test_schedule_of_warm_up_and_fine_tuning():
-    plain, warm = ([schedule.learning_rate(step, 100, 0.1, warm=warm) for step in range(100)]
-                   for warm in (0, 10))
+    plain, warm = ([schedule.step_rate(SimpleNamespace(
+        lr=0.1, decay="c", epochs=20, warm=warm, milestones=[], gamma=1), step, 5)
+        for step in range(100)] for warm in (0, 2))
     assert warm[0] == pytest.approx(plain[0] / 10) and warm[9:] == plain[9:]
     assert all(a < b for a, b in zip(warm[:10], warm[1:10], strict=False))
     assert plain[0] < 0.1 and plain[-1] < 1e-4
@@ -451,12 +461,11 @@ def test_augmentation_never_waits_for_the_gpu(photographs):
 # ----------------------------------------------------------------------------------------- plots
 
 def test_plots_write_pictures(tmp_path):
-    plots.softening_curve(tmp_path / "a.png", 10)
-    plots.reliability_diagram(*reliability_bins(torch.randn(50, 5), torch.arange(50) % 5),
-                              tmp_path / "new" / "b.png")
-    plots.occlusion_curve([1, 0.5, 0.1], {"SoftCrop": [80, 60, 10], "crop": [79, 40, 2]},
-                          tmp_path / "c.png")
+    plots.curve(tmp_path / "a.png", "t", "y", [1, 0.5, 0.1],
+                {"SoftCrop": [80, 60, 10], "b": [79, 40, 2]}, top=100, chance=1)
+    bins = reliability_bins(torch.randn(50, 5), torch.arange(50) % 5)
+    plots.reliability_diagram(tmp_path / "new" / "b.png", *bins, 0.1)
     from PIL import Image
-    for name in ("a.png", "new/b.png", "c.png"):
+    for name in ("a.png", "new/b.png"):
         with Image.open(tmp_path / name) as picture:
             assert min(picture.size) > 400 and len(picture.convert("RGB").getcolors(1 << 20)) > 50

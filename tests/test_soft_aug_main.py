@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -37,8 +38,8 @@ def table(path):
 @pytest.fixture
 def no_pictures(monkeypatch):
     """Skips what takes most of a tiny run's time; test_recipes_train_and_close draws."""
-    for name in ("reliability_diagram", "occlusion_curve", "softening_curve"):
-        monkeypatch.setattr(plots, name, lambda *args: None)
+    for name in ("reliability_diagram", "curve"):
+        monkeypatch.setattr(plots, name, lambda *args, **options: None)
     monkeypatch.setattr(soft_aug, "draw_preview", lambda *args: None)
     monkeypatch.setattr(soft_aug.runlog.Run, "draw_curves", lambda *args: None)
 
@@ -450,6 +451,24 @@ def test_evaluation_alone(trained, capsys):
         accuracy[0] / 100, abs=1e-4)
 
 
+def test_visible_share_of_images_that_are_not_square(tmp_path, no_pictures):
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (20, 16, 32, 3), np.uint8), np.arange(20) % 2
+    np.savez(tmp_path / "wide.npz", train_images=images, train_labels=labels, test_images=images,
+             test_labels=labels)
+    folder = train(tmp_path / "runs", "--dataset", "npz", "--data_dir", tmp_path / "wide.npz",
+                   "--batch_size", 10, "--max_steps", 1)
+    for row in table(folder / "occlusion.csv"):
+        assert row["visible"] == pytest.approx(
+            (1 - row["offset"] / 16) * (1 - row["offset"] / 32), abs=1e-5)
+
+
+def test_mixup_ends_with_the_fine_tuning(info_and_batch):
+    for epoch, ends in ((10, False), (99, True)):
+        mixed, _ = mix("--mixup 1 --r 1 --epochs 100", info_and_batch, epoch)
+        assert (float(mixed.lam) == 1) == ends
+
+
 def test_occlusion_hides_what_it_says():
     images = torch.ones(50, 3, 16, 16)
     occluded = evaluation.occlude(4)(images, None)
@@ -485,7 +504,10 @@ def test_preview_shows_the_targets_of_the_loss(info_and_batch):
 @pytest.mark.parametrize("words, code, line", [
     ("--da 3", 2, "invalid choice: 3"), ("--net nonet", 2, "invalid choice: 'nonet'"),
     ("--dataset imagenet", 2, "invalid choice: 'imagenet'"),
-    ("--loss ols", 2, "invalid choice: 'ols'"), ("--max_p 0", 2, "'0' is not a number at"),
+    ("--loss ols", 2, "invalid choice: 'ols'"),
+    ("--loss st --max_p 0.8", 2, "--max_p is for --loss sce, or for --loss st with --da 2"),
+    ("--dataset digits --image_size 128 --initial_channels 16", 1, "has --initial_channels 64"),
+    ("--max_p 0", 2, "'0' is not a number at"),
     ("--max_p 1.1", 2, "--max_p: '1.1'"), ("--sch 0.001", 2, "--sch 0.001 is less than one epoch"),
     ("--sch inf", 2, "--sch: 'inf'"), ("--sch nan", 2, "--sch: 'nan'"),
     ("--sch 1e300", 2, "--sch: '1e300'"), ("--r 0", 2, "--r: '0' is not"),

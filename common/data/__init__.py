@@ -123,6 +123,7 @@ def load_streaming(dataset: str, data_dir: str, image_size: int, mean, std, opti
         raise runtime.DataError(f"{place}: train and {part} differ in their classes"
                                 + (f": {odd[0]}" if odd else "' order"))
     classes = train.classes or test.classes or [str(label) for label in range(1000)]
+    train.num_classes = test.num_classes = len(classes)
     digest = hashlib.blake2b(digest_size=8)
     for data in (train.data, test.data):        # names and sizes tell sets apart
         digest.update(data.facts())

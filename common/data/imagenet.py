@@ -14,11 +14,11 @@ import torch
 from PIL import Image
 from PIL.Image import Resampling
 from torch.utils.data import DataLoader, Dataset, default_collate
-from torchvision.datasets import ImageFolder
 from torchvision.transforms import RandomResizedCrop, v2
 
 from common import runtime
 from common.data.recordio import RecordFile, decode, reason
+from common.data.sets import list_classes
 from common.runtime import DataError, RunError
 
 ASPECT = (3 / 4, 4 / 3)                 # of training crops
@@ -30,49 +30,16 @@ FILTERS = {"lanczos": (("TRIANGULAR", "LANCZOS3"), ("BILINEAR", "LANCZOS")),
            "bicubic": (("CUBIC", "CUBIC"), ("BICUBIC", "BICUBIC"))}
 
 
-def streaming(source, *, split: str, image_size: int, batch_size: int, device, seed: int = 0,
-              rank: int = 0, world: int = 1, loader: str = "auto", workers: int = 4, train: bool,
-              mean, std, color_jitter: bool = False, min_scale: float = 0.08,
-              auto_augment: str | None = None, scale: tuple | None = None, aspect: tuple = ASPECT,
-              crop: str = "resized", resize: str = "", test_crop: str = "centre",
-              filter: str = "lanczos", drop_last: bool = False):
-    """Batches of `source`'s part `split`: (B, 3, S, S) float32 normalised and (B,) int64 labels.
+def streaming(source, *, split: str, loader: str = "auto", **options):
+    """Batches of `source`'s part `split`, by DALI or torch: a `Stream` with these options.
 
     source: a folder that holds <split>.rec and <split>.idx, or a folder <split>/ with one folder
-    per class; or `Files`. batch_size counts the images of one step over all `world` processes;
-    this one is `rank`. mean, std: of pixels in [0, 1]. On a CUDA device DALI decodes on the GPU.
-
-    train: random crops of at least min_scale of the area (or of `scale`, least and largest) with
-    sides in a ratio within `aspect`, resized to image_size; flips, on request color_jitter and
-    auto_augment ("randaugment" or "autoaugment"); every rank does equally many steps of equal
-    size, for which at most one image a rank is seen twice in an epoch. `resize` before the crop:
-    the "shorter" side to image_size·256/224, or both, to a "square"; crop "random": a square of
-    image_size of that. drop_last: no partial batch at an epoch's end.
-    Otherwise the shorter side becomes image_size·256/224 and the centre is cut out (test_crop
-    "centre") or the whole image becomes the square ("whole"); every image is seen once over all
-    ranks. filter: "bilinear", "bicubic" or "lanczos" to enlarge; all widen to shrink (lanczos
-    gives way to bilinear).
-
-    The loader has `len` (steps), `count` (images in all), `classes` (names, empty if unknown),
-    `set_epoch(epoch, start_step=0)` and `boxes()`. Raises DataError naming the file or the record
-    that is missing, cut off or no image, at once or in mid-epoch.
+    per class; or `Files`. Raises DataError naming the file or the record that is missing, cut off
+    or no image, at once or in mid-epoch.
     """
-    if batch_size % world:
-        raise RunError(f"--batch_size {batch_size} cannot be shared by {world} processes: "
-                       f"take a multiple of {world}")
     has_dali = importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali")
-    if loader == "dali" and not has_dali:
-        raise RunError("--loader dali: DALI is not installed; use --loader torch or auto")
-    if crop == "random" and not resize:
-        raise ValueError('crop="random" needs resize="square" or "shorter"')
     kind = DaliStream if has_dali and loader != "torch" else TorchStream
-    data = source if isinstance(source, Files) else open_source(source, split)
-    return kind(data, image_size=image_size, batch_size=batch_size // world,
-                device=torch.device(device), seed=seed, rank=rank, world=world, workers=workers,
-                train=train, mean=mean, std=std, color_jitter=color_jitter,
-                scale=scale or (min_scale, 1.0), auto_augment=auto_augment, aspect=aspect,
-                crop=crop, resize=resize, test_crop=test_crop, filter=filter,
-                drop_last=drop_last and train)
+    return kind(source if isinstance(source, Files) else open_source(source, split), **options)
 
 
 class Files:
@@ -111,13 +78,9 @@ class Files:
 
 def folder(path: Path) -> Files:
     """Images in one folder per class."""
-    try:
-        found = ImageFolder(path, allow_empty=True)
-    except FileNotFoundError:
-        found = None
-    if not found or not found.samples:
-        raise DataError(f"{path} holds no class folder with images")
-    return Files(path, *map(list, zip(*found.samples, strict=True)), found.classes)
+    classes = list_classes(path, allow_empty=True)
+    files = [(str(file), label) for label, found in enumerate(classes.values()) for file in found]
+    return Files(path, *map(list, zip(*files, strict=True)), list(classes))
 
 
 def open_source(source, split: str) -> Files | RecordFile:
@@ -131,15 +94,6 @@ def open_source(source, split: str) -> Files | RecordFile:
                     "per class")
 
 
-def read_image(data, i: int):
-    """(label, PIL image) of item i; DataError naming it when it is no readable image."""
-    label, encoded = data[i]
-    try:
-        return int(label), decode(encoded)
-    except ValueError as fault:
-        raise DataError(f"{data.name(i)}: no readable image ({fault})") from None
-
-
 def size_of(data, i: int) -> tuple[int, int]:
     """(width, height) of item i, from the file's head; DataError where it is no image."""
     try:
@@ -150,24 +104,50 @@ def size_of(data, i: int) -> tuple[int, int]:
 
 
 class Stream:
-    """What both loaders share: shards, lengths, epochs."""
+    """(B, 3, S, S) float32 normalised images and (B,) int64 labels of `data`; both loaders' part.
 
-    def __init__(self, data, *, image_size, batch_size, device, seed, rank, world, workers, train,
-                 mean, std, color_jitter, scale, auto_augment, aspect, crop, resize, test_crop,
-                 filter, drop_last):
-        self.data, self.size, self.batch_size, self.device = data, image_size, batch_size, device
+    batch_size counts the images of one step over all `world` processes; this one is `rank`. mean,
+    std: of pixels in [0, 1]. On a CUDA device DALI decodes on the GPU.
+
+    train: random crops of at least min_scale of the area (or of `scale`, least and largest) with
+    sides in a ratio within `aspect`, resized to image_size; flips, on request color_jitter and
+    auto_augment ("randaugment" or "autoaugment"); every rank does equally many steps of equal
+    size, for which at most one image a rank is seen twice in an epoch. `resize` before the crop:
+    the "shorter" side to image_size·256/224, or both, to a "square"; crop "random": a square of
+    image_size of that. drop_last: no partial batch at an epoch's end.
+    Otherwise the shorter side becomes image_size·256/224 and the centre is cut out (test_crop
+    "centre") or the whole image becomes the square ("whole"); every image is seen once over all
+    ranks. filter: "bilinear", "bicubic" or "lanczos" to enlarge; all widen to shrink (lanczos
+    gives way to bilinear).
+
+    len: steps; `count`: images in all; `classes`: names, empty if unknown; `num_classes`: what
+    labels stay below.
+    """
+
+    def __init__(self, data, *, image_size: int, batch_size: int, device, train: bool, mean, std,
+                 seed: int = 0, rank: int = 0, world: int = 1, workers: int = 4,
+                 color_jitter: bool = False, min_scale: float = 0.08,
+                 auto_augment: str | None = None, scale: tuple | None = None,
+                 aspect: tuple = ASPECT, crop: str = "resized", resize: str = "",
+                 test_crop: str = "centre", filter: str = "lanczos", drop_last: bool = False):
+        if crop == "random" and not resize:
+            raise ValueError('crop="random" needs resize="square" or "shorter"')
+        self.data, self.size, self.device = data, image_size, torch.device(device)
+        self.batch_size = batch_size = batch_size // world
         self.seed, self.rank, self.world, self.workers = seed, rank, world, workers
         self.train, self.mean, self.std = train, mean, std
         self.color_jitter, self.auto_augment = color_jitter, auto_augment
-        self.scale, self.aspect, self.crop, self.resize = scale, aspect, crop, resize
+        self.scale, self.aspect = scale or (min_scale, 1.0), aspect
+        self.crop, self.resize = crop, resize
         self.test_crop, self.filter = test_crop, filter
         self.count, self.classes = len(data), data.classes
+        self.num_classes = len(data.classes) or 1000
         if self.count < world:
             raise DataError(f"{data.path}: {self.count} images are too few for {world} processes")
         begin, end = self.count * rank // world, self.count * (rank + 1) // world
         self.shard = range(begin, end)
         self.images = -(-self.count // world) if train else len(self.shard)     # of this rank
-        if drop_last:
+        if drop_last and train:
             self.images -= self.images % batch_size
         self.steps = -(-self.images // batch_size)
         if not self.steps:
@@ -193,6 +173,17 @@ class Stream:
         order = torch.randperm(self.count, generator=generator)
         places = torch.arange(self.rank, self.images * self.world, self.world) % self.count
         return order[places].tolist()
+
+    def item(self, i: int):
+        """(label, PIL image) of item i; DataError naming it when it is no image or of no class."""
+        label, encoded = self.data[i]
+        if not 0 <= label < self.num_classes:
+            raise DataError(f"{self.data.name(i)} has the label {label:g}, but there are "
+                            f"{self.num_classes} classes")
+        try:
+            return int(label), decode(encoded)
+        except ValueError as fault:
+            raise DataError(f"{self.data.name(i)}: no readable image ({fault})") from None
 
     def resize_shorter(self) -> int:
         """Length of the shorter side before the central crop of the evaluation."""
@@ -250,7 +241,7 @@ class DaliStream(Stream):
                     continue
                 keep = min(self.batch_size, self.images - step * self.batch_size)
                 labels = batch["labels"][:keep].squeeze(1).long()           # on the CPU
-                if not 0 <= labels.min() <= labels.max() < (len(self.classes) or 1000):
+                if not 0 <= labels.min() <= labels.max() < self.num_classes:
                     raise RuntimeError("encountered:\na label of no class")
                 yield batch["images"][:keep], labels.to(self.device, non_blocking=True)
         except RuntimeError as found:
@@ -335,7 +326,7 @@ class DaliStream(Stream):
         """The exception that names the damaged file or record behind a failure of DALI."""
         try:
             for i in self.candidates(step):
-                read_image(self.data, i)
+                self.item(i)
         except DataError as found:
             return found
         lines = [line.strip() for line in fault.splitlines() if line.strip()]
@@ -397,7 +388,7 @@ class Images(Dataset):
     def __getitem__(self, item: tuple[int, int]):
         i, seed = item
         try:
-            label, image = read_image(self.data, i)
+            label, image = self.stream.item(i)
         except DataError as fault:
             return fault
         if not self.stream.train:

@@ -8,11 +8,11 @@ from zipfile import BadZipFile
 import numpy as np
 import torch
 import torchvision
-from PIL import Image
 from torchvision.transforms import functional as TF
 from tqdm import tqdm
 
 from common import runtime
+from common.data import recordio
 from common.runtime import DataError
 
 IN_MEMORY = ("digits", "cifar10", "cifar100", "tiny-imagenet-200", "folder", "npz")
@@ -45,8 +45,8 @@ class Split:
 def read(name: str, data_dir: str, image_size: int | None, workers: int):
     """Reads a data set: (train Split, test Split, class names).
 
-    image_size resizes (shorter side, centre crop) where the stored images are of another size;
-    `workers` threads decode image files.
+    image_size resizes where the stored images are of another size: image files by their shorter
+    side, then a central crop; arrays to the square. `workers` threads decode image files.
     Raises DataError naming the file or folder that is missing, empty or damaged.
     """
     if name == "digits":
@@ -167,16 +167,18 @@ def read_npz(file: Path):
     return *splits, classes or [str(c) for c in range(count)]
 
 
-def list_classes(folder: Path) -> dict[str, list[Path]]:
-    """Image files of each class folder, sorted. Raises DataError for what is absent or empty."""
+def list_classes(folder: Path, allow_empty: bool = False) -> dict[str, list[Path]]:
+    """Image files of each class folder, sorted. Raises DataError where there is none (allow_empty:
+    in one of them there may be)."""
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder")
-    classes = {sub.name: sorted(f for f in sub.rglob("*") if f.suffix.lower() in SUFFIXES)
+    classes = {sub.name: sorted((f for f in sub.rglob("*") if f.suffix.lower() in SUFFIXES),
+                                key=str)
                for sub in sorted(folder.iterdir()) if sub.is_dir() and sub.name[0] != "."}
-    if not classes:
-        raise DataError(f"{folder}: holds no class folders")
+    if not any(classes.values()):
+        raise DataError(f"{folder}: holds no class folders with images")
     for name, files in classes.items():
-        if not files:
+        if not files and not allow_empty:
             raise DataError(f"{folder / name}: a class without images")
     return classes
 
@@ -228,9 +230,8 @@ def decode_files(files: list[tuple[Path, int]], image_size: int | None, workers:
     """Decodes image files in threads. image_size None: the size all of them share."""
     def decode(file: Path) -> np.ndarray:
         try:
-            with Image.open(file) as image:
-                image = image.convert("RGB")
-        except (OSError, ValueError, SyntaxError) as fault:
+            image = recordio.decode(file.read_bytes())
+        except (OSError, ValueError) as fault:
             raise DataError(f"{file}: not a readable image ({fault})") from None
         if image_size and image.size != (image_size, image_size):
             image = TF.center_crop(TF.resize(image, image_size, antialias=True), [image_size] * 2)

@@ -1,20 +1,12 @@
 """Networks: build(name, …); one file a family."""
 from torch import nn
 
-from common.models import (
-    preactresnet,
-    pyramidnet,
-    resnet,
-    resnext29,
-    shakeshake,
-    transformer,
-    wideresnet,
-)
+from common.models import preactresnet, pyramidnet, resnet, shakeshake, transformer, wideresnet
 
-FAMILIES = {"preactresnet": preactresnet, "wideresnet": wideresnet, "resnext29": resnext29,
-            "resnet": resnet, "pyramidnet": pyramidnet, "shakeshake": shakeshake,
-            "transformer": transformer}
+FAMILIES = {"preactresnet": preactresnet, "wideresnet": wideresnet, "resnet": resnet,
+            "pyramidnet": pyramidnet, "shakeshake": shakeshake, "transformer": transformer}
 NAMES = {family: tuple(module.SPECS) for family, module in FAMILIES.items()}
+ALL = [name for names in NAMES.values() for name in names]
 
 
 def build(name: str, num_classes: int, image_size: int = 32, **options) -> nn.Module:
@@ -24,10 +16,9 @@ def build(name: str, num_classes: int, image_size: int = 32, **options) -> nn.Mo
     chooses the stem's stride and, for ResNets, ImageNet's form from 128 pixels on. Options of every
     network: `initial_channels` (64 is the network as published; 16 has a quarter of all its
     widths), `dropout` (probability before the last layer); of the transformers: `drop_path`.
-    Raises ValueError for a name that is not in NAMES.
+    Raises ValueError for a name that is not in NAMES, RunError for sizes that it cannot have.
     """
     for module in FAMILIES.values():
         if name in module.SPECS:
             return module.build(name, num_classes, image_size, **options)
-    known = ", ".join(name for names in NAMES.values() for name in names)
-    raise ValueError(f"unknown network {name!r}; known: {known}")
+    raise ValueError(f"unknown network {name!r}; known: {', '.join(ALL)}")

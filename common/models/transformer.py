@@ -12,6 +12,7 @@ from torchvision.models.vision_transformer import VisionTransformer
 from torchvision.ops import StochasticDepth
 
 from common.models.parts import conv
+from common.runtime import RunError
 
 SPECS = {                      # blocks, width of the (first) stage at 64 initial channels
     "deit_s": (12, 384),
@@ -27,7 +28,7 @@ def build(name: str, num_classes: int, image_size: int = 224, *, initial_channel
     width = width * initial_channels // 64
     if name == "deit_s":
         if image_size % 16:
-            raise ValueError(f"deit_s takes images of a multiple of 16 pixels, not {image_size}")
+            raise RunError(f"deit_s takes images of a multiple of 16 pixels, not {image_size}")
         network = VisionTransformer(image_size, 16, depths, 6, width, 4 * width,
                                     num_classes=num_classes)
         for number, block in enumerate(network.encoder.layers):      # behind both residual paths

@@ -127,9 +127,7 @@ def table(results: list[dict]) -> str:
 
 def chart(results: list[dict], path: Path, title: str):
     """A horizontal bar a method, with the range over its seeds; plain training in grey."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
     methods = list(dict.fromkeys(row["method"] for row in results))
     values = [[row["accuracy"] for row in results if row["method"] == m] for m in methods]
     means = [statistics.mean(v) for v in values]
@@ -137,7 +135,8 @@ def chart(results: list[dict], path: Path, title: str):
              [max(v) - mean if v[1:] else math.nan for mean, v in zip(means, values, strict=True)]]
     plain = ("vanilla", "baseline", "standard")
     colours = [GREY if m.endswith(plain) else BLUE for m in methods]
-    figure, axis = plt.subplots(figsize=(7, 0.25 * len(methods) + 0.9), layout="constrained")
+    figure = Figure(figsize=(7, 0.25 * len(methods) + 0.9), layout="constrained")
+    axis = figure.subplots()
     axis.barh(methods, means, xerr=error, color=colours, height=0.7, ecolor=INK, capsize=2)
     axis.margins(y=0.01)
     axis.tick_params(axis="y", length=0, labelsize=9)

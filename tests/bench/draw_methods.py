@@ -132,12 +132,10 @@ def caption(target, names) -> str:
 
 def draw(path, images, names, results):
     """A row a photograph, a column a method."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
     columns = {"photograph": (images, None)} | results
-    figure, axes = plt.subplots(len(images), len(columns), layout="constrained",
-                                figsize=(1.18 * len(columns), 1.5 * len(images) + 0.2))
+    figure = Figure(figsize=(1.18 * len(columns), 1.5 * len(images) + 0.2), layout="constrained")
+    axes = figure.subplots(len(images), len(columns))
     for line, (title, (batch, targets)) in zip(axes.T, columns.items(), strict=True):
         shown = (batch * 0.25 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
         for i, axis in enumerate(line):
