@@ -160,7 +160,7 @@ class Draws(NamedTuple):
     lam_bb: Tensor
     perm_bb: Tensor                 # (B,) partners
     perm_mb: Tensor
-    mode: str | None = None         # of the masks' enlargement
+    modes: tuple = (None, None)     # of the masks' enlargement: mb's, bb's
     adjust: bool = False            # the mean of q's masks to lambda
     plain: bool = False             # q sees plain Mixup
 
@@ -169,9 +169,9 @@ def draw_mixing(n: int, args, generator, fall: float) -> Draws:
     """Draws for n images; `fall`: from 1 to 0 over the run."""
     lam_mb, lam_bb = draw_lambda(args.alpha, generator, 2)
     perm_bb, perm_mb = (draw_partners(n, generator, args.no_repeat) for _ in range(2))
-    mode = args.mode[int(torch.randint(len(args.mode), (), generator=generator))]
+    modes = [args.mode[i] for i in torch.randint(len(args.mode), (2,), generator=generator)]
     adjust, off = torch.rand(2, generator=generator).tolist()
-    return Draws(lam_mb, lam_bb, perm_bb, perm_mb, mode, adjust < args.mask_adjust,
+    return Draws(lam_mb, lam_bb, perm_bb, perm_mb, modes, adjust < args.mask_adjust,
                  0 < args.switch_off and off >= args.switch_off * fall)
 
 
@@ -193,7 +193,7 @@ class SAMix(nn.Module):
             lam = torch.stack([draws.lam_bb, 1 - draws.lam_bb]).view(1, 2, 1, 1)
             return lam.to(features.device, non_blocking=True)
         with self.without_graph():
-            mask = self.block(features, draws.lam_bb, draws.perm_bb, scale, mode=draws.mode)
+            mask = self.block(features, draws.lam_bb, draws.perm_bb, scale, mode=draws.modes[1])
             if draws.adjust:
                 mask = adjust_mask(mask, draws.lam_bb)
             return plain_near_ends(mask, draws.lam_bb, self.args.lam_margin)
@@ -205,7 +205,7 @@ class SAMix(nn.Module):
         with torch.no_grad():
             features = self.k.features(images)
         scale = images.shape[-1] // features.shape[-1]
-        mask_mb = self.block(features, draws.lam_mb, draws.perm_mb, scale, mode=draws.mode)
+        mask_mb = self.block(features, draws.lam_mb, draws.perm_mb, scale, mode=draws.modes[0])
         mask_bb = self.masks_for_q(features, draws, scale)
         mix_mb, mix_bb = mix(images, mask_mb, draws.perm_mb), mix(images, mask_bb, draws.perm_bb)
         targets_mb, targets_bb = (

@@ -342,7 +342,8 @@ def test_confidence_follows_what_is_hidden(info_and_batch):
     assert (both.confidence < mixed.confidence).all() and both.confidence.min() >= 0.1
     floored, _ = mix("--da 2 --noise 1e6", info_and_batch)
     assert (floored.confidence == floored.confidence.clamp(min=0.1)).all()
-    for words in ("--da 2 --crop 2 --max_p 0.7", "--da 0 --noise 1e-9 --max_p 0.7"):
+    for words in ("--da 2 --crop 2 --loss st --max_p 0.7",
+                  "--da 0 --noise 1e-9 --loss st --max_p 0.7"):
         assert mix(words, info_and_batch)[0].confidence.max() == pytest.approx(0.7, abs=1e-4)
     plain, _ = mix("--da 0", info_and_batch)
     assert torch.equal(plain.images, images) and (plain.confidence == 1).all()
@@ -354,7 +355,8 @@ def test_confidence_follows_what_is_hidden(info_and_batch):
 @pytest.mark.parametrize("words, flag, parts", [
     ("--da 1 --l 8", "--l 4", "images"), ("--da 2", "--crop 2", "images confidence"),
     ("--da 2", "--pcrop 4", "confidence"), ("--da 2", "--bgcrop 1", "images"),
-    ("--da 2", "--max_p 0.5", "confidence"), ("--noise 1", "--noise 2", "images confidence"),
+    ("--da 2 --loss st", "--max_p 0.5", "confidence"),
+    ("--noise 1", "--noise 2", "images confidence"),
     ("--noise 1", "--pnoise 3", "confidence"), ("--noise 1", "--bgnoise 2", "images"),
     ("--mixup 1", "--a 9", "images lam"), ("--da 0", "--mixup 1", "images")])
 def test_every_flag_changes_its_part(words, flag, parts, info_and_batch):
@@ -456,9 +458,10 @@ def test_visible_share_of_images_that_are_not_square(tmp_path, no_pictures):
     images, labels = rng.integers(0, 256, (20, 16, 32, 3), np.uint8), np.arange(20) % 2
     np.savez(tmp_path / "wide.npz", train_images=images, train_labels=labels, test_images=images,
              test_labels=labels)
-    folder = train(tmp_path / "runs", "--dataset", "npz", "--data_dir", tmp_path / "wide.npz",
-                   "--batch_size", 10, "--max_steps", 1)
-    for row in table(folder / "occlusion.csv"):
+    soft_aug.main(["--dataset", "npz", "--data_dir", str(tmp_path / "wide.npz"), "--batch_size",
+                   "5", "--initial_channels", "4", "--device", "cpu", "--max_steps", "1",
+                   "--root_dir", str(tmp_path / "runs")])
+    for row in table(next(tmp_path.rglob("occlusion.csv"))):
         assert row["visible"] == pytest.approx(
             (1 - row["offset"] / 16) * (1 - row["offset"] / 32), abs=1e-5)
 
