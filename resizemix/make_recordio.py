@@ -8,7 +8,7 @@ The folder holds one folder per class; labels number the classes in alphabetical
 PREFIX_classes.txt names them. The images are shuffled once (seeded), because readers stream the
 file in order and shuffle a window only. Files that are no readable image are left out and listed
 in PREFIX_unreadable.txt. A run that was stopped, even killed, goes on where it was when the same
-command is given again; until the end its files are called PREFIX.rec.part and PREFIX.idx.part.
+command is given again; until the end the file is called PREFIX.rec.part, the index is made last.
 """
 import argparse
 import fcntl
@@ -31,6 +31,7 @@ from tqdm import tqdm
 from common import runtime
 from common.data import recordio
 from common.data.sets import list_classes
+from common.runlog import write_atomic
 from common.runtime import DataError
 
 KEPT = {"JPEG", "PNG"}                  # formats whose bytes are stored as they are
@@ -128,14 +129,13 @@ class Encoder(Dataset):
 
 
 class Files:
-    """The files of one output; `done` items have been written or listed by an earlier run."""
+    """The files of one output, and its index so far: (item, byte offset) of each record."""
 
     def __init__(self, args, items, classes):
-        self.items = items
-        self.rec, self.idx, self.bad, self.names, self.job = (
+        self.items, self.index = items, []
+        self.rec, self.idx, self.part, self.bad, self.names, self.job = (
             args.prefix.parent / (args.prefix.name + end) for end in
-            (".rec", ".idx", "_unreadable.txt", "_classes.txt", ".job.part"))
-        self.parts = [path.with_name(path.name + ".part") for path in (self.rec, self.idx)]
+            (".rec", ".idx", ".rec.part", "_unreadable.txt", "_classes.txt", ".job.part"))
         self.names_text = "".join(name + "\n" for name in classes)
         self.job_text = json.dumps({
             "images": str(args.images.resolve()), "resize": args.resize, "quality": args.quality,
@@ -156,18 +156,25 @@ class Files:
             raise DataError(f"{self.rec}: another run is writing it") from None
         self.lock.seek(0)
         same = self.lock.read() == self.job_text
-        if same and self.rec.exists() and not self.parts[0].exists():
-            return len(self.items)              # killed while the files got their names
+        if same and self.rec.exists() and not self.part.exists():
+            self.scan(self.rec)                 # killed while the files got their names
+            return len(self.items)
         self.refuse()
         if not same:
-            for path in (*self.parts, self.bad):
+            for path in (self.part, self.bad):
                 path.unlink(missing_ok=True)
             self.lock.truncate(0)
             self.lock.write(self.job_text)
             self.lock.flush()
-        for path in (*self.parts, self.bad):
+        for path in (self.part, self.bad):
             path.touch()
-        return self.recover()
+        os.truncate(self.part, self.scan(self.part))
+        done = self.index[-1][0] + 1 if self.index else 0
+        bad = self.bad.read_bytes().splitlines(keepends=True)
+        bad = [line for line in itertools.takewhile(re.compile(rb"\d{1,18}\t.*\n").fullmatch, bad)
+               if int(line.split(b"\t")[0]) < done]
+        self.bad.write_bytes(b"".join(bad))
+        return done
 
     def refuse(self):
         """Raises DataError where a finished file would be overwritten."""
@@ -175,40 +182,30 @@ class Files:
             if path.exists():
                 raise DataError(f"{path} is there already: remove it to write it anew")
 
-    def recover(self) -> int:
-        """Cuts both files after the last whole record and tells the next item's number."""
-        rec, idx = self.parts
-        lines = idx.read_bytes().splitlines(keepends=True)
-        lines = list(itertools.takewhile(re.compile(rb"\d{1,18}\t\d{1,18}\n").fullmatch, lines))
-        size, end = rec.stat().st_size, 0
-        while lines and not end:
-            offset = int(lines[-1].split(b"\t")[1])
-            with rec.open("rb") as file:
-                file.seek(offset)
-                frame = file.read(recordio.FRAME.size)
-            if len(frame) == recordio.FRAME.size:
-                magic, length = recordio.FRAME.unpack(frame)
-                after = offset + len(frame) + length + -length % 4
-                end = after if magic == recordio.MAGIC and after <= size else 0
-            if not end:
-                lines.pop()                     # after a power cut the index may be ahead
-        os.truncate(rec, end)
-        idx.write_bytes(b"".join(lines))
-        done = int(lines[-1].split(b"\t")[0]) + 1 if lines else 0
-        bad = self.bad.read_bytes().splitlines(keepends=True)
-        bad = [line for line in itertools.takewhile(re.compile(rb"\d{1,18}\t.*\n").fullmatch, bad)
-               if int(line.split(b"\t")[0]) < done]
-        self.bad.write_bytes(b"".join(bad))
-        return done
+    def scan(self, path: Path) -> int:
+        """Indexes the whole records of a file; returns where the last of them ends."""
+        end, size = 0, path.stat().st_size
+        with path.open("rb") as file:
+            while True:
+                file.seek(end)
+                head = file.read(recordio.FRAME.size + recordio.HEADER.size)
+                if len(head) < recordio.FRAME.size + recordio.HEADER.size:
+                    return end
+                magic, length = recordio.FRAME.unpack_from(head)
+                after = end + recordio.FRAME.size + length + -length % 4
+                if magic != recordio.MAGIC or after > size:
+                    return end
+                self.index.append((recordio.HEADER.unpack_from(head, recordio.FRAME.size)[2], end))
+                end = after
 
     def finish(self):
         """Gives the finished files their names, the index last."""
         self.names.write_text(self.names_text, "utf-8")
-        for part, path in zip(self.parts, (self.rec, self.idx), strict=True):
-            if part.exists():
-                with part.open("rb+") as file:
-                    os.fsync(file.fileno())
-                os.replace(part, path)
+        if self.part.exists():
+            with self.part.open("rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(self.part, self.rec)
+        write_atomic(self.idx, "".join(f"{item}\t{offset}\n" for item, offset in self.index))
         if self.bad.exists() and not self.bad.stat().st_size:
             self.bad.unlink()
         self.job.unlink()
@@ -218,24 +215,19 @@ def write(files: Files, encoder: Encoder, number: int, workers: int):
     """Appends the records of all items from `number` on, in order, whoever encodes them first."""
     batches = DataLoader(encoder, sampler=range(number, len(encoder)), batch_size=16,
                          num_workers=workers, collate_fn=list)
-    rec_part, idx_part = files.parts
-    with (open(rec_part, "ab") as rec, open(idx_part, "a") as idx,
-          open(files.bad, "a", encoding="utf-8") as bad,
+    with (open(files.part, "ab") as rec, open(files.bad, "a", encoding="utf-8") as bad,
           tqdm(total=len(encoder), initial=number, unit="img", smoothing=0.05) as progress):
         for batch in batches:
-            index = ""
             for record, fault in batch:
                 if fault:
                     name = printable(encoder.items[number][0])
                     bad.write(f"{number}\t{name}\t{fault}\n")
                 else:
-                    index += f"{number}\t{rec.tell()}\n"
+                    files.index.append((number, rec.tell()))
                     rec.write(record)
                 number += 1
-            bad.flush()
-            rec.flush()                         # a record is on its way before its index line
-            idx.write(index)
-            idx.flush()
+            bad.flush()                         # before the records behind them
+            rec.flush()
             progress.update(len(batch))
 
 
@@ -252,8 +244,7 @@ def main(argv=None):
             write(files, Encoder(args, items), done, args.workers)
     except KeyboardInterrupt:
         raise runtime.Stopped("stopped; the same command goes on from here", 130) from None
-    with open(next(path for path in (files.parts[1], files.idx) if path.exists())) as idx:
-        written = sum(1 for _ in idx)
+    written = len(files.index)
     if not written:
         raise DataError(f"{args.images}: not one of {len(items)} files is a readable image; see "
                         f"{files.bad}")

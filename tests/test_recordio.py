@@ -271,14 +271,13 @@ def test_killed_run_goes_on(photos, tmp_path, capsys):
     many(photos, tmp_path / "images", 30)
     command = [sys.executable, PROGRAM, tmp_path / "images",
                tmp_path / "out" / "train", "--workers", "2", "--resize", "30"]
-    index = tmp_path / "out" / "train.idx.part"
+    part = tmp_path / "out" / "train.rec.part"
     rng, kills, seen = random.Random(0), 0, 0
     while kills < 2:
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
                                    start_new_session=True)
-        wanted = seen + rng.randrange(100, 300)
-        while process.poll() is None and (
-                not index.exists() or index.read_text().count("\n") < wanted):
+        wanted = seen + rng.randrange(100_000, 300_000)     # bytes
+        while process.poll() is None and (not part.exists() or part.stat().st_size < wanted):
             time.sleep(0.002)
         if process.poll() is not None:
             break
@@ -288,11 +287,9 @@ def test_killed_run_goes_on(photos, tmp_path, capsys):
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         kills += 1
-        seen = index.read_text().count("\n")
-        with open(tmp_path / "out" / "train.rec.part", "ab") as file:   # half a record
-            file.write(recordio.pack(0, 0, b"x" * 500)[:rng.randrange(500)])
-        with open(index, "ab") as file:
-            file.write([b"7", b"\xff\xfe\n5\t5\n"][kills - 1])      # and what a crash leaves
+        seen = part.stat().st_size
+        with open(part, "ab") as file:                      # half a record, what a crash leaves
+            file.write([recordio.pack(0, 0, b"x" * 500)[:rng.randrange(500)], bytes(99)][kills - 1])
         with open(tmp_path / "out" / "train_unreadable.txt", "ab") as file:
             file.write([b"hal", b"\xff\xfe\n5\t5\n"][kills - 1])
     assert kills and not (tmp_path / "out" / "train.rec").exists()
@@ -312,7 +309,7 @@ def test_other_settings_start_anew(photos, tmp_path, capsys):
     pack(photos, tmp_path / "train")
     # As if that run had been killed just before its end:
     (tmp_path / "train.rec").rename(tmp_path / "train.rec.part")
-    (tmp_path / "train.idx").rename(tmp_path / "train.idx.part")
+    (tmp_path / "train.idx").unlink()
     (tmp_path / "train.job.part").write_bytes(b'{"images": "elsewhere \xff"}')
     pack(photos, tmp_path / "train", "--quality", "50")
     assert "going on" not in capsys.readouterr().out
