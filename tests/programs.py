@@ -31,6 +31,19 @@ class Program:
     def arguments(self, words=""):
         return self.module.parse_args([*self.small, *words.split()])
 
+    def asks_for(self, monkeypatch, words=""):
+        """The arguments that it loads its data with."""
+        seen = {}
+
+        def load(dataset, place, **options):
+            seen.update(options, dataset=dataset, place=place)
+            raise runtime.DataError("seen")
+
+        monkeypatch.setattr(self.module.data, "load", load)
+        with pytest.raises(runtime.DataError, match="seen"):
+            self.module.main([*self.small, *words.split()])
+        return seen
+
     def faults(self, capsys, *words):
         """Exit code and stderr under the program's own handling of faults."""
         with pytest.raises(SystemExit) as end:

@@ -172,15 +172,7 @@ def test_training_is_the_recipe(tmp_path, words, rate, no_pictures, monkeypatch)
     ("--dataset cifar100", {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2023, 0.1994, 0.2010)}),
     ("--dataset cifar10", {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2023, 0.1994, 0.2010)})])
 def test_what_the_loader_is_asked_for(words, expected, monkeypatch):
-    seen = {}
-
-    def load(dataset, place, **options):
-        seen.update(options, dataset=dataset, place=place)
-        raise runtime.DataError("seen")
-
-    monkeypatch.setattr(resizemix.data, "load", load)
-    with pytest.raises(runtime.DataError, match="seen"):
-        resizemix.main([*SMALL, *words.split()])
+    seen = PROGRAM.asks_for(monkeypatch, words)
     assert {name: seen[name] for name in expected} == expected
     assert seen["dataset"] == arguments(words).dataset
     assert seen["place"] == ("there" if "there" in words else "data")

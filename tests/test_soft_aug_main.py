@@ -210,15 +210,7 @@ def test_training_is_the_recipe(tmp_path, words, rate, no_pictures, monkeypatch)
     ("--task cifar100", {"mean": soft_aug.STATISTICS["cifar100"][0],
                          "std": soft_aug.STATISTICS["cifar100"][1]})])
 def test_what_the_loader_is_asked_for(words, expected, monkeypatch):
-    seen = {}
-
-    def load(dataset, place, **options):
-        seen.update(options, dataset=dataset, place=place)
-        raise runtime.DataError("seen")
-
-    monkeypatch.setattr(soft_aug.data, "load", load)
-    with pytest.raises(runtime.DataError, match="seen"):
-        soft_aug.main([*SMALL, *words.split()])
+    seen = PROGRAM.asks_for(monkeypatch, words)
     assert {name: seen[name] for name in expected} == expected
     assert seen["dataset"] == ("cifar100" if "cifar100" in words else "digits")
     assert seen["place"] == ("there" if "there" in words else "data")
