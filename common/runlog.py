@@ -23,9 +23,7 @@ from common.runtime import RunError
 
 # Flags that a run may change when it goes on, without a word
 NOT_TRAINING = ("data_dir", "root_dir", "workers", "print_freq", "device", "loader", "resume",
-                "evaluate", "preview", "max_steps", "tensorboard", "log_off", "ngpu", "gpu_ids",
-                "mp", "launcher", "port", "local_rank", "load_path", "tb_path", "RESUME",
-                "start_epoch", "pretrained", "weights", "cam", "evaluation", "meas_lat", "nogpu")
+                "evaluate", "preview", "max_steps", "tensorboard")
 # One colour a curve, in fixed order; readable for the colour-blind, on white.
 BLUE, ORANGE, GREEN, INK, GRID = "#2a78d6", "#c4570a", "#1a7f4b", "#3d3d3a", "#e4e3de"
 

@@ -111,6 +111,7 @@ def parse_args(argv=None):
     if args.load_path and args.resume:
         parser.error("--load_path and --resume: choose one of them")
     args.resume = args.resume or args.load_path
+    del args.load_path                                      # said by --resume
     args.tensorboard |= bool(args.tb_path)
     if args.cam and args.preview:
         parser.error("--cam and --preview: choose one of them")

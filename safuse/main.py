@@ -115,6 +115,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     args.pretrained = "" if args.pretrained == "none" else args.pretrained
     args.resume = args.resume or ("auto" if args.RESUME else "")
+    del args.RESUME                             # said by --resume, now and in the checkpoint
     for name in ("N_min", "N_max"):
         if getattr(args, name) % 1:
             parser.error(f"--{name} {getattr(args, name)} is not a whole number")

@@ -548,7 +548,7 @@ def test_images_need_not_be_square(tmp_path, capsys):
 # ------------------------------------------------------------------------- resume, ranks, bad input
 
 @pytest.mark.parametrize("method", ["safuse", "lgcoamix", "occamix"])
-def test_killed_and_resumed_is_the_run_never_killed(tmp_path, method):
+def test_killed_and_resumed_is_the_run_never_killed(tmp_path, method, capsys):
     words = ["--method", method, "--epochs", 9, "--milestones", 5]
     whole = train(tmp_path / "whole", *words)
     folder = tmp_path / "killed" / whole.name
@@ -559,7 +559,9 @@ def test_killed_and_resumed_is_the_run_never_killed(tmp_path, method):
     child.kill()
     assert child.wait() == -signal.SIGKILL
     assert len((folder / "log.csv").read_text().splitlines()) < 10
+    capsys.readouterr()
     train(tmp_path / "killed", *words, "--RESUME", "True")
+    assert "other flags than before" not in capsys.readouterr().err
     one, two = checkpoint.load(whole / "checkpoint.pt"), checkpoint.load(folder / "checkpoint.pt")
     assert same(one["model"], two["model"]) and one["best"] == two["best"]
     momentum = [[state["momentum_buffer"] for state in c["optimizer"]["state"].values()]
