@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.precision import full_precision
+
 LEAST_SIZE = 0.5               # of the mean cell; smaller components join a neighbour
 MERGE_ROUNDS = 2               # more change the explained colour by less than a hundredth
 CHUNK = 2 ** 19                # distances computed at once on a CPU: what its cache holds
@@ -32,7 +34,7 @@ def grid(n_segments: int | Tensor, batch: int, height: int, width: int) -> tuple
     if (n < 1).any():
         raise ValueError(f"n_segments must be at least 1, not {n.min().item():g}")
     sides = torch.tensor([height, width])
-    size = (height * width / n).sqrt()
+    size = (sides.prod() / n).sqrt()                         # a number / n would round twice
     short = sides.amin().double()
     # where a square cell is higher than the image the short side is one cell
     size = torch.where(size <= short, size.expand(-1, 2),
@@ -211,13 +213,8 @@ def slic(images: Tensor, n_segments: int | Tensor, compactness: float = 10.0,
     pixels = images.float().flatten(2)
     low, high = pixels.amin((1, 2), keepdim=True), pixels.amax((1, 2), keepdim=True)
     lab = rgb_to_lab((pixels - low) / (high - low).clamp(min=1e-12))
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")            # TF32 is too coarse for distances
-    try:
-        with torch.autocast(images.device.type, enabled=False):
-            labels = kmeans(lab / compactness, first, step, cells, height, width, iterations)
-    finally:
-        torch.set_float32_matmul_precision(precision)
+    with full_precision(images.device.type):                 # TF32 is too coarse for distances
+        labels = kmeans(lab / compactness, first, step, cells, height, width, iterations)
     least = least_sizes(cells, height * width).to(images.device, non_blocking=True)
     return connect(labels, lab, least)
 

@@ -1,0 +1,49 @@
+"""Float32 matrix products at full precision."""
+import pytest
+import torch
+
+from common.precision import full_precision
+
+
+@pytest.mark.parametrize("setting", ["high", "medium"])
+def test_full_precision(setting, device):
+    """No TF32 and no autocast inside; both are back afterwards, after an error too."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(setting)
+    try:
+        x = torch.rand(4, 4, device=device)
+        with torch.autocast(device.type, torch.bfloat16):
+            with full_precision(device.type):
+                assert not torch.backends.cuda.matmul.allow_tf32
+                assert (x @ x).dtype == torch.float32
+            assert (x @ x).dtype == torch.bfloat16
+        with pytest.raises(ValueError), full_precision(device.type):
+            raise ValueError
+        assert torch.get_float32_matmul_precision() == setting
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_full_precision_in_a_graph(device):
+    """Dynamo takes it whole; the switch is in the graph, in both directions."""
+    code = []
+
+    def backend(graph, inputs):
+        code.append(graph.code)
+        return graph
+
+    @torch.compile(fullgraph=True, backend=backend)
+    def product(x):
+        with full_precision(x.device.type):
+            return x @ x
+
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        product(torch.rand(4, 4, device=device))
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    off, on = (code[0].index(f"set_float32_matmul_precision('{word}')")
+               for word in ("highest", "high"))
+    assert off < code[0].index(" @ ") < on
