@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from common.runtime import RunError, rank, warn
+from common.distributed import rank, warn
+from common.errors import RunError
 
 NEWEST, PREVIOUS, BEST = "checkpoint.pt", "checkpoint.prev.pt", "best.pt"
 DAMAGED = "checkpoint.damaged.pt"

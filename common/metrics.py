@@ -2,9 +2,7 @@
 import torch
 import torch.nn.functional as F
 
-from common import runtime
-
-NOT_SAVED = "nothing was saved after the last good checkpoint; a lower learning rate may help"
+from common import distributed, runtime
 
 
 def topk_hits(logits: torch.Tensor, labels: torch.Tensor, ks=(1, 5)) -> torch.Tensor:
@@ -51,7 +49,7 @@ def evaluate(net, loader, args, *, attack=None, keep_logits=False):
         if keep_logits:
             kept.append((logits, labels))
     net.train(training)
-    result = averages(runtime.total(sums).tolist())
+    result = averages(distributed.total(sums).tolist())
     if keep_logits:                     # a rank may have had no image
         empty = torch.empty(0, 1, device=device), torch.empty(0, dtype=torch.long, device=device)
         result["logits"], result["labels"] = (
@@ -91,48 +89,3 @@ def expected_calibration_error(logits: torch.Tensor, labels: torch.Tensor, bins:
     """ECE as a fraction in [0, 1]: the bins' |accuracy - confidence| weighed by their counts."""
     confidence, accuracy, count = reliability_bins(logits, labels, bins)
     return float(((accuracy - confidence).abs() * count).sum() / count.sum())
-
-
-class StepSums:
-    """Loss and hits of one epoch's training steps, kept on the device without waiting for it.
-
-    saved: the `state` of a checkpoint inside the epoch.
-    """
-
-    def __init__(self, steps: int, device, saved=None):
-        self.losses = torch.zeros(steps, device=device)
-        self.hits = torch.zeros(2, dtype=torch.float64, device=device)      # right, seen
-        self.steps = self.checked = 0
-        if saved:                       # means and totals of all ranks
-            self.steps = self.checked = len(saved["losses"])
-            self.losses[:self.steps] = torch.tensor(saved["losses"])
-            self.hits[:] = torch.tensor(saved["hits"]) * (runtime.rank() == 0)
-
-    def add(self, step: int, loss: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor):
-        """Notes a step's loss and its hits on labels (B,) among logits (B, C)."""
-        self.steps = step + 1
-        self.losses[step] = loss.detach()
-        self.hits[0] += (logits.detach().argmax(1) == labels).sum()
-        self.hits[1] += len(labels)
-
-    def check(self, epoch: int):
-        """Raises RunError naming the first step whose loss is not a finite number."""
-        bad = (~torch.isfinite(self.losses[self.checked:self.steps])).nonzero()
-        if len(bad):
-            first = self.checked + int(bad[0])
-            raise runtime.RunError(
-                f"the loss became {self.losses[first].item()} at epoch {epoch}, step {first}; "
-                f"{NOT_SAVED}")
-        self.checked = self.steps
-
-    def state(self) -> dict:
-        """What a checkpoint inside the epoch keeps; every rank must ask at the same step."""
-        losses = runtime.total(self.losses[:self.steps]) / runtime.world()
-        return {"losses": losses.tolist(), "hits": runtime.total(self.hits).tolist()}
-
-    def result(self) -> dict:
-        """Mean loss and accuracy in % over the steps of all ranks."""
-        sums = torch.cat([self.losses[:self.steps].double().sum()[None], self.hits])
-        loss, right, seen = runtime.total(sums).tolist()
-        return {"train_loss": loss / (self.steps * runtime.world()),
-                "train_accuracy": 100 * right / max(seen, 1)}

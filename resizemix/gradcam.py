@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.runtime import RunError
+from common.errors import RunError
 
 
 def find_layer(net: nn.Module, name: str) -> nn.Module:

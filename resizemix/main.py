@@ -22,7 +22,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 import torch.nn.functional as F
 
-from common import data, metrics, models, preview, runlog, runtime
+from common import data, distributed, flags, metrics, models, plots, runtime
+from common.distributed import log
+from common.errors import RunError
+from common.flags import add_boolean, amount, count, number, positive, share
 from common.mixing import (
     cutout,
     draw_lambda,
@@ -31,7 +34,7 @@ from common.mixing import (
     soft_cross_entropy,
     soft_targets,
 )
-from common.runtime import RunError, add_boolean, amount, count, number, positive, share
+from common.run import Run, StepSums, about
 from resizemix import configs, mixing, randaugment
 from resizemix.augment import AutoAugment
 from resizemix.cost import latency, multiply_adds
@@ -94,7 +97,7 @@ def parse_args(argv=None):
     add_boolean(add, "--batch_aug", None, "train on two RandAugments of each mixed batch")
     add_boolean(add, "--crop_test", None, "evaluate the whole image and its centre together")
     add("--target_layer", metavar="layerN.M", help="--cam: block M of stage N")
-    runtime.add_flags(
+    flags.add_flags(
         parser, data.NAMES, models.ALL,
         {"data_dir": ["--data_path"], "root_dir": ["--save"], "arch": ["--net_name"],
          "lr": ["--init_lr"], "print_freq": ["--report_freq"]})
@@ -206,9 +209,9 @@ def training_step(model, images, labels, args, info, generator, scaler):
 def train_one_epoch(net, model, loader, optimizer, scaler, args, info, run):
     """The rest of the epoch that `run` stands in; returns its sums of loss and hits."""
     net.train()
-    sums = metrics.StepSums(len(loader), run.device, run.sums)
+    sums = StepSums(len(loader), run.device, run.sums)
     for step, (images, labels) in run.steps(loader):
-        generator = runtime.step_generator(args.seed, run.epoch, step)
+        generator = distributed.step_generator(args.seed, run.epoch, step)
         for group in optimizer.param_groups:
             group["lr"] = step_rate(args, run.epoch * len(loader) + step, len(loader))
         optimizer.zero_grad(set_to_none=True)
@@ -235,7 +238,7 @@ def draw_cam(path, net, test, args, info):
     images = next(iter(test))[0][:8]
     maps, predicted = grad_cam(net.eval(), find_layer(net, args.target_layer), images)
     rows = {"image": images, "Grad-CAM": maps, "seen": images * maps[:, None]}
-    return preview.draw(path, f"{args.arch} on {info.name}, {args.target_layer}", rows,
+    return plots.preview(path, f"{args.arch} on {info.name}, {args.target_layer}", rows,
                         predicted, info)
 
 
@@ -243,10 +246,10 @@ def draw_preview(path, train, args, info):
     """A picture of the first training batch, mixed by the method."""
     train.set_epoch(0)
     images, labels = next(iter(train))
-    mixed = mix_batch(images, labels, args, info, runtime.step_generator(args.seed, 0, 0))
+    mixed = mix_batch(images, labels, args, info, distributed.step_generator(args.seed, 0, 0))
     partners = {} if mixed.perm is None else {"partner": images[mixed.perm]}
     rows = {"image": images} | partners | {"mixed": mixed.images}
-    return preview.draw(path, f"{method_name(args)} on {info.name}", rows, mixed.targets, info)
+    return plots.preview(path, f"{method_name(args)} on {info.name}", rows, mixed.targets, info)
 
 
 def main(argv=None):
@@ -279,34 +282,34 @@ def main(argv=None):
     optimizer = torch.optim.SGD(net.parameters(), lr=args.lr, momentum=args.momentum,
                                 weight_decay=args.weight_decay, nesterov=args.nesterov)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
-    runtime.say(f"{runlog.about(info, net, train, args)}; {cost / 1e6:,.1f} M multiply-adds an "
+    log(f"{about(info, net, train, args)}; {cost / 1e6:,.1f} M multiply-adds an "
                 f"image; method {method_name(args)}")
 
     # The run: its folder, what it holds already, and the place to go on from
-    run = runlog.Run(args, device, info, [method_name(args)],
+    run = Run(args, device, info, [method_name(args)],
                      model=net, optimizer=optimizer, scaler=scaler)
     if args.evaluate or args.preview:
         run.load_weights()
-        if args.cam and runtime.rank() == 0:
-            runtime.say(f"Grad-CAM: {draw_cam(args.cam, net, test, args, info)}")
+        if args.cam and distributed.rank() == 0:
+            log(f"Grad-CAM: {draw_cam(args.cam, net, test, args, info)}")
         elif args.evaluate and not args.cam:
-            runtime.say(f"test: {metrics.sentence(measure(net, test, args))}")
-        elif args.preview and runtime.rank() == 0:
-            runtime.say(f"mixed images: {draw_preview(args.preview, train, args, info)}")
+            log(f"test: {metrics.sentence(measure(net, test, args))}")
+        elif args.preview and distributed.rank() == 0:
+            log(f"mixed images: {draw_preview(args.preview, train, args, info)}")
         return net
     run.start(multiply_adds=cost)
     for place, images in (("cpu", 1), ("cuda", 32)):
-        if args.meas_lat and runtime.rank() == 0 and place in ("cpu", device.type):
+        if args.meas_lat and distributed.rank() == 0 and place in ("cpu", device.type):
             seconds = latency(net, info.image_size, place, images)
-            runtime.say(f"latency: {1000 * seconds:.2f} ms for a batch of {images} ({place})")
+            log(f"latency: {1000 * seconds:.2f} ms for a batch of {images} ({place})")
     if args.evaluation:
-        runtime.say(f"test: {metrics.sentence(measure(net, test, args))}")
+        log(f"test: {metrics.sentence(measure(net, test, args))}")
 
     # The epochs
     while not run.over:
         sums = train_one_epoch(net, model, train, optimizer, scaler, args, info, run)
         row, timing = {"lr": optimizer.param_groups[0]["lr"]} | sums.result(), run.clock()
-        runtime.share_buffers(net)
+        distributed.share_buffers(net)
         row |= metrics.columns(measure(net, test, args))
         run.end_epoch(row | timing, row["test_accuracy"], sums)
 

@@ -28,11 +28,11 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from common import runtime
+from common import flags, runtime
 from common.data import recordio
 from common.data.sets import list_classes
-from common.runlog import write_atomic
-from common.runtime import DataError
+from common.errors import DataError, Stopped
+from common.plots import write_atomic
 
 KEPT = {"JPEG", "PNG"}                  # formats whose bytes are stored as they are
 
@@ -43,18 +43,18 @@ def parse_args(argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("images", type=Path, help="folder with one folder per class")
     parser.add_argument("prefix", type=Path, help="where to write: PREFIX.rec, PREFIX.idx, …")
-    parser.add_argument("--resize", type=runtime.positive, metavar="N",
+    parser.add_argument("--resize", type=flags.positive, metavar="N",
                         help="make the shorter side N pixels where it is longer")
     parser.add_argument("--quality", type=int, choices=range(1, 101), metavar="1..100",
                         help="encode every image as JPEG of this quality (default: keep the "
                              "files' bytes, and 95 where an image has to be encoded anew)")
     parser.add_argument("--classes", type=Path, metavar="FILE",
                         help="class names by label, one a line (default: the folders' names)")
-    parser.add_argument("--shuffle", type=runtime.boolean, default=True, metavar="BOOL",
+    parser.add_argument("--shuffle", type=flags.boolean, default=True, metavar="BOOL",
                         help="False keeps the alphabetical order")
-    parser.add_argument("--seed", type=runtime.number(int, low=0, high=2**63 - 1), default=0,
+    parser.add_argument("--seed", type=flags.number(int, low=0, high=2**63 - 1), default=0,
                         help="of the shuffle")
-    parser.add_argument("--workers", type=runtime.positive, metavar="N",
+    parser.add_argument("--workers", type=flags.positive, metavar="N",
                         default=len(os.sched_getaffinity(0)), help="processes (default: cores)")
     args = parser.parse_args(argv)
     if not args.images.is_dir():
@@ -243,7 +243,7 @@ def main(argv=None):
         if done < len(items):
             write(files, Encoder(args, items), done, args.workers)
     except KeyboardInterrupt:
-        raise runtime.Stopped("stopped; the same command goes on from here", 130) from None
+        raise Stopped("stopped; the same command goes on from here", 130) from None
     written = len(files.index)
     if not written:
         raise DataError(f"{args.images}: not one of {len(items)} files is a readable image; see "

@@ -6,7 +6,7 @@ from scipy import ndimage
 from torch import Tensor
 from torchvision.ops import box_iou
 
-from common import runtime
+from common import distributed, runtime
 
 THRESHOLD = 0.2                # of the map's maximum
 LEAST_IOU = 0.5                # with the true box
@@ -68,5 +68,5 @@ def localise(net, batches, args) -> tuple[float, float]:
                           *images.shape[2:])
         hits += torch.tensor([*(part.sum() for part in found), len(labels)], device=hits.device)
         start += len(labels)
-    right, given, count = runtime.total(hits).tolist()
+    right, given, count = distributed.total(hits).tolist()
     return 100 * right / count, 100 * given / count

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common import runtime
+from common import distributed
 
 
 def superpixel_labels(labels: Tensor, perm: Tensor, from_b: Tensor) -> Tensor:
@@ -45,9 +45,9 @@ def superpixel_contrastive(logits: Tensor, labels: Tensor, kept: Tensor,
         features = F.normalize(logits.float(), dim=-1).flatten(0, 1)
         share = (kept if weights is None else weights.detach() * kept).float().flatten()
         labels, kept = labels.flatten(), kept.flatten()
-        processes = runtime.world() if gather else 1
+        processes = distributed.world() if gather else 1
         if processes > 1:
-            features, share, labels, kept = (runtime.gather_rows(t)
+            features, share, labels, kept = (distributed.gather_rows(t)
                                              for t in (features, share, labels, kept))
         elif features.device.type == "cpu":             # a matrix without padding; a GPU would wait
             features, share, labels, kept = (t[kept] for t in (features, share, labels, kept))

@@ -24,8 +24,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 import torch.nn.functional as F
 
-from common import data, metrics, preview, runlog, runtime
+from common import data, distributed, flags, metrics, plots, runtime
 from common.data.batches import unnormalise
+from common.distributed import log
+from common.errors import RunError
+from common.flags import add_boolean, amount, count, number, positive, share
 from common.mixing import (
     cutmix,
     draw_centre,
@@ -34,7 +37,7 @@ from common.mixing import (
     soft_cross_entropy,
     soft_targets,
 )
-from common.runtime import RunError, add_boolean, amount, count, number, positive, share
+from common.run import Run, StepSums, about
 from safuse import losses, mixing, network, picture, superpixels
 from safuse.localisation import localise
 from safuse.recipes import SCHEDULES, STREAMING, defaults, learning_rate
@@ -68,7 +71,7 @@ def parse_args(argv=None):
         help="ImageNet weights of the encoder: torchvision (downloaded), a local file, or none")
     add("--start_epoch", "--START_EPOCH", type=count, default=None,
         help="first epoch (default: 0 or --resume's)")
-    add("--RESUME", type=runtime.boolean, nargs="?", const=True, default=False, metavar="BOOL",
+    add("--RESUME", type=flags.boolean, nargs="?", const=True, default=False, metavar="BOOL",
         help="the same as --resume auto")
     add("--schedule", choices=[*SCHEDULES, "step"], help="of the learning rate; A, B and C are the "
         "papers' and count epochs to 600 (C: 300)")
@@ -104,7 +107,7 @@ def parse_args(argv=None):
     add("--label_share", choices=["both", "attention"],
         help="the label's share of image b is its share of attention, or the mean of this and of "
              "the area; with attention alone at least one superpixel is classified")
-    runtime.add_flags(
+    flags.add_flags(
         parser, data.NAMES, network.ARCHS,
         {"data_dir": ["--data_path"], "epochs": ["--NB_EPOCH"], "lr": ["--LR"],
          "batch_size": ["--BATCH_SIZE", "-b"]},
@@ -148,7 +151,7 @@ def is_mixed(args, epoch: int, step: int) -> bool:
     """Whether this step's batch is mixed: on all processes or on none."""
     if args.method == "baseline" or args.p_binom == 0:
         return False
-    generator = torch.Generator().manual_seed(runtime.seed_of(args.seed, "mixed", epoch, step))
+    generator = torch.Generator().manual_seed(distributed.seed_of(args.seed, "mixed", epoch, step))
     return bool(torch.rand((), generator=generator) < args.cutmix_prob)
 
 
@@ -173,7 +176,7 @@ def mix_batch(net, images, args, info, generator) -> Mixed:
                      labels, mask)
 
     chosen = mixing.draw_chosen(n, most, args.p_binom, generator)
-    trim = False if args.gather and runtime.world() > 1 else None   # ranks contrast equal shapes
+    trim = False if args.gather and distributed.world() > 1 else None   # ranks: equal shapes
     mixed, fused, from_b = mixing.superpixel_mix(images, perm, labels, labels[perm], chosen,
                                                  num_a=most, trim=trim)
     return Mixed(mixed, perm, labels=labels, fused=fused, from_b=from_b)
@@ -224,7 +227,7 @@ def training_step(net, model, images, labels, args, info, mixed_step, generator,
     else:
         loss = F.cross_entropy(outputs[0].float(), labels)
     total = loss
-    if runtime.world() > 1:                     # ranks wait for the gradient of every parameter
+    if distributed.world() > 1:                     # ranks wait for the gradient of every parameter
         total = loss + sum(0 * p.sum() for p in idle)
     scaler.scale(total).backward()
     for parameter in idle:                      # no gradient: weight decay leaves it alone, too
@@ -235,9 +238,9 @@ def training_step(net, model, images, labels, args, info, mixed_step, generator,
 def train_one_epoch(net, model, loader, optimizer, scaler, args, info, run):
     """The rest of the epoch that `run` stands in; returns its sums of loss and hits."""
     net.train()
-    sums = metrics.StepSums(len(loader), run.device, run.sums)
+    sums = StepSums(len(loader), run.device, run.sums)
     for step, (images, labels) in run.steps(loader):
-        generator = runtime.step_generator(args.seed, run.epoch, step)
+        generator = distributed.step_generator(args.seed, run.epoch, step)
         optimizer.zero_grad(set_to_none=True)
         loss, logits = training_step(net, model, images, labels, args, info,
                                      is_mixed(args, run.epoch, step), generator, scaler)
@@ -252,9 +255,9 @@ def train_one_epoch(net, model, loader, optimizer, scaler, args, info, run):
 
 def evaluate(net, test, args):
     """--evaluate: accuracy, and for cub200 with its boxes weakly supervised localisation."""
-    runtime.say(f"test: {metrics.sentence(metrics.evaluate(net, test, args))}")
+    log(f"test: {metrics.sentence(metrics.evaluate(net, test, args))}")
     if args.dataset == "cub200" and test.data.boxes:
-        runtime.say("localisation (IoU at least 0.5): {:.2f} % with the right class, {:.2f} % "
+        log("localisation (IoU at least 0.5): {:.2f} % with the right class, {:.2f} % "
                     "with the class given".format(*localise(net, test, args)))
 
 
@@ -263,16 +266,16 @@ def draw_preview(path, net, train, args, info):
     """A picture of the first training batch, mixed by the method."""
     train.set_epoch(0)
     images, labels = (part[:8] for part in next(iter(train)))
-    generator, title = runtime.step_generator(args.seed, 0, 0), f"{args.method} on {info.name}"
+    generator, title = distributed.step_generator(args.seed, 0, 0), f"{args.method} on {info.name}"
     if args.method == "baseline":
-        return preview.draw(path, title, {"image": images},
+        return plots.preview(path, title, {"image": images},
                             F.one_hot(labels, info.num_classes).float(), info)
     net.eval()
     mixed = mix_batch(net, images, args, info, generator)
     perm, shares, mask = mixed.perm, {"area": mixed.ratio}, mixed.mask
     if mixed.labels is None:
         rows = {"image": images, "partner": images[perm], "mixed": mixed.images}
-        return preview.draw(path, title, rows, soft_targets(labels, perm, mixed.ratio,
+        return plots.preview(path, title, rows, soft_targets(labels, perm, mixed.ratio,
                                                             info.num_classes), info)
     if mixed.fused is not None:
         _, _, scores, counts = net(mixed.images, mixed.fused, mixed.from_b.shape[1])
@@ -315,18 +318,18 @@ def main(argv=None):
     optimizer = torch.optim.SGD(net.parameters(), lr=args.lr, momentum=args.momentum,
                                 weight_decay=args.weight_decay, nesterov=args.nesterov)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
-    runtime.say(f"{runlog.about(info, net, train, args)}; method {args.method}")
+    log(f"{about(info, net, train, args)}; method {args.method}")
 
     # The run: its folder, what it holds already, and the place to go on from
-    run = runlog.Run(args, device, info, [args.method], {"method": args.method},
+    run = Run(args, device, info, [args.method], {"method": args.method},
                      model=net, optimizer=optimizer, scaler=scaler)
     if args.evaluate or args.preview:
         if not run.load_weights() and args.pretrained:
             network.load_pretrained(net.encoder, args.arch, args.pretrained)
         if args.evaluate:
             evaluate(net, test, args)
-        elif runtime.rank() == 0:
-            runtime.say(f"mixed images: {draw_preview(args.preview, net, train, args, info)}")
+        elif distributed.rank() == 0:
+            log(f"mixed images: {draw_preview(args.preview, net, train, args, info)}")
         return net
     run.start(args.start_epoch)
     if args.pretrained and not run.resumed:
@@ -339,7 +342,7 @@ def main(argv=None):
             group["lr"] = rate
         sums = train_one_epoch(net, model, train, optimizer, scaler, args, info, run)
         row, timing = {"lr": rate} | sums.result(), run.clock()
-        runtime.share_buffers(net)
+        distributed.share_buffers(net)
         row |= metrics.columns(metrics.evaluate(net, test, args))
         run.end_epoch(row | timing, row["test_accuracy"], sums)
 

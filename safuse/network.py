@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torchvision import models
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
+from common.errors import RunError
 from common.models.features import load_weights
 from common.models.parts import PreActBlock, conv, post_act_block
-from common.runtime import RunError
 
 # block, depths, options of the block, torchvision's name
 RESNETS = {

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from common import preview
+from common import plots
 
 SIDE = 224                     # pixels at which borders are drawn
 
@@ -35,7 +35,7 @@ def draw_mixed(path, title: str, images: Tensor, mixed: Tensor, perm: Tensor, la
     rows = {"image a": borders(images, labels), "image b": borders(images[perm], labels[perm]),
             "mask": mask.cpu().numpy(), "fused": borders(mixed, fused)}
     percent = {name: (100 * share).round().int().tolist() for name, share in shares.items()}
-    return preview.grid(path, title, rows, [
+    return plots.grid(path, title, rows, [
         "\n".join([f"{names[i]} : {names[j]}",
                    *(f"{name} {of[i]} : {100 - of[i]}" for name, of in percent.items())])
         for i, j in enumerate(perm.tolist())], side=1.5)

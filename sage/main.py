@@ -24,8 +24,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 import torch.nn.functional as F
 
-from common import data, metrics, models, preview, runlog, runtime
+from common import data, distributed, flags, metrics, models, plots, runtime
 from common.data.batches import statistics, to_uint8
+from common.distributed import log
+from common.errors import RunError
+from common.flags import add_boolean, amount, count, number, positive, share
 from common.mixing import (
     cutmix,
     draw_centre,
@@ -35,7 +38,7 @@ from common.mixing import (
     soft_targets,
     softmax_bce,
 )
-from common.runtime import RunError, add_boolean, amount, count, number, positive, share
+from common.run import Run, StepSums, about
 from sage import comixup, puzzlemix, saliencymix
 from sage.rearrange import draw_offsets, gradient_saliency, sage_mix
 
@@ -128,7 +131,7 @@ def parse_args(argv=None):
     add_boolean(add, "--set_resolve", True, "break ties of identical outputs")
     add("--m_niter", type=positive, default=4, help="sweeps")
     add_boolean(add, "--parallel", True, "parts in threads")
-    runtime.add_flags(
+    flags.add_flags(
         parser, data.NAMES, ARCHS,
         {"lr": ["--learning_rate"], "weight_decay": ["--decay"],
          "job_name": ["--add_name", "--tag"]},
@@ -315,9 +318,9 @@ def training_step(net, model, images, labels, args, info, epoch, generator, scal
 def train_one_epoch(net, model, loader, optimizer, scaler, args, info, run):
     """The rest of the epoch that `run` stands in; returns its sums of loss and hits."""
     net.train()
-    sums = metrics.StepSums(len(loader), run.device, run.sums)
+    sums = StepSums(len(loader), run.device, run.sums)
     for step, (images, labels) in run.steps(loader):
-        generator = runtime.step_generator(args.seed, run.epoch, step)
+        generator = distributed.step_generator(args.seed, run.epoch, step)
         optimizer.zero_grad(set_to_none=True)
         loss, logits = training_step(net, model, images, labels, args, info, run.epoch, generator,
                                      scaler)
@@ -346,20 +349,20 @@ def evaluate(net, test, args, info):
     for name, attack in (("clean", None), ("FGSM 4/255", fgsm(net, 4 / 255, info)),
                          ("FGSM 8/255", fgsm(net, 8 / 255, info))):
         result = metrics.evaluate(net, test, args, attack=attack)
-        runtime.say(f"{name:>10}: {metrics.sentence(result)}")
+        log(f"{name:>10}: {metrics.sentence(result)}")
 
 
 def draw_preview(path, net, train, args, info, scaler):
     """A picture of the first training batch, mixed by the method."""
     train.set_epoch(0)
     images, labels = next(iter(train))
-    generator = runtime.step_generator(args.seed, 0, 0)
+    generator = distributed.step_generator(args.seed, 0, 0)
     mixed = mix_batch(copy.deepcopy(net), images, labels, args, info, generator, scaler)
     shown = mixed.images
     if mixed.hidden:                # drawn at the input; training mixes behind a drawn layer
         shown, _ = mixup(images, mixed.hidden["perm"], mixed.hidden["lam"])
     rows = {"image": images, "partner": mixed.partners, "saliency": mixed.saliency, "mixed": shown}
-    return preview.draw(path, f"{args.method} on {info.name}",
+    return plots.preview(path, f"{args.method} on {info.name}",
                         {name: batch for name, batch in rows.items() if batch is not None},
                         mixed.targets, info)
 
@@ -397,18 +400,18 @@ def main(argv=None):
     optimizer = torch.optim.SGD(net.parameters(), lr=args.lr, momentum=args.momentum,
                                 weight_decay=args.weight_decay, nesterov=args.momentum > 0)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
-    runtime.say(f"{runlog.about(info, net, train, args)}; method {args.method}")
+    log(f"{about(info, net, train, args)}; method {args.method}")
 
     # The run: its folder, what it holds already, and the place to go on from
-    run = runlog.Run(args, device, info, [args.method, f"job{args.job_id}" * (args.job_id > 0)],
+    run = Run(args, device, info, [args.method, f"job{args.job_id}" * (args.job_id > 0)],
                      model=net, optimizer=optimizer, scaler=scaler)
     if args.evaluate or args.preview:
         run.load_weights()
         if args.evaluate:
             evaluate(net, test, args, info)
-        elif runtime.rank() == 0:
+        elif distributed.rank() == 0:
             picture = draw_preview(args.preview, net, train, args, info, scaler)
-            runtime.say(f"mixed images: {picture}")
+            log(f"mixed images: {picture}")
         return net
     run.start(args.start_epoch)
 
@@ -421,7 +424,7 @@ def main(argv=None):
             group["lr"] = rate
         sums = train_one_epoch(net, model, train, optimizer, scaler, args, info, run)
         row, timing = {"lr": rate} | sums.result(), run.clock()
-        runtime.share_buffers(net)
+        distributed.share_buffers(net)
         for part, batches in (("valid", info.valid), ("test", test)):
             if batches:
                 row |= metrics.columns(metrics.evaluate(net, batches, args), part)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import runtime
+from common import distributed
 
 
 class Encoder(nn.Module):
@@ -44,7 +44,7 @@ class Queue(nn.Module):
 
         Raises ValueError for more keys than the queue holds.
         """
-        keys = runtime.gather_rows(keys).to(self.keys.dtype)
+        keys = distributed.gather_rows(keys).to(self.keys.dtype)
         if len(keys) > len(self.keys):
             raise ValueError(f"{len(keys)} keys do not fit into a queue of {len(self.keys)}")
         place = torch.arange(len(keys), device=keys.device) + self.position
@@ -61,10 +61,11 @@ def shuffle(images: Tensor, order: Tensor) -> Tensor:
     the keys' and queries' common statistics would give a positive pair away (MoCo section 3.3). One
     process has nothing to shuffle.
     """
-    if runtime.world() == 1:
+    if distributed.world() == 1:
         return images
-    mine = order.view(runtime.world(), -1)[runtime.rank()].to(images.device, non_blocking=True)
-    return runtime.gather_rows(images)[mine]
+    mine = order.view(distributed.world(), -1)[distributed.rank()]
+    mine = mine.to(images.device, non_blocking=True)
+    return distributed.gather_rows(images)[mine]
 
 
 def unshuffle(outputs: Tensor, order: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ import statistics
 
 import torch
 
-from common import metrics, runtime
+from common import distributed, metrics, runtime
 from common.data.batches import statistics as on_device
 from samix.mixblock import mix
 
@@ -33,7 +33,7 @@ def measure(net, batches, args) -> dict:
         for total, logits in zip(sums, outputs, strict=True):
             total += metrics.tally(logits, labels)
     net.train()
-    return dict(zip(names, map(metrics.averages, runtime.total(sums).tolist()), strict=True))
+    return dict(zip(names, map(metrics.averages, distributed.total(sums).tolist()), strict=True))
 
 
 def report(run) -> str:

@@ -20,9 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import checkpoint, data, metrics, models, runlog, runtime
+from common import checkpoint, data, distributed, flags, metrics, models, runtime
+from common.distributed import log
+from common.errors import RunError
 from common.models.features import Backbone, build_backbone
-from common.runtime import RunError
+from common.run import Run, StepSums, about
 from samix.momentum import cosine
 
 
@@ -33,7 +35,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("run").add_argument
     add("--weights", required=True, metavar="CHECKPOINT|random",
         help="of pretrain.py (or of another run of the probe's network)")
-    runtime.add_flags(parser, data.NAMES, models.ALL, {}, initial_channels=None, epochs=100,
+    flags.add_flags(parser, data.NAMES, models.ALL, {}, initial_channels=None, epochs=100,
                       batch_size=256, lr=0.1, weight_decay=0.0)
     args = parser.parse_args(argv)
     if args.preview:
@@ -69,9 +71,9 @@ class Probe(nn.Module):
 def train_one_epoch(net, model, loader, optimizer, scaler, args, run):
     """The rest of the epoch that `run` stands in; returns its sums of loss and hits."""
     net.train()
-    sums = metrics.StepSums(len(loader), run.device, run.sums)
+    sums = StepSums(len(loader), run.device, run.sums)
     for step, (images, labels) in run.steps(loader):
-        runtime.step_generator(args.seed, run.epoch, step)
+        distributed.step_generator(args.seed, run.epoch, step)
         fall = cosine(run.epoch * len(loader) + step, args.epochs * len(loader))
         optimizer.param_groups[0]["lr"] = args.lr * fall
         optimizer.zero_grad(set_to_none=True)
@@ -125,14 +127,14 @@ def main(argv=None):
                                 weight_decay=args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     what = "random" if not state else known.get("method", "weights")
-    runtime.say(f"{runlog.about(info, net, train, args)}; probe of {what}")
+    log(f"{about(info, net, train, args)}; probe of {what}")
 
     # The run
-    run = runlog.Run(args, device, info, ["probe", what], {"weights": digest.hexdigest()},
+    run = Run(args, device, info, ["probe", what], {"weights": digest.hexdigest()},
                      model=net, optimizer=optimizer, scaler=scaler)
     if args.evaluate:
         run.load_weights()
-        runtime.say(f"test: {metrics.sentence(metrics.evaluate(net, test, args))}")
+        log(f"test: {metrics.sentence(metrics.evaluate(net, test, args))}")
         return net
     run.start(weights=args.weights)
 
@@ -140,7 +142,7 @@ def main(argv=None):
     while not run.over:
         sums = train_one_epoch(net, model, train, optimizer, scaler, args, run)
         row, timing = {"lr": optimizer.param_groups[0]["lr"]} | sums.result(), run.clock()
-        runtime.share_buffers(net)
+        distributed.share_buffers(net)
         row |= metrics.columns(metrics.evaluate(net, test, args))
         run.end_epoch(row | timing, row["test_accuracy"], sums)
 

@@ -21,12 +21,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import Tensor, nn
 
-from common import data, metrics, mixing, models, preview, runlog, runtime
+from common import data, distributed, flags, metrics, mixing, models, plots, runtime
 from common.data.batches import ResizedCrop
+from common.distributed import log
+from common.flags import add_boolean
 from common.mixing import draw_lambda, soft_targets
 from common.models.features import build_backbone, load_weights
 from common.randaugment import randaugment
-from common.runtime import add_boolean
+from common.run import Run, StepSums, about
 from samix import configs
 from samix.evaluation import measure, mixtures, report
 from samix.losses import head_loss
@@ -52,7 +54,7 @@ def parse_args(argv=None):
     """The flags; usage errors end the program with exit code 2."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    amount, share, count = runtime.amount, runtime.share, runtime.count
+    amount, share, count = flags.amount, flags.share, flags.count
     add = parser.add_argument_group("run").add_argument
     add("--config", default="cifar100_r18", metavar="NAME", help="sets the flags below, unless the "
         f"command line does: one of the authors' files, or {', '.join(configs.CONFIGS)}")
@@ -62,14 +64,14 @@ def parse_args(argv=None):
     add("--crop", choices=["zero", "reflect", "resized"], help="of sets in memory: a crop of the "
         "image with a border of zeros or of its reflection, or of a random part, resized")
     add("--padding", type=count, help="width of that border")
-    add("--crop_scale", type=runtime.number(above=0, high=1), help="least area of a resized crop")
+    add("--crop_scale", type=flags.number(above=0, high=1), help="least area of a resized crop")
     add_boolean(add, "--resize_first", None,
                 "sets read from disk: first the shorter side becomes 256/224 of image_size")
     add_boolean(add, "--randaugment", None, "two random operations, magnitude 7 ± 0.5 of 10")
     add("--mean", type=float, nargs=3, metavar="R", help="of pixels in [0, 1]")
-    add("--std", type=runtime.number(above=0), nargs=3, metavar="R")
+    add("--std", type=flags.number(above=0), nargs=3, metavar="R")
     add_boolean(add, "--drop_last", None, "no partial batch at an epoch's end")
-    add("--layer", type=runtime.positive, help="stage (of DeiT: block) whose features the MixBlock "
+    add("--layer", type=flags.positive, help="stage (of DeiT: block) whose features the MixBlock "
         "sees, from 1")
     add("--drop_path", type=share, help="of transformers: stochastic depth of the last block")
     add("--pretrained", nargs="?", const=True, metavar="BOOL|FILE", help="begin with ImageNet "
@@ -117,7 +119,7 @@ def parse_args(argv=None):
     add("--ema_base", type=share, help="branch k: momentum up to a share ema_start of the run")
     add("--ema_end", type=share, help="what it then grows to")
     add("--ema_start", type=share)
-    runtime.add_flags(parser, data.NAMES, models.ALL, {"lr": ["--learning_rate"]}, momentum=None)
+    flags.add_flags(parser, data.NAMES, models.ALL, {"lr": ["--learning_rate"]}, momentum=None)
 
     first, _ = parser.parse_known_args(argv)
     try:
@@ -260,10 +262,10 @@ def training_step(model, images, labels, args, info, generator, scaler, fall):
 def train_one_epoch(net, model, loader, optimizer, scaler, args, info, run):
     """The rest of the epoch that `run` stands in; returns its sums of loss and hits."""
     net.train()
-    sums = metrics.StepSums(len(loader), run.device, run.sums)
+    sums = StepSums(len(loader), run.device, run.sums)
     total = args.epochs * len(loader)
     for step, (images, labels) in run.steps(loader):
-        generator = runtime.step_generator(args.seed, run.epoch, step)
+        generator = distributed.step_generator(args.seed, run.epoch, step)
         done = run.epoch * len(loader) + step
         rates = step_rates(args, done, len(loader))
         for group in optimizer.param_groups:
@@ -291,14 +293,14 @@ def train_one_epoch(net, model, loader, optimizer, scaler, args, info, run):
 def evaluate(net, test, args):
     """--evaluate: the heads' accuracy on the test images."""
     for name, result in measure(net, test, args).items():
-        runtime.say(f"{name}: {metrics.sentence(result)}")
+        log(f"{name}: {metrics.sentence(result)}")
 
 
 def draw_preview(path, net, train, args, info):
     """A picture of pairs of the first training batch, their mixtures and, if learned, masks."""
     train.set_epoch(0)
     images, labels = (part[:16] for part in next(iter(train)))
-    generator = runtime.step_generator(args.seed, 0, 0)
+    generator = distributed.step_generator(args.seed, 0, 0)
     if args.method in LEARNED:
         perm = draw_partners(len(images), generator, True)
         rows = {"image": images, "partner": images[perm],
@@ -307,7 +309,7 @@ def draw_preview(path, net, train, args, info):
     else:
         mixed, targets, perm = mix_baseline(images, labels, args, info, generator)
         rows = {"image": images, "partner": images[perm], "mixed": mixed}
-    return preview.draw(path, f"{args.method} on {info.name}", rows, targets, info)
+    return plots.preview(path, f"{args.method} on {info.name}", rows, targets, info)
 
 
 # ------------------------------------------------------------------------------------------ start
@@ -330,7 +332,7 @@ def build(args, info) -> nn.Module:
 def load_pretrained(net, args):
     """--pretrained: ImageNet weights for both branches."""
     wish = str(args.pretrained)
-    wish = (runtime.BOOLEANS | {"none": False}).get(wish.lower(), wish)
+    wish = (flags.BOOLEANS | {"none": False}).get(wish.lower(), wish)
     if wish is False:
         return
     q = getattr(net, "q", net)
@@ -369,18 +371,18 @@ def main(argv=None):
     optimizer = torch.optim.AdamW(groups, args.lr) if args.optimizer == "adamw" else \
         torch.optim.SGD(groups, args.lr, args.momentum, nesterov=args.nesterov)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
-    runtime.say(f"{runlog.about(info, net, train, args)}; method {args.method}")
+    log(f"{about(info, net, train, args)}; method {args.method}")
 
     # The run: its folder, what it holds already, and the place to go on from
-    run = runlog.Run(args, device, info, [args.method], {"method": args.method},
+    run = Run(args, device, info, [args.method], {"method": args.method},
                      model=net, optimizer=optimizer, scaler=scaler)
     if args.evaluate or args.preview:
         if not run.load_weights():
             load_pretrained(net, args)
         if args.evaluate:
             evaluate(net, test, args)
-        elif runtime.rank() == 0:
-            runtime.say(f"mixed images: {draw_preview(args.preview, net, train, args, info)}")
+        elif distributed.rank() == 0:
+            log(f"mixed images: {draw_preview(args.preview, net, train, args, info)}")
         return net
     run.start()
     if not run.resumed:
@@ -393,7 +395,7 @@ def main(argv=None):
         sums = train_one_epoch(net, model, train, optimizer, scaler, args, info, run)
         row = {"lr": optimizer.param_groups[0]["lr"]} | sums.result()
         timing = run.clock()
-        runtime.share_buffers(net)
+        distributed.share_buffers(net)
         heads = measure(net, test, args)
         row |= metrics.columns(next(iter(heads.values())))
         row |= {f"{name}_accuracy": head["top1"] for name, head in heads.items()}
@@ -401,7 +403,7 @@ def main(argv=None):
 
     # The report
     if args.method in LEARNED:
-        runtime.say(report(run))
+        log(report(run))
     run.finish(f"{args.method}, {args.arch} on {info.name}", draw_preview, net, train, args, info)
     return net
 

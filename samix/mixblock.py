@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.errors import RunError
 from common.mixing import draw_perm, per_image
-from common.runtime import RunError
 
 MASK_LOSSES = ("l1_variance", "l1", "l2_variance", "sparsity")
 

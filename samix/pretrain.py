@@ -23,12 +23,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import Tensor, nn
 
-from common import data, metrics, models, preview, runlog, runtime
+from common import data, distributed, flags, models, plots, runtime
 from common.data.batches import statistics, to_uint8
 from common.data.imagenet import DaliStream
+from common.distributed import log
+from common.errors import RunError
+from common.flags import add_boolean
 from common.mixing import draw_lambda, soft_targets
 from common.models.features import build_backbone
-from common.runtime import RunError, add_boolean
+from common.run import Run, StepSums, about
 from samix.contrast import (
     Encoder,
     Queue,
@@ -65,28 +68,28 @@ def parse_args(argv=None):
     """The flags; usage errors end the program with exit code 2."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    amount, share = runtime.amount, runtime.share
+    amount, share = flags.amount, flags.share
     add = parser.add_argument_group("run").add_argument
     add("--config", choices=CONFIGS, default="cifar100_r18",
         help="sets dataset, arch, blur and queue, unless the command line does")
     add("--method", choices=["samix", "moco"], default="samix")
 
     add = parser.add_argument_group("data and network").add_argument
-    add("--crop_scale", type=runtime.number(above=0, high=1), default=0.2,
+    add("--crop_scale", type=flags.number(above=0, high=1), default=0.2,
         help="least area of a view")
     add("--blur", type=share, help="probability of a view's blur")
-    add("--layer", type=runtime.positive, default=3, help="stage whose features the MixBlock sees")
+    add("--layer", type=flags.positive, default=3, help="stage whose features the MixBlock sees")
 
     add = parser.add_argument_group("contrast").add_argument
-    add("--queue", type=runtime.positive, help="keys that are kept as negatives")
-    add("--dim", type=runtime.positive, default=128, help="of the embeddings")
-    add("--temperature", type=runtime.number(above=0), default=0.2)
+    add("--queue", type=flags.positive, help="keys that are kept as negatives")
+    add("--dim", type=flags.positive, default=128, help="of the embeddings")
+    add("--temperature", type=flags.number(above=0), default=0.2)
     add("--ema", type=share, default=0.999, help="momentum of the keys' encoder")
     add_boolean(add, "--sync_bn", False,
                 "GPUs: BatchNorm over all processes, instead of shuffled keys")
 
     add = parser.add_argument_group("mixing").add_argument
-    add("--alpha", type=runtime.number(above=0), default=2.0, help="lambda ~ Beta(alpha, alpha)")
+    add("--alpha", type=flags.number(above=0), default=2.0, help="lambda ~ Beta(alpha, alpha)")
     add("--lam_mul_k", type=float, default=-1.0, help="how lambda scales the features")
     add("--mask_margin", type=share, default=0.1,
         help="masks whose mean is further from lambda are moved to it")
@@ -99,7 +102,7 @@ def parse_args(argv=None):
     add("--block_weight", type=amount, default=1.0)
     add("--extend_weight", type=amount, default=0.5, help="falls to 0 along a cosine")
     add("--mask_loss", type=amount, default=0.1, help="weight, falls to 0 along a cosine")
-    runtime.add_flags(parser, data.NAMES, models.ALL, {}, epochs=200, batch_size=256, lr=0.03,
+    flags.add_flags(parser, data.NAMES, models.ALL, {}, epochs=200, batch_size=256, lr=0.03,
                       weight_decay=1e-4)
 
     first, _ = parser.parse_known_args(argv)
@@ -128,7 +131,7 @@ def draw_mixing(n: int, args, generator, shared) -> Draws:
     """Draws for the n images of this rank; `shared`: a generator that all ranks have alike."""
     lam_bb, lam_mb = draw_lambda(args.alpha, generator, 2)
     perm_bb, perm_mb = (draw_partners(n, generator) for _ in range(2))
-    total = n * runtime.world()
+    total = n * distributed.world()
     order = torch.arange(total) if args.sync_bn else torch.randperm(total, generator=shared)
     return Draws(lam_bb, lam_mb, perm_bb, perm_mb, order,
                  draw_extension((n, args.dim), args.extend == "extra", generator))
@@ -207,10 +210,11 @@ def training_step(model, images, queue, args, info, generator, shared, scaler, f
 def train_one_epoch(net, model, queue, loader, optimizer, scaler, args, info, run):
     """The rest of the epoch that `run` stands in; returns its sums of loss and hits."""
     net.train()
-    sums = metrics.StepSums(len(loader), run.device, run.sums)
+    sums = StepSums(len(loader), run.device, run.sums)
     for step, (images, _) in run.steps(loader):
-        shared = torch.Generator().manual_seed(runtime.seed_of(args.seed, "order", run.epoch, step))
-        generator = runtime.step_generator(args.seed, run.epoch, step)
+        order_seed = distributed.seed_of(args.seed, "order", run.epoch, step)
+        shared = torch.Generator().manual_seed(order_seed)
+        generator = distributed.step_generator(args.seed, run.epoch, step)
         fall = cosine(run.epoch * len(loader) + step, args.epochs * len(loader))
         for group in optimizer.param_groups:
             group["lr"] = args.lr * fall
@@ -234,14 +238,14 @@ def draw_preview(path, net, train, args, info):
     train.set_epoch(0)
     images, labels = next(iter(train))
     images, labels = images[:16], labels[:16]
-    generator = runtime.step_generator(args.seed, 0, 0)
+    generator = distributed.step_generator(args.seed, 0, 0)
     view_q, view_k = two_views(images, args, info, generator)
     perm, lam = draw_partners(len(images), generator, True), 1.0
     rows = {"view q": view_q, "view k": view_k}
     if args.method == "samix":
         lam = 0.7                                           # of the last row
         rows |= {"partner, view k": view_k[perm], **mixtures(net, view_q, view_k, perm, args, info)}
-    return preview.draw(path, f"{args.method} on {info.name}", rows,
+    return plots.preview(path, f"{args.method} on {info.name}", rows,
                         soft_targets(labels, perm, torch.tensor(lam), info.num_classes), info)
 
 
@@ -284,17 +288,17 @@ def main(argv=None):
     optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], args.lr,
                                 args.momentum, weight_decay=args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
-    runtime.say(f"{runlog.about(info, net, train, args)}; method {args.method}, {args.queue} keys")
+    log(f"{about(info, net, train, args)}; method {args.method}, {args.queue} keys")
 
     # The run: its folder, what it holds already, and the place to go on from
-    run = runlog.Run(args, device, info, [args.method, "pretrained"],
+    run = Run(args, device, info, [args.method, "pretrained"],
                      {"layer": args.layer, "image_size": info.image_size, "method": args.method,
                       "queue": args.queue},
                      model=net, queue=queue, optimizer=optimizer, scaler=scaler)
     if args.preview:
         run.load_weights()
-        if runtime.rank() == 0:
-            runtime.say(f"mixed images: {draw_preview(args.preview, net, train, args, info)}")
+        if distributed.rank() == 0:
+            log(f"mixed images: {draw_preview(args.preview, net, train, args, info)}")
         return net
     run.start()
 
@@ -302,13 +306,13 @@ def main(argv=None):
     while not run.over:
         sums = train_one_epoch(net, model, queue, train, optimizer, scaler, args, info, run)
         row, timing = {"lr": optimizer.param_groups[0]["lr"]} | sums.result(), run.clock()
-        runtime.share_buffers(net)
+        distributed.share_buffers(net)
         run.end_epoch(row | timing, None, sums)
 
     # The report
     run.finish(f"{args.method}, {args.arch} on {info.name} (accuracy: queries nearest to their own "
                "key)", draw_preview, net, train, args, info)
-    runtime.say(f"now: python samix/linear_probe.py --weights {run.folder / 'checkpoint.pt'}")
+    log(f"now: python samix/linear_probe.py --weights {run.folder / 'checkpoint.pt'}")
     return net
 
 

@@ -4,7 +4,9 @@ from pathlib import Path
 
 import torch
 
-from common import metrics, runlog, runtime
+from common import distributed, metrics
+from common.distributed import log
+from common.plots import write_atomic
 from soft_aug import plots
 from soft_aug.softcrop import confidence, soft_crop
 
@@ -28,7 +30,7 @@ def measure(net, batches, args, info, attack=None) -> dict:
     result = metrics.evaluate(KnownClasses(net, info.num_classes), batches, args,
                               attack=attack, keep_logits=True)
     *means, count = metrics.reliability_bins(result.pop("logits"), result.pop("labels"))
-    sums = runtime.total(torch.stack([*(mean * count for mean in means), count])).cpu()
+    sums = distributed.total(torch.stack([*(mean * count for mean in means), count])).cpu()
     sure, right, count = *(sums[:2] / sums[2].clamp(min=1)), sums[2]
     error = float(((right - sure).abs() * count).sum() / count.sum())
     return result | {"ece": error, "bins": (sure, right, count)}
@@ -36,7 +38,7 @@ def measure(net, batches, args, info, attack=None) -> dict:
 
 def occlude(offset: int):
     """Slides test images by `offset` pixels along both axes, each way; outside: the mean colour."""
-    generator = torch.Generator().manual_seed(runtime.seed_of("occlusion", runtime.rank()))
+    generator = torch.Generator().manual_seed(distributed.seed_of("occlusion", distributed.rank()))
 
     def attack(images, labels):
         signs = 2 * torch.randint(2, (len(images), 2), generator=generator) - 1
@@ -48,7 +50,7 @@ def write_csv(path: Path, columns: dict):
     """Equally long columns of numbers by name."""
     lines = [",".join(f"{float(value):.6g}" for value in row)
              for row in zip(*columns.values(), strict=True)]
-    runlog.write_atomic(path, "\n".join([",".join(columns), *lines]) + "\n")
+    write_atomic(path, "\n".join([",".join(columns), *lines]) + "\n")
 
 
 def evaluate(net, test, args, info, folder: Path | None, prefix: str = ""):
@@ -65,11 +67,11 @@ def evaluate(net, test, args, info, folder: Path | None, prefix: str = ""):
                      "loss": result["loss"], "ece": result["ece"]})
         if not rows[1:]:
             bins = result["bins"]
-            runtime.say(f"test: accuracy {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, "
+            log(f"test: accuracy {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, "
                         f"loss {result['loss']:.4f}, ECE {result['ece']:.4f} "
                         f"({100 * result['ece']:.2f} %) on {result['count']} images")
         else:
-            runtime.say(f"{100 * visible:.0f} % visible (offset {offset} pixels): accuracy "
+            log(f"{100 * visible:.0f} % visible (offset {offset} pixels): accuracy "
                         f"{result['top1']:.2f} %, loss {result['loss']:.4f}, "
                         f"ECE {100 * result['ece']:.2f} %")
     if not folder:
@@ -90,7 +92,7 @@ def evaluate(net, test, args, info, folder: Path | None, prefix: str = ""):
         plots.curve(folder / f"{prefix}softening.png", "Confidence in the label of a crop",
                     "confidence", visible, {f"k = {args.pcrop:g}": sure}, top=1,
                     chance=1 / info.num_classes)
-    runtime.say(f"calibration and occlusion: {folder}/{prefix}*.png, *.csv")
+    log(f"calibration and occlusion: {folder}/{prefix}*.png, *.csv")
 
 
 def write_events(run):

@@ -26,11 +26,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 import torch.nn.functional as F
 
-from common import checkpoint, data, metrics, models, preview, runlog, runtime
+from common import checkpoint, data, distributed, flags, metrics, models, plots, runtime
 from common.data.sets import STREAMED
+from common.distributed import log
+from common.errors import RunError
+from common.flags import add_boolean, amount, count, number, positive
 from common.mixing import cutout, draw_lambda, draw_perm, draw_pixels, mixup
 from common.randaugment import draw_randaugment, rand_augment
-from common.runtime import RunError, add_boolean, amount, count, number, positive
+from common.run import Run, StepSums, about
 from soft_aug.evaluation import evaluate, measure, write_events
 from soft_aug.losses import (
     cross_entropy,
@@ -101,7 +104,7 @@ def parse_args(argv=None):
         help="st: the loss is multiplied by the mean confidence, or each image's by its own")
     add_boolean(add, "--no-soften", False, "st: hard targets, only reweighted")
     add_boolean(add, "--other", False, "st: the rest goes to a class of its own")
-    runtime.add_flags(
+    flags.add_flags(
         parser, DATASETS, NETS,
         {"dataset": ["--task"], "arch": ["--net"], "batch_size": ["--b"], "workers": ["--n"],
          "lr": ["--learning_rate"], "weight_decay": ["--wd"], "job_name": ["--prefix"]},
@@ -152,8 +155,8 @@ def choose_seed(args, device) -> int:
         seed = max(runs, default=(0, seed))[1]
     elif args.resume:
         seed = checkpoint.load(args.resume).get("args", {}).get("seed", seed)
-    seed = int(runtime.total(torch.tensor(seed * (runtime.rank() == 0), device=device)))
-    runtime.say(f"seed: {seed}")
+    seed = int(distributed.total(torch.tensor(seed * (distributed.rank() == 0), device=device)))
+    log(f"seed: {seed}")
     return seed
 
 
@@ -237,9 +240,9 @@ def training_step(model, images, labels, args, info, epoch, generator, scaler):
 def train_one_epoch(net, model, loader, optimizer, scaler, args, info, run):
     """The rest of the epoch that `run` stands in; returns its sums of loss and hits."""
     net.train()
-    sums = metrics.StepSums(len(loader), run.device, run.sums)
+    sums = StepSums(len(loader), run.device, run.sums)
     for step, (images, labels) in run.steps(loader):
-        generator = runtime.step_generator(args.seed, run.epoch, step)
+        generator = distributed.step_generator(args.seed, run.epoch, step)
         for group in optimizer.param_groups:
             group["lr"] = step_rate(args, run.epoch * len(loader) + step, len(loader))
         optimizer.zero_grad(set_to_none=True)
@@ -258,12 +261,12 @@ def draw_preview(path, train, args, info):
     """A picture of the first training batch, augmented as the flags say."""
     train.set_epoch(0)
     images, labels = next(iter(train))
-    generator = runtime.step_generator(args.seed, 0, 0)
+    generator = distributed.step_generator(args.seed, 0, 0)
     mixed = mix_batch(images, args, info, 0, generator)
     rows = {"image": images, "partner": None if mixed.perm is None else images[mixed.perm],
             "mixed": mixed.images}
     info = dataclasses.replace(info, classes=[*info.classes, *["other"] * args.other])
-    return preview.draw(path, f"--da {args.da} --loss {args.loss} on {info.name}",
+    return plots.preview(path, f"--da {args.da} --loss {args.loss} on {info.name}",
                         {name: batch for name, batch in rows.items() if batch is not None},
                         target_shares(labels, mixed, args, len(info.classes)), info)
 
@@ -293,22 +296,22 @@ def main(argv=None):
                                 weight_decay=args.weight_decay,
                                 nesterov=args.momentum > 0 and not args.no_nag)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
-    runtime.say(f"{runlog.about(info, net, train, args)}; augmentation {args.da}"
+    log(f"{about(info, net, train, args)}; augmentation {args.da}"
                 + (" with RandAugment" if args.ra else "") + f", loss {args.loss}")
     strong = math.ceil(max(0.05 * args.epochs, args.epochs - args.ft))
     if 2 * strong < args.epochs and (args.da > 0 or args.noise or args.mixup):
-        runtime.warn(f"--ft {args.ft} leaves {strong} of {args.epochs} epochs with "
+        distributed.warn(f"--ft {args.ft} leaves {strong} of {args.epochs} epochs with "
                      "the augmentation asked for; --ft 0 augments in all")
 
     # The run: its folder, what it holds already, and the place to go on from
-    run = runlog.Run(args, device, info, run_name(args), {"other": args.other},
+    run = Run(args, device, info, run_name(args), {"other": args.other},
                      model=net, optimizer=optimizer, scaler=scaler)
     if args.evaluate or args.preview:
         path = run.load_weights()
         if args.evaluate:
             evaluate(net, test, args, info, path.parent if run.writes else None, f"{path.stem}_")
-        elif runtime.rank() == 0:
-            runtime.say(f"mixed images: {draw_preview(args.preview, train, args, info)}")
+        elif distributed.rank() == 0:
+            log(f"mixed images: {draw_preview(args.preview, train, args, info)}")
         return net
     run.start()
 
@@ -317,7 +320,7 @@ def main(argv=None):
         epoch = run.epoch
         sums = train_one_epoch(net, model, train, optimizer, scaler, args, info, run)
         row, timing = {"lr": optimizer.param_groups[0]["lr"]} | sums.result(), run.clock()
-        runtime.share_buffers(net)
+        distributed.share_buffers(net)
         if epoch % args.eval_every == 0 or epoch + 1 == args.epochs or run.steps_left == 0:
             result = measure(net, test, args, info)
             row |= metrics.columns(result) | {"test_ece": result["ece"]}

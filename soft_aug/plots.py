@@ -2,7 +2,7 @@
 import torch
 from matplotlib.figure import Figure
 
-from common.runlog import BLUE, GRID, save_figure
+from common.plots import BLUE, GRID, save_figure
 
 RED, GREY = "#d1495b", "#8a8a8a"
 

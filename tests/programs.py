@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from common import checkpoint, runtime
+from common.errors import DataError
 
 
 class Program:
@@ -37,10 +38,10 @@ class Program:
 
         def load(dataset, place, **options):
             seen.update(options, dataset=dataset, place=place)
-            raise runtime.DataError("seen")
+            raise DataError("seen")
 
         monkeypatch.setattr(self.module.data, "load", load)
-        with pytest.raises(runtime.DataError, match="seen"):
+        with pytest.raises(DataError, match="seen"):
             self.module.main([*self.small, *words.split()])
         return seen
 

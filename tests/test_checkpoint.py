@@ -9,8 +9,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from common import checkpoint, metrics, runlog, runtime
-from common.runtime import RunError
+from common import checkpoint, distributed, plots
+from common.errors import RunError
+from common.run import Run, StepSums
 
 CPU = torch.device("cpu")
 INFO = SimpleNamespace(name="set", num_classes=2, fingerprint="0")
@@ -104,7 +105,7 @@ def make_run(root, **flags):
     args = SimpleNamespace(**{"root_dir": str(root), "resume": "", "max_steps": None, "epochs": 3,
                               "evaluate": "", "tensorboard": False, "batch_size": 10, "arch": "a",
                               "initial_channels": 16, "seed": 0, "job_name": ""} | flags)
-    return runlog.Run(args, CPU, INFO, ["run", ""], model=torch.nn.Linear(2, 2))
+    return Run(args, CPU, INFO, ["run", ""], model=torch.nn.Linear(2, 2))
 
 
 def test_run_folder_is_held_by_one_run(tmp_path):
@@ -163,7 +164,7 @@ def test_signals_are_noted_from_the_start_on(tmp_path):
 
 def end_epoch(run, accuracy, **row):
     run.step = run.epoch_steps = 1
-    sums = metrics.StepSums(1, CPU)
+    sums = StepSums(1, CPU)
     run.end_epoch({"test_accuracy": accuracy, "seconds": 1.0} | row, accuracy, sums)
 
 
@@ -200,7 +201,7 @@ def test_what_is_not_finite_is_not_saved(tmp_path, harm):
 
 
 def test_ranks_must_see_the_same_checkpoint(tmp_path, monkeypatch):
-    monkeypatch.setattr(runtime, "gather", lambda place: [place, (4, 0)])
+    monkeypatch.setattr(distributed, "gather", lambda place: [place, (4, 0)])
     with pytest.raises(RunError, match="a disk that all machines share"):
         make_run(tmp_path).start()
 
@@ -253,7 +254,7 @@ def test_unwritable_root_is_named(tmp_path):
 
 
 def test_run_logs_epochs_and_goes_on(tmp_path):
-    sums = metrics.StepSums(2, CPU)
+    sums = StepSums(2, CPU)
     run = make_run(tmp_path, tensorboard=True)
     run.start(places=6)
 
@@ -271,7 +272,7 @@ def test_run_logs_epochs_and_goes_on(tmp_path):
     assert loader.place == (1, 0) and not run.over
     lines = (run.folder / "log.csv").read_text().splitlines()
     assert lines == ["epoch,train_loss,test_accuracy,seconds", "0,1,50,2", "1,0.5,51,2"]
-    assert run.draw_curves("title").stat().st_size > 5000
+    assert plots.curves(run.folder / "curves.png", "title", run.history).stat().st_size > 5000
     assert list((run.folder / "tensorboard").iterdir())
     assert json.loads((run.folder / "args.json").read_text())["parameters"] == 6
     assert checkpoint.load(run.folder / "best.pt")["accuracy"] == 50    # the better of the two

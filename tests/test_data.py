@@ -9,9 +9,10 @@ from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as TF
 
-from common import data, runtime
+from common import data, distributed
 from common.data import sets
 from common.data.batches import Batches, ResizedCrop, draw_boxes, resize_boxes, to_uint8
+from common.errors import DataError
 
 CPU = torch.device("cpu")
 HALF = SimpleNamespace(mean=(0.5,) * 3, std=(0.25,) * 3)
@@ -115,7 +116,7 @@ def test_cifar_in_its_three_forms(tmp_path, monkeypatch):
     archive = load("cifar10", tmp_path / "archive")[0]
     assert torch.equal(train_images(archive), train_images(reference))
     (base / "data_batch_1").write_bytes(b"cos\nsystem\n(S'echo harm'\ntR.")      # never unpickled
-    with pytest.raises(runtime.DataError, match="data_batch_1"):
+    with pytest.raises(DataError, match="data_batch_1"):
         load("cifar10", tmp_path / "archive")
 
 
@@ -148,7 +149,7 @@ def test_tiny_imagenet_layouts(tmp_path, sorted_val):
 def test_images_of_other_sizes_are_resized(tmp_path):
     save_folders(tmp_path, sizes=(48, 40))
     Image.new("RGB", (40, 44)).save(tmp_path / "train" / "dog" / "2.png")
-    with pytest.raises(runtime.DataError, match="image_size"):
+    with pytest.raises(DataError, match="image_size"):
         load("folder", tmp_path, batch_size=4)
     images, _ = next(iter(load("folder", tmp_path, batch_size=4, image_size=24)[0]))
     assert images.shape[2:] == (24, 24)
@@ -162,7 +163,7 @@ def test_images_that_are_not_square_keep_their_shape(tmp_path):
     for file in (root / "test").rglob("*.png"):
         with Image.open(file) as image:
             image.crop((0, 0, 32, 32)).save(file)
-    with pytest.raises(runtime.DataError, match="have 48×32 pixels, test images 32×32"):
+    with pytest.raises(DataError, match="have 48×32 pixels, test images 32×32"):
         load("folder", tmp_path, batch_size=4)
     assert next(iter(load("folder", tmp_path, batch_size=4, image_size=24)[1]))[0].shape[3] == 24
 
@@ -171,7 +172,7 @@ def test_images_that_are_not_square_keep_their_shape(tmp_path):
 
 def test_faults_name_the_file(tmp_path):
     def fault(name, place, match, **options):
-        with pytest.raises(runtime.DataError, match=match):
+        with pytest.raises(DataError, match=match):
             load(name, place, **options)
 
     fault("npz", tmp_path / "none.npz", "none.npz: no such")
@@ -272,8 +273,8 @@ def test_ranks_share_each_batch(tmp_path, monkeypatch, world):
     alone, in_order = train_images(whole), torch.cat([images for images, _ in tests])
     parts, test_parts = [], []
     for rank in range(world):
-        monkeypatch.setattr(runtime, "world", lambda: world)
-        monkeypatch.setattr(runtime, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(distributed, "world", lambda: world)
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
         train, test, _ = load("npz", place, batch_size=12)
         parts.append(list(train))
         test_parts += [images for images, _ in test]
@@ -287,10 +288,10 @@ def test_ranks_share_each_batch(tmp_path, monkeypatch, world):
 
 def test_partial_training_batch_keeps_ranks_in_step(tmp_path, monkeypatch):
     place = save_npz(tmp_path / "a.npz", per_class=12, classes=4)       # 48 = 4 × 10 + 8, world 3
-    monkeypatch.setattr(runtime, "world", lambda: 3)
+    monkeypatch.setattr(distributed, "world", lambda: 3)
     sizes = []
     for rank in range(3):
-        monkeypatch.setattr(runtime, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
         sizes.append([len(labels) for _, labels in load("npz", place, batch_size=15)[0]])
     assert sizes == [[5, 5, 5, 1]] * 3
 
@@ -371,7 +372,7 @@ def test_dali_makes_these_crops_too(tmp_path, options):
 
 def test_reflection_must_fit(tmp_path):
     save_npz(tmp_path / "a.npz")
-    with pytest.raises(runtime.DataError, match="cannot be padded by 32 of their reflection"):
+    with pytest.raises(DataError, match="cannot be padded by 32 of their reflection"):
         load("npz", tmp_path / "a.npz", padding=32, reflect=True)
 
 

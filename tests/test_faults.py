@@ -13,7 +13,8 @@ import torch
 from conftest import ROOT
 from test_sage_main import SMALL, faults, same, train, weights
 
-from common import checkpoint, data, runtime
+from common import checkpoint, data
+from common.errors import DataError
 
 TINY = [*SMALL, "--image_size", "8", "--labels_per_class", "6", "--print_freq", "1"]
 
@@ -167,7 +168,7 @@ def test_cifar_pickles_are_opened_after_their_checksum_only(tmp_path):
     folder.mkdir()
     for name in ("train", "test", "meta"):
         (folder / name).write_bytes(pickle.dumps(Harm(tmp_path / "harmed")))
-    with pytest.raises(runtime.DataError, match="missing or damaged: train, test"):
+    with pytest.raises(DataError, match="missing or damaged: train, test"):
         data.load("cifar100", str(tmp_path), batch_size=10, device=torch.device("cpu"))
     assert not (tmp_path / "harmed").exists()
 
@@ -182,6 +183,6 @@ def test_foreign_archives_are_not_unpacked(tmp_path, monkeypatch):
     with tarfile.open(place / "cifar-100-python.tar.gz", "w:gz") as archive:
         archive.add(__file__, "../outside.py")
         archive.add(__file__, "cifar-100-python/train")
-    with pytest.raises(runtime.DataError, match="the download failed"):
+    with pytest.raises(DataError, match="the download failed"):
         data.load("cifar100", str(place), batch_size=10, device=torch.device("cpu"))
     assert not (tmp_path / "outside.py").exists() and not (place / "cifar-100-python").exists()

@@ -12,7 +12,7 @@ from PIL import Image
 from common import data
 from common.data import imagenet
 from common.data.recordio import RecordFile
-from common.runtime import DataError, RunError
+from common.errors import DataError, RunError
 from resizemix import make_recordio
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

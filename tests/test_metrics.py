@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from common import metrics, runtime
+from common import metrics
+from common.errors import RunError
+from common.run import StepSums
 
 ALL = SimpleNamespace(amp="off", max_steps=None)
 
@@ -53,14 +55,14 @@ def test_calibration_error_by_hand():
 
 
 def test_epoch_sums_name_the_step_of_a_nan():
-    sums = metrics.StepSums(6, torch.device("cpu"))
+    sums = StepSums(6, torch.device("cpu"))
     logits, labels = torch.eye(4), torch.tensor([0, 1, 2, 0])
     for step in range(4):
         sums.add(step, torch.tensor(2.0 + step), logits, labels)
     sums.check(epoch=7)
     assert sums.result() == {"train_loss": 3.5, "train_accuracy": 75.0}
-    resumed = metrics.StepSums(6, torch.device("cpu"), sums.state())
+    resumed = StepSums(6, torch.device("cpu"), sums.state())
     resumed.add(4, torch.tensor(np.nan), logits, labels)
     resumed.add(5, torch.tensor(1.0), logits, labels)
-    with pytest.raises(runtime.RunError, match="nan at epoch 7, step 4"):
+    with pytest.raises(RunError, match="nan at epoch 7, step 4"):
         resumed.check(epoch=7)

@@ -18,7 +18,7 @@ from test_imagenet import HAS_DALI, make_photos, pack
 from common import runtime
 from common.data import recordio
 from common.data.recordio import RecordFile
-from common.runtime import DataError
+from common.errors import DataError
 from resizemix import make_recordio
 
 PROGRAM = ROOT / "resizemix" / "make_recordio.py"

@@ -21,7 +21,8 @@ from programs import Program, same, weights
 from test_imagenet import make_photos, pack
 from torchvision.transforms import v2
 
-from common import checkpoint, models, runtime
+from common import checkpoint, distributed, models, plots
+from common.errors import DataError, RunError
 from common.mixing import draw_pixels
 from resizemix import augment, cost, gradcam, mixing
 from resizemix import main as resizemix
@@ -46,7 +47,7 @@ needs_dali = pytest.mark.skipif(not HAS_DALI, reason="DALI is not installed")
 def no_pictures(monkeypatch):
     """Skips what takes most of a tiny run's time."""
     monkeypatch.setattr(resizemix, "draw_preview", lambda *args: None)
-    monkeypatch.setattr(resizemix.runlog.Run, "draw_curves", lambda *args: None)
+    monkeypatch.setattr(plots, "curves", lambda *args: None)
 
 
 def batch(n=6, side=16):
@@ -131,7 +132,7 @@ def test_training_is_the_recipe(tmp_path, words, rate, no_pictures, monkeypatch)
     for epoch in range(3):
         batches.set_epoch(epoch)
         for step, (images, labels) in enumerate(batches):
-            generator = runtime.step_generator(0, epoch, step)
+            generator = distributed.step_generator(0, epoch, step)
             torch.rand((), generator=generator)             # CutMix or ResizeMix
             perm = torch.randperm(30, generator=generator)
             if args.cutmix_prob:
@@ -329,11 +330,11 @@ def test_grad_cam_finds_the_class():
     expected = (expected / expected.amax((1, 2), keepdim=True)).nan_to_num()
     assert torch.allclose(maps, F.interpolate(expected[:, None], (16, 16), mode="bilinear")[:, 0],
                           atol=1e-5)
-    with pytest.raises(runtime.RunError, match="the network's last one is layer3.1"):
+    with pytest.raises(RunError, match="the network's last one is layer3.1"):
         gradcam.find_layer(net, "layer3.2")
     big = resizemix.models.build("resnet50", 10, 224)
     assert gradcam.find_layer(big, "layer4.2") is big.layer4[2]
-    with pytest.raises(runtime.RunError, match="not for ConvNeXt"):
+    with pytest.raises(RunError, match="not for ConvNeXt"):
         gradcam.find_layer(models.build("convnext_t", 2, 32), "layer4.2")
 
 
@@ -460,10 +461,10 @@ def test_imagenet_trains_from_folders_and_records(photos, tmp_path, source, caps
 def test_imagenets_parts_must_agree(photos, tmp_path):
     shutil.copytree(photos / "folders", tmp_path / "set")
     os.rename(tmp_path / "set" / "val" / "class 2", tmp_path / "set" / "val" / "class x")
-    with pytest.raises(runtime.DataError, match="train and val differ in their classes: class 2"):
+    with pytest.raises(DataError, match="train and val differ in their classes: class 2"):
         resizemix.main([*STREAM, "--data_dir", str(tmp_path / "set")])
     os.rename(tmp_path / "set" / "val", tmp_path / "set" / "other")
-    with pytest.raises(runtime.DataError, match="neither val.rec nor a folder val/"):
+    with pytest.raises(DataError, match="neither val.rec nor a folder val/"):
         resizemix.main([*STREAM, "--data_dir", str(tmp_path / "set")])
 
 

@@ -6,12 +6,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from common import models, runtime
+from common import distributed, flags, models, runtime
+from common.errors import DataError, RunError
 
 
 def test_step_randomness_depends_on_its_number_alone():
     def draws(*place):
-        generator = runtime.step_generator(*place)
+        generator = distributed.step_generator(*place)
         return torch.rand(3, generator=generator).tolist() + torch.rand(3).tolist()
 
     assert draws(1, 2, 3) == draws(1, 2, 3)
@@ -21,7 +22,7 @@ def test_step_randomness_depends_on_its_number_alone():
 
 def test_booleans_keep_the_papers_forms():
     parser = argparse.ArgumentParser()
-    runtime.add_boolean(parser.add_argument, "--log_off", False, "")
+    flags.add_boolean(parser.add_argument, "--log_off", False, "")
     parsed = [parser.parse_args(line.split()).log_off for line in
               ("", "--log_off", "--log_off True", "--log_off false", "--log_off 1", "--log_off no")]
     assert parsed == [False, True, True, False, True, False]
@@ -30,7 +31,7 @@ def test_booleans_keep_the_papers_forms():
 
 
 @pytest.mark.parametrize("fault, code, line", [
-    (runtime.DataError("a.npz: damaged"), 1, "error: a.npz: damaged"),
+    (DataError("a.npz: damaged"), 1, "error: a.npz: damaged"),
     (OSError(28, "No space left on device", "x/log.csv"), 1, "x/log.csv: No space left"),
     (torch.OutOfMemoryError("CUDA out of memory"), 1, "lower --batch_size"),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 1, "memory is full"),
@@ -48,11 +49,11 @@ def test_known_faults_are_one_line(capsys, fault, code, line):
 
 
 @pytest.mark.parametrize("kind, text, allowed", [
-    (runtime.positive, "1", True), (runtime.positive, "0", False), (runtime.positive, "1.5", False),
-    (runtime.count, "0", True), (runtime.count, "-1", False), (runtime.amount, "1e-4", True),
-    (runtime.amount, "nan", False), (runtime.amount, "inf", False), (runtime.amount, "-1", False),
-    (runtime.share, "1", True), (runtime.share, "1.01", False), (runtime.share, "x", False),
-    (runtime.number(above=0), "0", False), (runtime.number(above=0), "0.1", True)])
+    (flags.positive, "1", True), (flags.positive, "0", False), (flags.positive, "1.5", False),
+    (flags.count, "0", True), (flags.count, "-1", False), (flags.amount, "1e-4", True),
+    (flags.amount, "nan", False), (flags.amount, "inf", False), (flags.amount, "-1", False),
+    (flags.share, "1", True), (flags.share, "1.01", False), (flags.share, "x", False),
+    (flags.number(above=0), "0", False), (flags.number(above=0), "0.1", True)])
 def test_numbers_have_bounds(kind, text, allowed):
     if allowed:
         assert kind(text) == float(text)
@@ -61,7 +62,7 @@ def test_numbers_have_bounds(kind, text, allowed):
             kind(text)
 
 
-def flags(**changed):
+def settings(**changed):
     return SimpleNamespace(**{"device": "cpu", "amp": "off", "seed": 0, "channels_last": True,
                               "compile": False, "loader": "auto"} | changed)
 
@@ -76,20 +77,20 @@ def test_incomplete_launchers_are_named(monkeypatch, environment, line):
         monkeypatch.delenv(name)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(runtime.RunError, match=line):
-        runtime.setup(flags())
+    with pytest.raises(RunError, match=line):
+        runtime.setup(settings())
 
 
 def test_a_shell_under_slurm_is_one_process(monkeypatch):
     for name, value in {"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}.items():
         monkeypatch.setenv(name, value)
-    runtime.setup(flags())
-    assert runtime.world() == 1
+    runtime.setup(settings())
+    assert distributed.world() == 1
 
 
 def test_every_program_has_the_common_flags(capsys):
     parser = argparse.ArgumentParser()
-    runtime.add_flags(parser, ["digits"], ["net"], {"lr": ["--init_lr"]}, lr=0.1)
+    flags.add_flags(parser, ["digits"], ["net"], {"lr": ["--init_lr"]}, lr=0.1)
     args = parser.parse_args("--init_lr 0.2 --seed -3 --compile".split())
     assert (args.lr, args.seed, args.compile, args.momentum) == (0.2, -3, True, 0.9)
     assert (args.epochs, args.initial_channels, args.device) == (None, 64, "auto")
@@ -102,15 +103,15 @@ def test_every_program_has_the_common_flags(capsys):
 
 def test_missing_dali_is_said(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(runtime.RunError, match="DALI is not installed"):
-        runtime.setup(flags(loader="dali"))
+    with pytest.raises(RunError, match="DALI is not installed"):
+        runtime.setup(settings(loader="dali"))
 
 
 @pytest.mark.parametrize("channels", [4, 8])
 @pytest.mark.parametrize("size", [48, 56])
 def test_narrow_networks_run_on_the_cpu(channels, size):
     net = models.build("preactresnet18", 10, size, initial_channels=channels)
-    net, _ = runtime.prepare(net, flags(), torch.device("cpu"))
+    net, _ = runtime.prepare(net, settings(), torch.device("cpu"))
     net(torch.randn(4, 3, size, size)).sum().backward()     # in channels last torch crashes
 
 

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from conftest import Golden, golden_cases
 
-from common import runtime
-from common.runtime import DataError, RunError
+from common import distributed
+from common.errors import DataError, RunError
 from safuse import losses, mixing, network
 from safuse.localisation import boxes_of, localised
 from safuse.network import SuperpixelAttention, build, superpixel_pool
@@ -259,7 +259,7 @@ def test_contrastive_gathers(monkeypatch, device):
     expected = losses.superpixel_contrastive(whole, labels, kept, weights)
     expected.backward()
     ranks = Ranks()
-    monkeypatch.setattr(runtime, "dist", ranks)
+    monkeypatch.setattr(distributed, "dist", ranks)
 
     def run(rank):
         ranks.mine.rank, half = rank, slice(2 * rank, 2 * rank + 2)

@@ -20,7 +20,8 @@ from programs import Program, same, weights
 from test_imagenet import HAS_DALI, make_cub, make_dogs
 from test_safuse import close, relabelled
 
-from common import checkpoint, preview, runtime
+from common import checkpoint, distributed, plots, runtime
+from common.errors import DataError, RunError
 from safuse import localisation, network, recipes
 from safuse import main as safuse
 from safuse.network import SuperpixelAttention, superpixel_pool
@@ -332,7 +333,7 @@ def test_a_step_is_cross_entropy_and_what_the_method_adds(method, mixed_step, mo
         waited = []
         hooks = [p.register_hook(lambda grad: waited.append(float(grad.abs().max())))
                  for name, p in net.named_parameters() if name not in used]
-        monkeypatch.setattr(runtime, "world", lambda: 2)
+        monkeypatch.setattr(distributed, "world", lambda: 2)
         net.load_state_dict(state)
         net.zero_grad()
         among, _ = safuse.training_step(net, net, images, labels, args, Ten, mixed_step,
@@ -358,7 +359,7 @@ def test_a_run_is_the_recipe_step_by_step(tmp_path):
             net.zero_grad()
             safuse.training_step(net, net, images, labels, args, info,
                                  safuse.is_mixed(args, epoch, step),
-                                 runtime.step_generator(0, epoch, step), scaler)
+                                 distributed.step_generator(0, epoch, step), scaler)
             with torch.no_grad():
                 for name, p in net.named_parameters():
                     if p.grad is not None:                  # momentum lives through the run
@@ -391,8 +392,8 @@ def test_post_norm_is_blind_at_initialisation_and_pre_norm_is_not():
 @pytest.mark.parametrize("method", safuse.METHODS)
 def test_previews_are_drawn(tmp_path, method, monkeypatch):
     seen = {}
-    grid = preview.grid
-    monkeypatch.setattr(preview, "grid", lambda *args, **more: seen.update(
+    grid = plots.grid
+    monkeypatch.setattr(plots, "grid", lambda *args, **more: seen.update(
         rows=args[2], below=args[3]) or grid(*args, **more))
     safuse.main([*SMALL, "--method", method, "--preview", str(tmp_path / "p.png"),
                  "--root_dir", str(tmp_path / "none")])
@@ -420,7 +421,7 @@ def test_previews_are_drawn(tmp_path, method, monkeypatch):
 def test_attention_of_a_trained_network_shows_in_the_preview(tmp_path, monkeypatch):
     folder = train(tmp_path, "--attention_score", "pre_norm", "--epochs", 2, "--cutmix_prob", 1)
     texts = {}
-    monkeypatch.setattr(preview, "grid", lambda path, *args, **more: texts.update(
+    monkeypatch.setattr(plots, "grid", lambda path, *args, **more: texts.update(
         text=args[2]) or path)
     train(tmp_path, "--attention_score", "pre_norm", "--preview", tmp_path / "p.png", "--resume",
           folder / "checkpoint.pt")
@@ -512,19 +513,19 @@ def test_pretrained_weights_begin_a_run_and_never_overwrite_one(birds, tmp_path,
     safuse.main([*words, "--resume", "auto", "--max_steps", "1"])
     safuse.main([*words, "--evaluate", str(folder / "checkpoint.pt")])
     capsys.readouterr()
-    with pytest.raises(runtime.DataError, match=r"w\.pth: no such file"):
+    with pytest.raises(DataError, match=r"w\.pth: no such file"):
         safuse.main([*words, "--max_steps", "1", "--seed", "1"])
 
 
 def test_previews_begin_with_pretrained_weights(tmp_path):
-    with pytest.raises(runtime.DataError, match="none.pth: no such file of weights"):
+    with pytest.raises(DataError, match="none.pth: no such file of weights"):
         safuse.main([*SMALL, "--root_dir", str(tmp_path), "--pretrained", "none.pth", "--preview",
                      str(tmp_path / "a.png")])
 
 
 def test_gpu_ids_are_of_those_that_a_scheduler_gave(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
-    with pytest.raises(runtime.RunError, match="torch sees no such GPU"):
+    with pytest.raises(RunError, match="torch sees no such GPU"):
         safuse.main(["--gpu_ids", "1"])
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "5"
 
@@ -541,7 +542,7 @@ def test_images_need_not_be_square(tmp_path, capsys):
     for method in SUPERPIXELS + ["occamix"]:
         safuse.main([*words, "--method", method])
     assert "16×32 pixels" in capsys.readouterr().out
-    with pytest.raises(runtime.RunError, match="multiples of 16 pixels and equal, not 16×32"):
+    with pytest.raises(RunError, match="multiples of 16 pixels and equal, not 16×32"):
         safuse.main([*words, "--arch", "deit_b16"])
 
 
@@ -588,13 +589,13 @@ import sys
 sys.path.insert(0, {root!r})
 import torch
 import torch.distributed as dist
-from common import runtime
+from common.distributed import log
 from safuse import main
 net = main.main(sys.argv[1:])
 weights = torch.cat([value.double().flatten() for value in net.state_dict().values()])
 others = [torch.empty_like(weights) for _ in range(2)]
 dist.all_gather(others, weights)
-runtime.say(f"ranks agree: {{torch.equal(*others)}}")
+log(f"ranks agree: {{torch.equal(*others)}}")
 dist.destroy_process_group()
 """
 
@@ -677,7 +678,7 @@ def test_gpu_ids_choose_the_gpus(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(os, "environ", os.environ.copy())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     words = [word for word in SMALL if word not in ("--device", "cpu")]
-    with pytest.raises(runtime.RunError, match=r"--gpu_ids \[1\]: torch sees no such GPU"):
+    with pytest.raises(RunError, match=r"--gpu_ids \[1\]: torch sees no such GPU"):
         safuse.main([*words, "--gpu_ids", "1", "--root_dir", str(tmp_path)])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     asked = []

@@ -15,7 +15,7 @@ from conftest import ROOT
 from PIL import Image
 from programs import Program, same, weights
 
-from common import checkpoint, runtime
+from common import checkpoint, distributed
 from sage import main as sage
 from sage import puzzlemix
 
@@ -150,7 +150,7 @@ def test_training_is_the_recipe(tmp_path, words):
         for step, (images, labels) in enumerate(batches):
             net.zero_grad()
             gradient_by_hand(net, images, labels, args, info,
-                             runtime.step_generator(1, epoch, step))
+                             distributed.step_generator(1, epoch, step))
             with torch.no_grad():
                 for name, p in net.named_parameters():
                     grad = p.grad + 0.01 * p

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from conftest import Golden, golden_cases
 from torch import nn
 
-from common import runtime
+from common import distributed
 from common.mixing import soft_targets
 from samix import configs, pretrain
 from samix.contrast import (
@@ -743,7 +743,7 @@ def two_ranks(rank, path):
     images = torch.arange(12.0).view(4, 3) + 100 * rank
     everything = torch.cat([torch.arange(12.0).view(4, 3) + 100 * r for r in range(2)])
     order = torch.randperm(8, generator=torch.Generator().manual_seed(3))
-    assert torch.equal(runtime.gather_rows(images), everything)
+    assert torch.equal(distributed.gather_rows(images), everything)
     shuffled = shuffle(images, order)
     assert torch.equal(shuffled, everything[order[4 * rank:4 * rank + 4]])
     assert torch.equal(unshuffle(shuffled, order), images)

@@ -19,8 +19,9 @@ from programs import Program, same, weights
 from test_imagenet import make_cub, make_photos
 from torchvision.transforms import v2
 
-from common import runlog, runtime
+from common import plots
 from common.data.batches import ResizedCrop
+from common.errors import RunError
 from common.randaugment import randaugment
 from samix import configs
 from samix import main as samix
@@ -47,7 +48,7 @@ def pictures(request, monkeypatch):
     """Pictures take longer than the training here: made only for tests that look at them."""
     if "drawn" not in request.fixturenames:
         monkeypatch.setattr(samix, "draw_preview", lambda path, *words: path)
-        monkeypatch.setattr(runlog.Run, "draw_curves", lambda run, title: "curves.png")
+        monkeypatch.setattr(plots, "curves", lambda *args: "curves.png")
 
 
 # ---------------------------------------------------------------------------------------- methods
@@ -399,11 +400,11 @@ def test_pretrained_weights(tmp_path, capsys):
                 assert torch.equal(net.state_dict()[f"{branch}.backbone.before.{name}"], value)
     (tmp_path / "text.pt").write_text("nothing")
     for wrong, line in (("none.pt", "none.pt: no such file"), ("text.pt", "not a readable")):
-        with pytest.raises(runtime.RunError, match=line):
+        with pytest.raises(RunError, match=line):
             pretrained("--pretrained", str(tmp_path / wrong))
-    with pytest.raises(runtime.RunError, match="weights.pt does not fit resnet34"):
+    with pytest.raises(RunError, match="weights.pt does not fit resnet34"):
         pretrained("--arch", "resnet34", "--pretrained", str(tmp_path / "weights.pt"))
-    with pytest.raises(runtime.RunError, match="no ImageNet weights of resnet200"):
+    with pytest.raises(RunError, match="no ImageNet weights of resnet200"):
         pretrained("--arch", "resnet200", "--pretrained")
     assert torch.equal(net.q.one.weight, net.k.one.weight)
     pretrained("--pretrained", "none")
@@ -494,13 +495,13 @@ RANKS = """
 import sys
 sys.path.insert(0, {root!r})
 import torch, torch.distributed as dist
-from common import runtime
+from common.distributed import log
 from samix import {program}
 net = {program}.main(sys.argv[1:])
 values = torch.cat([value.double().flatten() for name, value in net.state_dict().items()])
 others = [torch.empty_like(values) for _ in range(2)]
 dist.all_gather(others, values)
-runtime.say(f"ranks agree: {{torch.equal(*others)}}")
+log(f"ranks agree: {{torch.equal(*others)}}")
 dist.destroy_process_group()
 """
 
@@ -567,7 +568,7 @@ def test_script_trains_on_two_ranks(sets, tmp_path):
     ("--evaluate --preview a.png", "--preview: not allowed with argument --evaluate"),
     ("--lr 1e30 --print_freq 1", "at epoch 0, ")])
 def test_bad_input_is_one_line(tmp_path, words, line, capsys):
-    with pytest.raises((SystemExit, runtime.RunError)) as fault:
+    with pytest.raises((SystemExit, RunError)) as fault:
         samix.main([*SMALL, "--root_dir", str(tmp_path), *words.split()])
     assert line in f"{fault.value} {capsys.readouterr().err}" and "\n" not in str(fault.value)
     assert not list(tmp_path.rglob("*.pt"))
@@ -603,7 +604,7 @@ def test_preview_shows_the_network_of_the_run(tmp_path, drawn):
 
 def test_a_run_of_another_method_is_not_resumed(tmp_path):
     folder = train(tmp_path / "a", "--max_steps", 1)
-    with pytest.raises(runtime.RunError, match="method samix .here automix."):
+    with pytest.raises(RunError, match="method samix .here automix."):
         train(tmp_path / "b", "--method", "automix", "--resume", folder / "checkpoint.pt")
 
 

@@ -11,7 +11,8 @@ from test_samix_main import drawn, killed, on_two_ranks  # noqa: F401
 from torch import nn
 from torchvision.transforms.v2 import functional as TF
 
-from common import checkpoint, data, runlog, runtime
+from common import checkpoint, data, plots
+from common.errors import RunError
 from samix import linear_probe, pretrain, views
 from samix import main as samix
 
@@ -24,7 +25,7 @@ PROBE = "--batch_size 30 --device cpu".split()
 def pictures(request, monkeypatch):
     if "drawn" not in request.fixturenames:
         monkeypatch.setattr(pretrain, "draw_preview", lambda path, *words: path)
-        monkeypatch.setattr(runlog.Run, "draw_curves", lambda run, title: "curves.png")
+        monkeypatch.setattr(plots, "curves", lambda *args: "curves.png")
 
 
 def train(root, *words):
@@ -292,7 +293,7 @@ def test_probe_survives_single_images_and_keeps_to_its_weights(tmp_path):
     state = checkpoint.load(folder / "checkpoint.pt")
     state["identity"]["weights"] = "another backbone's"
     checkpoint.save(folder, state)
-    with pytest.raises(runtime.RunError, match="of another run: weights"):
+    with pytest.raises(RunError, match="of another run: weights"):
         probe(tmp_path, *words, "--resume", "auto")
 
 
@@ -351,7 +352,7 @@ def test_bad_input_is_one_line(tmp_path_factory, program, words, line, capsys):
             "--initial_channels", 8, "--max_steps", 1) / "checkpoint.pt")
     capsys.readouterr()
     common = SMALL if program is pretrain else PROBE
-    with pytest.raises((SystemExit, runtime.RunError)) as fault:
+    with pytest.raises((SystemExit, RunError)) as fault:
         program.main([*common, "--root_dir", str(root / "runs"), *words.split()])
     assert line in f"{fault.value} {capsys.readouterr().err}" and "\n" not in str(fault.value)
     assert not (root / "runs").exists()

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from PIL import Image
 from programs import Program, same, weights
 
-from common import checkpoint, metrics, runtime
+from common import checkpoint, distributed, metrics
+from common.errors import RunError
 from soft_aug import evaluation, plots
 from soft_aug import main as soft_aug
 from soft_aug.losses import soft_target_loss
@@ -41,7 +42,7 @@ def no_pictures(monkeypatch):
     for name in ("reliability_diagram", "curve"):
         monkeypatch.setattr(plots, name, lambda *args, **options: None)
     monkeypatch.setattr(soft_aug, "draw_preview", lambda *args: None)
-    monkeypatch.setattr(soft_aug.runlog.Run, "draw_curves", lambda *args: None)
+    monkeypatch.setattr("common.plots.curves", lambda *args: None)
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +191,7 @@ def test_training_is_the_recipe(tmp_path, words, rate, no_pictures, monkeypatch)
         for step, (images, labels) in enumerate(batches):
             net.zero_grad()
             loss_by_hand(net, images, labels, args, epoch,
-                         runtime.step_generator(0, epoch, step)).backward()
+                         distributed.step_generator(0, epoch, step)).backward()
             with torch.no_grad():
                 for name, p in net.named_parameters():
                     grad = p.grad + 0.01 * p
@@ -543,7 +544,7 @@ def test_a_copied_run_does_not_hide_the_run(tmp_path, no_pictures, capsys):
 
 def test_checkpoints_of_others_are_refused(trained):
     before = (trained / "checkpoint.pt").read_bytes()
-    with pytest.raises(runtime.RunError, match=r"other True \(here False\)"):
+    with pytest.raises(RunError, match=r"other True \(here False\)"):
         soft_aug.main([*SMALL, "--da", "2", "--loss", "st", "--labels_per_class", "60", "--resume",
                        str(trained / "checkpoint.pt"), "--root_dir", str(trained.parent)])
     assert (trained / "checkpoint.pt").read_bytes() == before

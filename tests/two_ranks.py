@@ -7,7 +7,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 import torch.distributed as dist
 
-from common import data, runtime
+from common import data
+from common.distributed import log
 from sage import main
 
 net = main.main(sys.argv[1:])
@@ -20,6 +21,6 @@ train, _, _ = data.load(args.dataset, args.data_dir, batch_size=args.batch_size,
                         labels_per_class=args.labels_per_class)
 shards = [None, None]
 dist.all_gather_object(shards, train.order.tolist())
-runtime.say(f"ranks agree: {torch.equal(*others)}\nshards: {len(shards[0])} and {len(shards[1])}, "
+log(f"ranks agree: {torch.equal(*others)}\nshards: {len(shards[0])} and {len(shards[1])}, "
             f"common: {len(set(shards[0]) & set(shards[1]))}")
 dist.destroy_process_group()

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import torch
 
-from common import runtime
+from common import distributed
 from common.data import fine_grained, imagenet, sets
 from common.data.batches import Batches, ResizedCrop
+from common.errors import DataError, RunError
 
 NAMES = sets.NAMES
 
@@ -62,10 +63,10 @@ def load(dataset: str, data_dir: str, *, batch_size: int, device, seed: int = 0,
     from padding to transform_first is not for them.
     Raises DataError for data that are not there.
     """
-    runtime.per_rank(batch_size)                            # or RunError
+    distributed.per_rank(batch_size)                            # or RunError
     if dataset in sets.STREAMED:
         if labels_per_class or valid_labels_per_class:
-            raise runtime.RunError("--labels_per_class is for sets that fit in memory, "
+            raise RunError("--labels_per_class is for sets that fit in memory, "
                                    f"not for {dataset}")
         mean, std = (mean, std) if mean else sets.STATISTICS["imagenet"]
         return load_streaming(dataset, data_dir, image_size or 224, mean, std, streaming or {},
@@ -76,7 +77,7 @@ def load(dataset: str, data_dir: str, *, batch_size: int, device, seed: int = 0,
                                      max(1, workers))
     if mean is None:                    # of the whole set, also when training on a part of it
         mean, std = sets.STATISTICS.get(dataset) or statistics(train.images)
-    generator = torch.Generator().manual_seed(runtime.seed_of(seed, "subset"))
+    generator = torch.Generator().manual_seed(distributed.seed_of(seed, "subset"))
     valid = None
     if valid_labels_per_class:
         valid, train = sets.balanced(train, valid_labels_per_class, classes, generator,
@@ -113,14 +114,14 @@ def load_streaming(dataset: str, data_dir: str, image_size: int, mean, std, opti
     part = "test" if holds("test") and not holds("val") else "val"
     sources = {"cub200": fine_grained.cub200, "stanford_dogs": fine_grained.stanford_dogs}
     parts = sources[dataset](place) if dataset in sources else (place, place)
-    common |= {"image_size": image_size, "mean": mean, "std": std, "rank": runtime.rank(),
-               "world": runtime.world()}
+    common |= {"image_size": image_size, "mean": mean, "std": std, "rank": distributed.rank(),
+               "world": distributed.world()}
     train = imagenet.streaming(parts[0], split="train", train=True, **options, **common)
     common |= {key: options[key] for key in ("test_crop", "filter") if key in options}
     test = imagenet.streaming(parts[1], split=part, train=False, **common)
     if train.classes and test.classes and train.classes != test.classes:
         odd = sorted(set(train.classes) ^ set(test.classes))
-        raise runtime.DataError(f"{place}: train and {part} differ in their classes"
+        raise DataError(f"{place}: train and {part} differ in their classes"
                                 + (f": {odd[0]}" if odd else "' order"))
     classes = train.classes or test.classes or [str(label) for label in range(1000)]
     train.num_classes = test.num_classes = len(classes)

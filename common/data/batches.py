@@ -6,7 +6,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from common import runtime
+from common import distributed
+from common.errors import DataError
 
 
 class ResizedCrop(NamedTuple):
@@ -42,11 +43,11 @@ class Batches:
         self.count, self.stored = len(labels), images.shape[1:3]
         self.size = size or self.stored
         if reflect and self.padding >= min(self.stored):
-            raise runtime.DataError(f"images of {self.stored[0]}×{self.stored[1]} pixels cannot be "
+            raise DataError(f"images of {self.stored[0]}×{self.stored[1]} pixels cannot be "
                                     f"padded by {self.padding} of their reflection")
         self.steps = self.count // batch_size if drop_last else -(-self.count // batch_size)
         if not self.steps:
-            raise runtime.DataError(f"--batch_size {batch_size} is more than the "
+            raise DataError(f"--batch_size {batch_size} is more than the "
                                     f"{self.count} training images")
         self.workers = workers
         self.dali = loader == "dali"        # auto: gathering in memory measures faster than DALI
@@ -71,7 +72,7 @@ class Batches:
         if self.seed is None:
             self.order = rows.to(self.device)
             return
-        generator = torch.Generator().manual_seed(runtime.seed_of(self.seed, "epoch", epoch))
+        generator = torch.Generator().manual_seed(distributed.seed_of(self.seed, "epoch", epoch))
         order = torch.randperm(self.count, generator=generator)
         shifts = torch.randint(0, 2 * self.padding + 1, (2, self.count), generator=generator)
         flips = (torch.rand(self.count, generator=generator) < 0.5) & self.flip
@@ -85,7 +86,7 @@ class Batches:
     def rows(self, step: int) -> torch.Tensor:
         """Places in the epoch's permutation that make up this rank's part of a batch."""
         rows = torch.arange(step * self.batch_size, min((step + 1) * self.batch_size, self.count))
-        rank, world = runtime.rank(), runtime.world()
+        rank, world = distributed.rank(), distributed.world()
         if self.seed is not None and len(rows) % world:
             rows = rows[torch.arange(-(-len(rows) // world) * world) % len(rows)]
         return rows[rank::world]
@@ -102,11 +103,11 @@ class Batches:
 
     def part(self, step: int) -> slice:
         """This rank's images of a step, as a slice of its draws of the epoch."""
-        size = self.batch_size // runtime.world()
+        size = self.batch_size // distributed.world()
         return slice(step * size, (step + 1) * size)
 
     def generator(self, step: int) -> torch.Generator:
-        seed = runtime.seed_of(self.seed, "transform", self.epoch, step, runtime.rank())
+        seed = distributed.seed_of(self.seed, "transform", self.epoch, step, distributed.rank())
         return torch.Generator().manual_seed(seed)
 
     def normalise(self, images: torch.Tensor) -> torch.Tensor:
@@ -163,7 +164,8 @@ class Batches:
         filters = {"interp_type": {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}[
             self.resized_crop.filter], "antialias": True} if self.resized_crop else {}
 
-        @pipeline_def(batch_size=-(-self.batch_size // runtime.world()), num_threads=self.workers,
+        @pipeline_def(batch_size=-(-self.batch_size // distributed.world()),
+                      num_threads=self.workers,
                       device_id=self.device.index if on_gpu else None)
         def pipeline():
             images, corner, sides, mirror = fn.external_source(source, num_outputs=4,

@@ -2,7 +2,7 @@
 from pathlib import Path
 
 from common.data.imagenet import Files, folder
-from common.runtime import DataError
+from common.errors import DataError
 
 
 def cub200(place: Path) -> tuple[Files, Files]:

@@ -16,10 +16,10 @@ from PIL.Image import Resampling
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms import RandomResizedCrop, v2
 
-from common import runtime
+from common import distributed
 from common.data.recordio import RecordFile, decode, reason
 from common.data.sets import list_classes
-from common.runtime import DataError, RunError
+from common.errors import DataError, RunError
 
 ASPECT = (3 / 4, 4 / 3)                 # of training crops
 JITTER = 0.4                            # brightness, contrast and saturation: 1 ± 0.4
@@ -163,7 +163,7 @@ class Stream:
 
     def number(self, *what) -> int:
         """A seed that is a function of the run's seed, the epoch and `what`."""
-        return runtime.seed_of(self.seed, "stream", self.epoch, *what)
+        return distributed.seed_of(self.seed, "stream", self.epoch, *what)
 
     def order(self) -> list[int]:
         """Items of this rank in this epoch, in order: a share of one permutation, or its shard."""

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from common.runtime import DataError
+from common.errors import DataError
 
 MAGIC = 0xCED7230A
 FRAME, HEADER = struct.Struct("<II"), struct.Struct("<IfQQ")

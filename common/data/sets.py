@@ -11,9 +11,10 @@ import torchvision
 from torchvision.transforms import functional as TF
 from tqdm import tqdm
 
-from common import runtime
+from common import distributed
 from common.data import recordio
-from common.runtime import DataError
+from common.distributed import log
+from common.errors import DataError
 
 IN_MEMORY = ("digits", "cifar10", "cifar100", "tiny-imagenet-200", "folder", "npz")
 STREAMED = ("imagenet", "cub200", "stanford_dogs")
@@ -117,15 +118,15 @@ def read_cifar_archive(name: str, place: Path):
     source = {"cifar10": torchvision.datasets.CIFAR10,
               "cifar100": torchvision.datasets.CIFAR100}[name]
     folder = place / source.base_folder
-    if runtime.rank() == 0 and not folder.is_dir():
-        runtime.say(f"{place} holds no {name}: downloading it there")
+    if distributed.rank() == 0 and not folder.is_dir():
+        log(f"{place} holds no {name}: downloading it there")
         try:
             place.mkdir(parents=True, exist_ok=True)
             source(str(place), download=True)
         except (OSError, RuntimeError) as fault:
             raise DataError(f"{place} holds neither {name}.npz, nor train/ and test/ folders, nor "
                             f"{source.base_folder}/, and the download failed ({fault})") from None
-    if runtime.world() > 1:
+    if distributed.world() > 1:
         torch.distributed.barrier()
     try:
         parts = [source(str(place), train=train) for train in (True, False)]
@@ -249,7 +250,7 @@ def decode_files(files: list[tuple[Path, int]], image_size: int | None, workers:
 
     with ThreadPoolExecutor(workers) as pool:
         bar = tqdm(pool.map(place, range(len(files))), total=len(files), desc="decoding",
-                   leave=False, disable=runtime.rank() != 0 or len(files) < 5000, mininterval=1)
+                   leave=False, disable=distributed.rank() != 0 or len(files) < 5000, mininterval=1)
         for _ in bar:
             pass
     return Split(images, np.array([label for _, label in files], np.int64))

@@ -10,8 +10,8 @@ from torchvision.models.swin_transformer import SwinTransformer
 from torchvision.models.vision_transformer import VisionTransformer
 
 from common import models
+from common.errors import DataError, RunError
 from common.models.parts import Network
-from common.runtime import DataError, RunError
 
 
 class Backbone(nn.Module):

@@ -10,6 +10,7 @@ from functools import partial
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
+from common.errors import RunError
 from common.models.parts import (
     Network,
     conv,
@@ -19,7 +20,6 @@ from common.models.parts import (
     post_act_block,
     stem_stride,
 )
-from common.runtime import RunError
 
 SPECS = {                      # block, blocks per stage, groups, width of a group
     "resnet18": (BasicBlock, (2, 2, 2, 2), 1, 64),

@@ -11,8 +11,8 @@ from torchvision.models.swin_transformer import SwinTransformer
 from torchvision.models.vision_transformer import VisionTransformer
 from torchvision.ops import StochasticDepth
 
+from common.errors import RunError
 from common.models.parts import conv
-from common.runtime import RunError
 
 SPECS = {                      # blocks, width of the (first) stage at 64 initial channels
     "deit_s": (12, 384),

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from common.runlog import BLUE, GRID, INK, save_figure, write_atomic
+from common.plots import BLUE, GRID, INK, save_figure, write_atomic
 
 ROOT = Path(__file__).resolve().parents[2]
 GREY = "#8d8c86"

@@ -22,7 +22,7 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from common import mixing
-from common.runlog import INK, save_figure
+from common.plots import INK, save_figure
 from resizemix.mixing import resize_mix
 from safuse import superpixels
 from safuse.mixing import attentive_mask, draw_chosen, paste, superpixel_mix

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from test_imagenet import photographs
 
-from common import runtime
+from common import flags, runtime
 from common.data import imagenet
 from resizemix.mixing import draw_corners, resize_mix
 
@@ -152,7 +152,7 @@ def main():
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
-    runtime.add_boolean(parser.add_argument, "--tune", False,
+    flags.add_boolean(parser.add_argument, "--tune", False,
                         "with runtime's memory settings, as main.py runs")
     args = parser.parse_args()
     device = torch.device(args.device)

@@ -24,7 +24,7 @@ from skimage import data, measure
 from sklearn.datasets import load_sample_images
 from torchvision.transforms.v2.functional import resize
 
-from common import preview, runtime
+from common import plots, runtime
 from safuse import main as safuse
 from safuse import mixing, network, superpixels
 from safuse import picture as pictures
@@ -159,7 +159,7 @@ def picture(path: str):
         labels = slic(images, 35, 8.0)
         rows[name] = pictures.borders(images, labels)
         captions[name] = [f"{one.max() + 1} superpixels" for one in labels]
-    preview.grid(path, "35 superpixels wanted, compactness 8", rows, captions, side=1.5)
+    plots.grid(path, "35 superpixels wanted, compactness 8", rows, captions, side=1.5)
 
 
 def main():

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
-from common import data, models, runtime
+from common import data, distributed, models, runtime
 from sage import main as sage
 
 
@@ -85,7 +85,7 @@ def main():
 
     def step(args, number):
         optimizer.zero_grad(set_to_none=True)
-        generator = runtime.step_generator(0, 0, number)
+        generator = distributed.step_generator(0, 0, number)
         sage.training_step(net, net, images, labels, args, info, 0, generator, scaler)
         scaler.step(optimizer)
         scaler.update()
@@ -99,7 +99,7 @@ def main():
         for method, args in parsed.items():
             seconds = timed(device, step, args, number)
             sage.saliency_gradient = lambda *_, method=method: gradients[method]
-            generator = runtime.step_generator(0, 0, number)
+            generator = distributed.step_generator(0, 0, number)
             alone = timed(device, lambda args=args, generator=generator: sage.mix_batch(
                 net, images, labels, args, info, generator, scaler))
             sage.saliency_gradient = original

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 import torch.nn.functional as F
 
-from common import models, runtime
+from common import flags, models, runtime
 from samix import main as samix
 from samix.mixblock import MixBlock, mask_loss, rescale_lambda
 from samix.momentum import momentum_update
@@ -118,7 +118,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--cpu_time", action="store_true")
-    runtime.add_flags(parser, ["digits"], models.ALL, {}, arch="resnet18", batch_size=100)
+    flags.add_flags(parser, ["digits"], models.ALL, {}, arch="resnet18", batch_size=100)
     args = parser.parse_args()
     device = runtime.setup(args)
     clock = time.perf_counter

@@ -1,11 +1,10 @@
-"""The run folder: args.json, log.csv, curves.png, TensorBoard events, and the progress bar."""
+"""A run: its folder, resume, the epoch's steps, log lines, sums of a training epoch."""
 import contextlib
 import csv
 import fcntl
 import io
 import json
 import math
-import os
 import platform
 import statistics
 import subprocess
@@ -17,44 +16,18 @@ import torch
 import torchvision
 from tqdm import tqdm
 
-from common import checkpoint, runtime
-from common.metrics import NOT_SAVED
-from common.runtime import RunError
+from common import checkpoint, distributed, plots, runtime
+from common.distributed import log
+from common.errors import RunError
+from common.plots import write_atomic
+
+NOT_SAVED = "nothing was saved after the last good checkpoint; a lower learning rate may help"
 
 # Flags that a run may change when it goes on, without a word
 NOT_TRAINING = ("data_dir", "root_dir", "workers", "print_freq", "device", "loader", "resume",
                 "evaluate", "preview", "max_steps", "tensorboard")
-# One colour a curve, in fixed order; readable for the colour-blind, on white.
-BLUE, ORANGE, GREEN, INK, GRID = "#2a78d6", "#c4570a", "#1a7f4b", "#3d3d3a", "#e4e3de"
 
 
-@contextlib.contextmanager
-def whole(path: Path):
-    """Where to write a file that is whole at every moment: it gets its name at the end.
-
-    Raises RunError naming the file that could not be written.
-    """
-    path = Path(path)
-    new = path.with_name(f".{path.name}.new")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield new
-        os.replace(new, path)
-    except OSError as fault:
-        new.unlink(missing_ok=True)
-        raise RunError(f"{path} could not be written: {fault.strerror}") from None
-
-
-def write_atomic(path: Path, text: str):
-    """Writes a text file that is whole at every moment. Raises RunError naming the file."""
-    with whole(path) as new:
-        new.write_text(text)
-
-
-def save_figure(figure, path: Path):
-    """Writes a matplotlib Figure as a PNG that is whole at every moment."""
-    with whole(path) as new:
-        figure.savefig(new, dpi=130, format="png")
 
 
 def commit() -> str:
@@ -99,7 +72,7 @@ class Run:
         name = "_".join(part for part in name if part)
         self.folder = Path(args.root_dir).expanduser() / name
         self.keeps_files = not getattr(args, "log_off", False)
-        self.writes = self.keeps_files and runtime.rank() == 0
+        self.writes = self.keeps_files and distributed.rank() == 0
         self.history, self.best, self.epoch, self.step, self.sums = [], -1.0, 0, 0, None
         self.events, self.steps_left = None, args.max_steps
 
@@ -121,7 +94,7 @@ class Run:
         state = checkpoint.load(path)
         checkpoint.check_identity(state, self.identity | {"data": state["identity"].get("data")})
         self.load_part("model", state)
-        runtime.say(f"checkpoint: {path}, epoch {state['epoch']}")
+        log(f"checkpoint: {path}, epoch {state['epoch']}")
         return Path(path)
 
     def start(self, start_epoch: int | None = None, **facts):
@@ -137,8 +110,8 @@ class Run:
             state = checkpoint.resume(wish, self.folder)
         if state:
             self.restore(state)
-            runtime.say(f"resumed at epoch {self.epoch}, step {self.step}")
-        if len(set(runtime.gather((self.epoch, self.step)))) > 1:
+            log(f"resumed at epoch {self.epoch}, step {self.step}")
+        if len(set(distributed.gather((self.epoch, self.step)))) > 1:
             raise RunError(f"{self.folder}: the processes find different checkpoints there; "
                            "--root_dir must be on a disk that all machines share")
         self.resumed = state is not None
@@ -146,7 +119,7 @@ class Run:
                    for name, before in (state or {}).get("args", {}).items()
                    if name not in NOT_TRAINING and before != vars(self.args).get(name, before)}
         if changed:
-            runtime.warn("going on with other flags than before: " + ", ".join(
+            distributed.warn("going on with other flags than before: " + ", ".join(
                 f"--{name} {change}" for name, change in changed.items()))
         if start_epoch is not None:
             self.epoch, self.step, self.sums = start_epoch, 0, None
@@ -158,7 +131,7 @@ class Run:
         facts |= {
             "parameters": parameters(self.parts["model"]), "data": str(self.info),
             "command": " ".join([Path(sys.executable).name, *sys.argv]), "args": vars(self.args),
-            "device": str(self.device), "processes": runtime.world(), "commit": commit(),
+            "device": str(self.device), "processes": distributed.world(), "commit": commit(),
             "gpu": torch.cuda.get_device_name(self.device) if on_gpu else None,
             "threads": torch.get_num_threads(), "python": platform.python_version(),
             "torch": torch.__version__, "torchvision": torchvision.__version__,
@@ -220,7 +193,7 @@ class Run:
         """(step, batch) of the epoch from where the run stands, behind a progress bar."""
         loader.set_epoch(self.epoch, self.step)
         bar = tqdm(loader, total=len(loader), initial=self.step, desc=f"epoch {self.epoch}",
-                   leave=False, disable=runtime.rank() != 0,
+                   leave=False, disable=distributed.rank() != 0,
                    mininterval=0.2 if sys.stderr.isatty() else 60)
         self.epoch_steps, self.started, self.first = len(loader), time.perf_counter(), self.step
         try:
@@ -237,7 +210,7 @@ class Run:
         self.step = step + 1
         if self.step % print_every == 0:
             sums.check(self.epoch)
-            runtime.say(f"epoch {self.epoch} step {self.step}/{self.epoch_steps} "
+            log(f"epoch {self.epoch} step {self.step}/{self.epoch_steps} "
                         f"loss {sums.losses[step]:.5f}")
         if self.stop.arrived(step, last=self.step == self.epoch_steps):
             sums.check(self.epoch)
@@ -289,7 +262,7 @@ class Run:
         self.check_weights()
         row = {"epoch": self.epoch} | row
         self.history.append(row)
-        runtime.say(", ".join(f"{name} {value:.4g}" for name, value in row.items()))
+        log(", ".join(f"{name} {value:.4g}" for name, value in row.items()))
         self.write_log(row)
         trial = self.args.max_steps is not None
         if accuracy is not None and (self.best < 0 if trial else accuracy > self.best):
@@ -349,34 +322,55 @@ class Run:
 
     def finish(self, title: str, draw=None, *what):
         """Says how it ended, draws curves.png, and mixed.png by draw(path, *what)."""
-        runtime.say(self.report())
+        log(self.report())
         if self.writes:
-            runtime.say(f"curves: {self.draw_curves(title)}")
+            drawn = plots.curves(self.folder / "curves.png", title, self.history)
+            log(f"curves: {drawn}")
             if draw:
-                runtime.say(f"mixed images: {draw(self.folder / 'mixed.png', *what)}")
-            runtime.say(f"checkpoints: {self.folder}")
+                log(f"mixed images: {draw(self.folder / 'mixed.png', *what)}")
+            log(f"checkpoints: {self.folder}")
 
-    def draw_curves(self, title: str) -> Path:
-        """curves.png: loss and accuracy of training and test over the epochs."""
-        from matplotlib.figure import Figure
-        figure = Figure(figsize=(9, 3.4), layout="constrained")
-        axes = figure.subplots(1, 2)
-        for axis, what, heading in (
-                (axes[0], "loss", "loss (training: the method's own)"),
-                (axes[1], "accuracy", "accuracy, % (training: as it learns)")):
-            for part, colour in (("train", ORANGE), ("valid", GREEN), ("test", BLUE)):
-                name = f"{part}_{what}"
-                points = [(row["epoch"], row[name]) for row in self.history if name in row]
-                if points:
-                    axis.plot(*zip(*points, strict=True), color=colour, linewidth=1.8, label=part,
-                              marker="o" if len(points) < 3 else None, markersize=4)
-            axis.set_title(heading, loc="left", fontsize=10, color=INK)
-            axis.set_xlabel("epoch", color=INK)
-            axis.grid(color=GRID, linewidth=0.8)
-            axis.spines[["top", "right"]].set_visible(False)
-            axis.xaxis.get_major_locator().set_params(integer=True)
-            axis.legend(frameon=False, fontsize=9)
-        figure.suptitle(title, x=0.01, ha="left", fontsize=10, color=INK)
-        path = self.folder / "curves.png"
-        save_figure(figure, path)
-        return path
+
+class StepSums:
+    """Loss and hits of one epoch's training steps, kept on the device without waiting for it.
+
+    saved: the `state` of a checkpoint inside the epoch.
+    """
+
+    def __init__(self, steps: int, device, saved=None):
+        self.losses = torch.zeros(steps, device=device)
+        self.hits = torch.zeros(2, dtype=torch.float64, device=device)      # right, seen
+        self.steps = self.checked = 0
+        if saved:                       # means and totals of all ranks
+            self.steps = self.checked = len(saved["losses"])
+            self.losses[:self.steps] = torch.tensor(saved["losses"])
+            self.hits[:] = torch.tensor(saved["hits"]) * (distributed.rank() == 0)
+
+    def add(self, step: int, loss: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor):
+        """Notes a step's loss and its hits on labels (B,) among logits (B, C)."""
+        self.steps = step + 1
+        self.losses[step] = loss.detach()
+        self.hits[0] += (logits.detach().argmax(1) == labels).sum()
+        self.hits[1] += len(labels)
+
+    def check(self, epoch: int):
+        """Raises RunError naming the first step whose loss is not a finite number."""
+        bad = (~torch.isfinite(self.losses[self.checked:self.steps])).nonzero()
+        if len(bad):
+            first = self.checked + int(bad[0])
+            raise RunError(
+                f"the loss became {self.losses[first].item()} at epoch {epoch}, step {first}; "
+                f"{NOT_SAVED}")
+        self.checked = self.steps
+
+    def state(self) -> dict:
+        """What a checkpoint inside the epoch keeps; every rank must ask at the same step."""
+        losses = distributed.total(self.losses[:self.steps]) / distributed.world()
+        return {"losses": losses.tolist(), "hits": distributed.total(self.hits).tolist()}
+
+    def result(self) -> dict:
+        """Mean loss and accuracy in % over the steps of all ranks."""
+        sums = torch.cat([self.losses[:self.steps].double().sum()[None], self.hits])
+        loss, right, seen = distributed.total(sums).tolist()
+        return {"train_loss": loss / (self.steps * distributed.world()),
+                "train_accuracy": 100 * right / max(seen, 1)}

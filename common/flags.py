@@ -1,0 +1,104 @@
+"""argparse types, and the flags shared by all training scripts."""
+import argparse
+import contextlib
+import math
+
+BOOLEANS = {"true": True, "yes": True, "y": True, "1": True,
+            "false": False, "no": False, "n": False, "0": False}
+
+
+def boolean(text: str) -> bool:
+    """argparse type of the papers' booleans: true/false, yes/no, 1/0 in any case."""
+    try:
+        return BOOLEANS[text.lower()]
+    except KeyError:
+        raise argparse.ArgumentTypeError(f"'{text}' is neither true nor false") from None
+
+
+def add_boolean(add, name: str, default: bool, help: str):
+    """`--name`, `--name True` and `--name False` all work; `add`: a parser's add_argument."""
+    add(name, type=boolean, nargs="?", const=True, default=default, metavar="BOOL", help=help)
+
+
+def number(kind=float, low=None, high=None, above=None):
+    """argparse type: an int or float within its bounds (`above` excludes the bound itself)."""
+    bounds = [f"{word} {bound}" for word, bound in
+              (("of at least", low), ("at most", high), ("above", above)) if bound is not None]
+
+    def check(text: str):
+        with contextlib.suppress(ValueError, OverflowError):
+            value = kind(text)
+            if ((low is None or value >= low) and (high is None or value <= high)
+                    and (above is None or value > above) and math.isfinite(value)):
+                return value
+        what = "an integer" if kind is int else "a number"
+        raise argparse.ArgumentTypeError(f"'{text}' is not {what} {' and '.join(bounds)}")
+    return check
+
+
+def part_of_a_name(text: str) -> str:
+    """argparse type: what is put into a folder's name."""
+    if "/" in text:
+        raise argparse.ArgumentTypeError(f"'{text}' is part of a name and holds no '/'")
+    return text
+
+
+positive, count = number(int, low=1), number(int, low=0)
+amount, share = number(low=0), number(low=0, high=1)
+
+
+def add_flags(parser, datasets, archs, names: dict, **defaults):
+    """The flags that every main.py has beside its paper's own.
+
+    datasets, archs: the choices; names: a paper's own names for some of these flags, by ours;
+    defaults: values by flag (none: None, unless a configuration sets it).
+    """
+    group = parser.add_argument_group("data, network and schedule (the same in every main.py)")
+
+    def ours(name, help=None, **options):
+        group.add_argument(f"--{name}", *names.get(name, ()), default=defaults.get(name), help=help,
+                           **options)
+
+    defaults = {"data_dir": "data", "root_dir": "experiments", "initial_channels": 64, "seed": 0,
+                "workers": 4, "print_freq": 100, "momentum": 0.9, "job_name": ""} | defaults
+    ours("dataset", "which data", choices=datasets)
+    ours("data_dir", "folder (or .npz file) of the data set")
+    ours("root_dir", "where the run's folder is made")
+    ours("job_name", "suffix of the run's folder", type=part_of_a_name)
+    ours("labels_per_class", "training images of each class, if not all", type=positive)
+    ours("image_size", "side of the square images in pixels, if not the data set's",
+        type=positive)
+    ours("arch", ", ".join(archs), choices=archs, metavar="NET")
+    ours("initial_channels", "64 is the network as published, 16 has a quarter of all its widths",
+        type=number(int, low=4))
+    ours("epochs", type=positive)
+    ours("batch_size", "over all processes", type=positive)
+    ours("lr", "learning rate", type=amount)
+    ours("momentum", type=share)
+    ours("weight_decay", type=amount)
+    ours("seed", "of all that is random; a default of -1 draws one",
+         type=number(int, low=-2**63, high=2**63 - 1))
+    ours("workers", "threads that decode image files or run DALI", type=count)
+    ours("print_freq", "steps between log lines", type=positive)
+
+    group = parser.add_argument_group("run time (the same in every main.py)")
+    add = group.add_argument
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto",
+        help="auto: the GPU where there is one")
+    add("--amp", choices=["off", "bf16", "fp16"], default="off",
+        help="autocast precision; fp16 scales the loss and needs a GPU")
+    add_boolean(add, "--compile", False, "torch.compile the network")
+    add_boolean(add, "--channels_last", True,
+                "memory format of the network; on, it measured faster everywhere")
+    add("--loader", choices=["auto", "dali", "torch"], default="auto",
+        help="who makes the batches; both augment alike, auto: the faster")
+    add("--resume", default="", metavar="auto|PATH",
+        help="auto: go on from the run's newest good checkpoint, if there is one")
+    either = group.add_mutually_exclusive_group().add_argument
+    either("--evaluate", nargs="?", const="auto", default="", metavar="CHECKPOINT",
+           help="evaluate and exit: this file, or --resume's, or the run's best.pt")
+    either("--preview", default="", metavar="FILE.png",
+           help="draw a mixed batch with its label shares (by --resume's network), and exit")
+    add("--max_steps", type=positive, default=None, metavar="N",
+        help="a trial: N training steps, N evaluation batches, then all the closing motions")
+    add_boolean(add, "--tensorboard", False, "write TensorBoard events into the run folder")

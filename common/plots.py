@@ -1,0 +1,115 @@
+"""Atomic files, colours, curves, and the grid of a preview."""
+import contextlib
+import os
+from pathlib import Path
+
+import torch
+
+from common.data.batches import to_arrays
+from common.errors import RunError
+
+# One colour a curve, in fixed order; readable for the colour-blind, on white.
+BLUE, ORANGE, GREEN = "#2a78d6", "#c4570a", "#1a7f4b"
+INK, GRID, MUTED = "#3d3d3a", "#e4e3de", "#75746e"
+
+
+@contextlib.contextmanager
+def whole(path: Path):
+    """Where to write a file that is whole at every moment: it gets its name at the end.
+
+    Raises RunError naming the file that could not be written.
+    """
+    path = Path(path)
+    new = path.with_name(f".{path.name}.new")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield new
+        os.replace(new, path)
+    except OSError as fault:
+        new.unlink(missing_ok=True)
+        raise RunError(f"{path} could not be written: {fault.strerror}") from None
+
+
+def write_atomic(path: Path, text: str):
+    """Writes a text file that is whole at every moment. Raises RunError naming the file."""
+    with whole(path) as new:
+        new.write_text(text)
+
+
+def save_figure(figure, path: Path):
+    """Writes a matplotlib Figure as a PNG that is whole at every moment."""
+    with whole(path) as new:
+        figure.savefig(new, dpi=130, format="png")
+
+
+def curves(path: Path, title: str, history: list[dict]) -> Path:
+    """Draw loss and accuracy of training, validation and test over the epochs of `history`."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    axes = figure.subplots(1, 2)
+    for axis, what, heading in (
+            (axes[0], "loss", "loss (training: the method's own)"),
+            (axes[1], "accuracy", "accuracy, % (training: as it learns)")):
+        for part, colour in (("train", ORANGE), ("valid", GREEN), ("test", BLUE)):
+            name = f"{part}_{what}"
+            points = [(row["epoch"], row[name]) for row in history if name in row]
+            if points:
+                axis.plot(*zip(*points, strict=True), color=colour, linewidth=1.8, label=part,
+                          marker="o" if len(points) < 3 else None, markersize=4)
+        axis.set_title(heading, loc="left", fontsize=10, color=INK)
+        axis.set_xlabel("epoch", color=INK)
+        axis.grid(color=GRID, linewidth=0.8)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.legend(frameon=False, fontsize=9)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=10, color=INK)
+    save_figure(figure, path)
+    return path
+
+
+def shares(target: torch.Tensor, classes: list[str], most: int = 3) -> str:
+    """'63 % cat\\n37 % dog' of one soft target (num_classes,)."""
+    values, index = target.float().cpu().topk(min(most, len(target)))
+    return "\n".join(f"{100 * v:.0f} % {classes[i][:16]}" for v, i in
+                     zip(values.tolist(), index.tolist(), strict=True) if v >= 0.005)
+
+
+def preview(path, title: str, rows: dict, targets: torch.Tensor, info, columns: int = 8) -> Path:
+    """Writes a PNG with one row of pictures per entry of `rows` and label shares below the last.
+
+    rows: name -> images (B, 3, H, W), normalised, or maps (B, H, W) drawn in grey from their own
+    minimum to their maximum; targets (B, num_classes) belong to the last row. info: Info of the
+    data set (mean, std, class names).
+    """
+    columns = min(columns, len(targets))
+    pictures = {}
+    for name, batch in rows.items():
+        batch = batch[:columns].float()
+        pictures[name] = to_arrays(batch, info) if batch.ndim == 4 else batch.cpu().numpy()
+    return grid(path, title, pictures,
+                [shares(target, info.classes) for target in targets[:columns]])
+
+
+def grid(path, title: str, rows: dict, captions: list[str] | dict, side: float = 1.25) -> Path:
+    """Writes a PNG with one row of pictures per entry of `rows`: name -> arrays (H, W[, 3]).
+
+    captions: below the pictures of the last row, or name -> captions of that row; side: of a
+    picture, in inches.
+    """
+    from matplotlib.figure import Figure
+    captions = captions if isinstance(captions, dict) else {list(rows)[-1]: captions}
+    columns = min(len(pictures) for pictures in rows.values())
+    figure = Figure(figsize=(side * columns + 0.3, 1.06 * side * len(rows) + 0.75),
+                    layout="constrained")
+    axes = figure.subplots(len(rows), columns, squeeze=False)
+    for line, (name, pictures) in zip(axes, rows.items(), strict=True):
+        for axis, picture, number in zip(line, pictures, range(columns), strict=False):
+            axis.imshow(picture, cmap="gray", interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+            axis.spines[:].set_visible(False)
+            if name in captions:
+                axis.set_xlabel(captions[name][number], fontsize=7, color=MUTED)
+        line[0].set_ylabel(name, fontsize=9, color=INK)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=10, color=INK)
+    save_figure(figure, path)
+    return Path(path)
