@@ -1,59 +1,32 @@
-"""RandAugment (Cubuk et al. 2020) in this paper's two forms; the operations are torchvision's.
+"""RandAugment (Cubuk et al. 2020) in this paper's two forms.
 
-Of the loader (`randaugment`): ten operations that move no pixel, chosen for each image.
-Of the batch (`batch_randaugment`, `batch_aug`): these and five geometric ones, but equalize,
-the same operations for all images of an already mixed batch.
-
-An operation's value is magnitude / 30 of the way from its lowest to its highest setting.
+Of loaded images (`transform`): ten operations that move no pixel, chosen for each image.
+Of mixed batches (`batch_aug`): these without equalize and five geometric ones, the same
+operations for all images of the batch.
 """
 import math
 
 import torch
+import torch.nn.functional as F
 import torchvision.transforms.v2.functional as TF
 from torch import Tensor
 
+from common.randaugment import BLENDS, Operation, apply_operations, blur
+
 Draws = list[tuple[int, int]]
-
-# name: (lowest, highest, operation on images and value); values of solarize are in pixel values
-PER_IMAGE = {
-    "identity": (0, 1, lambda x, v: x),
-    "autocontrast": (0, 1, lambda x, v: TF.autocontrast(x)),
-    "invert": (0, 1, lambda x, v: TF.invert(x)),
-    "equalize": (0, 1, lambda x, v: TF.equalize(x)),
-    "solarize": (0, 256, TF.solarize),
-    "posterize": (4, 8, lambda x, v: TF.posterize(x, int(v))),
-    "contrast": (0.1, 1.9, TF.adjust_contrast),
-    "color": (0.1, 1.9, TF.adjust_saturation),
-    "brightness": (0.1, 1.9, TF.adjust_brightness),
-    "sharpness": (0.1, 1.9, TF.adjust_sharpness),
-}
-
-
-def affine(images: Tensor, *, angle=0.0, translate=(0, 0), shear=(0.0, 0.0), center=None) -> Tensor:
-    """torchvision's affine map, bilinear, black outside; shears in tangents of their angles."""
-    return TF.affine(images, angle, list(translate), 1.0,
-                     [math.degrees(math.atan(tangent)) for tangent in shear],
-                     interpolation=TF.InterpolationMode.BILINEAR, center=center)
-
-
-# Shears and translations are in fractions of the side, rotations in degrees; their signs are drawn.
-GEOMETRIC = {
-    "shear_x": (0, 0.5, lambda x, v: affine(x, shear=(v, 0), center=[0, 0])),
-    "shear_y": (0, 0.5, lambda x, v: affine(x, shear=(0, v), center=[0, 0])),
-    "translate_x": (0, 0.5, lambda x, v: affine(x, translate=(round(v * x.shape[-1]), 0))),
-    "translate_y": (0, 0.5, lambda x, v: affine(x, translate=(0, round(v * x.shape[-2])))),
-    "rotate": (0, 45, lambda x, v: affine(x, angle=v)),
-}
-PER_BATCH = {"identity": PER_IMAGE["identity"], **GEOMETRIC,
-             **{name: PER_IMAGE[name] for name in ("autocontrast", "invert")},
-             "solarize": (0, 1, TF.solarize),
-             **{name: PER_IMAGE[name]
-                for name in ("posterize", "contrast", "color", "sharpness", "brightness")}}
 
 
 def value(low: float, high: float, magnitude: float) -> float:
     """Setting of an operation at `magnitude` 0 (`low`) to 30 (`high`)."""
     return low + magnitude / 30 * (high - low)
+
+
+# ------------------------------------------------------------------------------ of loaded images
+
+# lowest and highest setting: thresholds of solarize in pixel values, bits, factors
+PER_IMAGE = {"Identity": (0, 1), "AutoContrast": (0, 1), "Invert": (0, 1), "Equalize": (0, 1),
+             "Solarize": (0, 256), "Posterize": (4, 8), "Contrast": (0.1, 1.9),
+             "Color": (0.1, 1.9), "Brightness": (0.1, 1.9), "Sharpness": (0.1, 1.9)}
 
 
 def draw_operations(n: int, generator: torch.Generator, count: int = 2) -> Tensor:
@@ -64,23 +37,67 @@ def draw_operations(n: int, generator: torch.Generator, count: int = 2) -> Tenso
 def randaugment(images: Tensor, operations: Tensor, magnitude: float = 14) -> Tensor:
     """Applies to image i the operations operations[i], one after the other.
 
-    `images` (B, 3, H, W) uint8; `operations` (B, count) indices into PER_IMAGE on the CPU, so
-    that which images an operation takes is known without waiting for the device. Returns new
-    uint8 images.
+    `images` (B, 3, H, W) uint8; `operations` (B, count) indices into PER_IMAGE on the CPU.
+    Returns new uint8 images.
     """
-    images = images.clone()
-    for column in operations.T:
-        for index, (low, high, operation) in enumerate(PER_IMAGE.values()):
-            rows = (column == index).nonzero().flatten()
-            if index and len(rows):
-                rows = rows.to(images.device, non_blocking=True)
-                images[rows] = operation(images[rows], value(low, high, magnitude))
-    return images
+    table = []
+    for name, limits in PER_IMAGE.items():
+        setting = value(*limits, magnitude)
+        table.append(Operation(name, setting - 1 if name in BLENDS else
+                               setting / 255 if name == "Solarize" else int(setting)))
+    return apply_operations(images, [table] * operations.shape[1], operations.T)
 
 
 def transform(images: Tensor, generator: torch.Generator) -> Tensor:
     """`randaugment` with its draws made (2 operations, magnitude 14), as data loaders take it."""
     return randaugment(images, draw_operations(len(images), generator))
+
+
+# ------------------------------------------------------------------------------ of mixed batches
+
+def affine(images: Tensor, a=1.0, b=0.0, c=0.0, d=0.0, e=1.0, f=0.0) -> Tensor:
+    """Images whose pixel (x, y) is pixel (ax + by + c, dx + ey + f) of `images` (B, C, H, W).
+
+    Counted from the middle of the image; bilinear, black outside. No number becomes a tensor on
+    the CPU, as in torchvision's affine, whose copy a GPU would wait for.
+    """
+    y, x = (torch.arange(side, device=images.device) - (side - 1) / 2 for side in images.shape[2:])
+    y, (height, width) = y[:, None], images.shape[2:]
+    grid = torch.stack([(a * x + b * y + c) * (2 / width), (d * x + e * y + f) * (2 / height)], 2)
+    return F.grid_sample(images, grid.expand(len(images), -1, -1, -1), align_corners=False)
+
+
+def rotate(images: Tensor, degrees: float) -> Tensor:
+    """Images rotated clockwise around their middle."""
+    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    return affine(images, a=cos, b=sin, d=-sin, e=cos)
+
+
+def sharpness(images: Tensor, factor: float) -> Tensor:
+    """As torchvision's adjust_sharpness for pixels in [0, 1]; the border stays as it is."""
+    change = F.pad(blur(images) - images[..., 1:-1, 1:-1], (1, 1, 1, 1))
+    return images.add(change, alpha=1 - factor).clamp_(0, 1)
+
+
+# Shears and translations in fractions of the side, rotations in degrees; their signs are drawn.
+GEOMETRIC = {
+    "shear_x": (0, 0.5, lambda x, v: affine(x, b=v, c=v * x.shape[2] / 2)),
+    "shear_y": (0, 0.5, lambda x, v: affine(x, d=v, f=v * x.shape[3] / 2)),
+    "translate_x": (0, 0.5, lambda x, v: affine(x, c=-round(v * x.shape[3]))),
+    "translate_y": (0, 0.5, lambda x, v: affine(x, f=-round(v * x.shape[2]))),
+    "rotate": (0, 45, rotate),
+}
+PER_BATCH = {
+    "identity": (0, 1, lambda x, v: x), **GEOMETRIC,
+    "autocontrast": (0, 1, lambda x, v: TF.autocontrast(x)),
+    "invert": (0, 1, lambda x, v: 1 - x),
+    "solarize": (0, 1, lambda x, v: torch.where(x >= v, 1 - x, x)),
+    "posterize": (4, 8, lambda x, v: TF.posterize(x, int(v))),
+    "contrast": (0.1, 1.9, TF.adjust_contrast),
+    "color": (0.1, 1.9, TF.adjust_saturation),
+    "sharpness": (0.1, 1.9, sharpness),
+    "brightness": (0.1, 1.9, TF.adjust_brightness),
+}
 
 
 def draw_batch_operations(generator: torch.Generator, count: int = 2) -> Draws:
@@ -96,7 +113,8 @@ def batch_randaugment(images: Tensor, operations: Draws, *, mean, std, magnitude
 
     The operations see pixels in [0, 1] and leave them there; the result is normalised again.
     """
-    mean, std = (torch.tensor(v).to(images).view(1, 3, 1, 1) for v in (mean, std))
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1).to(images, non_blocking=True)
+                 for v in (mean, std))
     pixels = (images * std + mean).clamp_(0, 1)
     for index, sign in operations:
         name = list(PER_BATCH)[index]

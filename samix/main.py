@@ -13,6 +13,7 @@ two machines      torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d \\
 """
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -351,7 +352,7 @@ def load_data(args, device):
         args.dataset, args.data_dir, batch_size=args.batch_size, device=device, seed=args.seed,
         loader=args.loader, image_size=args.image_size, labels_per_class=args.labels_per_class,
         workers=args.workers, drop_last=args.drop_last, mean=args.mean, std=args.std,
-        transform=randaugment if args.randaugment else None,
+        transform=partial(randaugment, level=21, std=1.5) if args.randaugment else None,
         streaming={"scale": (args.crop_scale, 1.0), "filter": "bicubic",
                    "resize": "shorter" if args.resize_first else "",
                    "auto_augment": "randaugment" if args.randaugment else None},

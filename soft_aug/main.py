@@ -32,7 +32,7 @@ from common.distributed import log
 from common.errors import RunError
 from common.flags import add_boolean, amount, count, number, positive
 from common.mixing import cutout, draw_lambda, draw_perm, draw_pixels, mixup
-from common.randaugment import draw_randaugment, rand_augment
+from common.randaugment import randaugment
 from common.run import Run, StepSums, about
 from soft_aug.evaluation import evaluate, measure, write_events
 from soft_aug.losses import (
@@ -186,8 +186,8 @@ def mix_batch(images, args, info, epoch, generator) -> Mixed:
         sure = confidence(visible, info.num_classes, power=args.pcrop, max_p=args.max_p)
 
     if args.noise:
-        images, visible = soft_noise(
-            images, *draw_noise(images.shape, args.noise / shrink, args.bgnoise, generator))
+        images, visible = soft_noise(images, *draw_noise(
+            images.shape, args.noise / shrink, args.bgnoise, generator, images.device))
         ceiling = 1.0 if args.da == 2 else args.max_p       # once, whatever augments
         sure = (sure * confidence(visible, info.num_classes, power=args.pnoise, max_p=ceiling)
                 ).clamp(min=1 / info.num_classes)
@@ -283,8 +283,7 @@ def main(argv=None):
         args.dataset, args.data_dir, batch_size=args.batch_size, device=device, seed=args.seed,
         loader=args.loader, image_size=args.image_size, labels_per_class=args.labels_per_class,
         padding=4 if args.da in (0, 1) else 0, flip=False if args.da == -1 else None,
-        transform=(lambda images, generator: rand_augment(
-            images, *draw_randaugment(len(images), generator))) if args.ra else None,
+        transform=randaugment if args.ra else None,
         mean=mean, std=std, workers=args.workers)
     if args.ra and min(info.image_size, info.width) < 3:
         raise RunError("--ra needs images of at least 3 pixels a side")

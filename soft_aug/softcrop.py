@@ -81,14 +81,18 @@ def confidence(visible: torch.Tensor, num_classes: int, *, power: float, t: floa
 
 # -------------------------------------------------------------------------------------- soft noise
 
-def draw_noise(shape: tuple[int, ...], noise: float, scale: float = 1.0, generator=None):
+def draw_noise(shape: tuple[int, ...], noise: float, scale: float = 1.0, generator=None,
+               device="cpu"):
     """Draws of `soft_noise` for a batch of `shape` (B, C, H, W).
 
     Returns sigma (B,) = |N(0, noise)| and the field (B, C, H, W), normal with standard deviation
-    `scale`.
+    `scale`. For a GPU the field is drawn there, by the GPU's own generator (which
+    `step_generator` seeds): to send a batch of numbers makes the host wait.
     """
     sigma = (torch.randn(shape[0], generator=generator) * noise).abs()
-    return sigma, torch.randn(shape, generator=generator) * scale
+    if torch.device(device).type == "cpu":
+        return sigma, torch.randn(shape, generator=generator) * scale
+    return sigma, torch.randn(shape, device=device) * scale
 
 
 def soft_noise(images: torch.Tensor, sigma: torch.Tensor, field: torch.Tensor):

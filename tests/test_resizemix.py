@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from conftest import Golden, golden_cases
 from PIL import Image, ImageEnhance, ImageOps
+from torchvision.transforms.v2 import functional as TF
 
+from common.randaugment import BLENDS
 from resizemix import configs, mixing, randaugment
 from resizemix.schedule import step_rate
 
@@ -165,21 +167,19 @@ def photographs():
 
 def pil_operation(image, name, value):
     """The operation as Pillow does it."""
-    enhance = {"contrast": ImageEnhance.Contrast, "color": ImageEnhance.Color,
-               "brightness": ImageEnhance.Brightness, "sharpness": ImageEnhance.Sharpness}
-    if name in enhance:
-        return enhance[name](image).enhance(value)
-    return {"identity": lambda: image, "autocontrast": lambda: ImageOps.autocontrast(image),
-            "invert": lambda: ImageOps.invert(image), "equalize": lambda: ImageOps.equalize(image),
-            "solarize": lambda: ImageOps.solarize(image, value),
-            "posterize": lambda: ImageOps.posterize(image, int(value))}[name]()
+    if name in BLENDS:
+        return getattr(ImageEnhance, name)(image).enhance(value)
+    return {"Identity": lambda: image, "AutoContrast": lambda: ImageOps.autocontrast(image),
+            "Invert": lambda: ImageOps.invert(image), "Equalize": lambda: ImageOps.equalize(image),
+            "Solarize": lambda: ImageOps.solarize(image, value),
+            "Posterize": lambda: ImageOps.posterize(image, int(value))}[name]()
 
 
 @pytest.mark.parametrize("name", list(randaugment.PER_IMAGE))
 @pytest.mark.parametrize("magnitude", [5, 14, 28])
 def test_loader_operations_equal_pillow(name, magnitude, device):
     index = list(randaugment.PER_IMAGE).index(name)
-    low, high, _ = randaugment.PER_IMAGE[name]
+    low, high = randaugment.PER_IMAGE[name]
     pictures = photographs()
     images = torch.from_numpy(pictures).permute(0, 3, 1, 2).to(device)
     chosen = torch.full((len(images), 1), index)
@@ -220,6 +220,14 @@ def test_batch_operations(name, device):
     assert torch.equal(*found) == (name not in randaugment.GEOMETRIC)
     if name == "translate_x":                       # 7 = round(0.233·32) pixels
         torch.testing.assert_close(back[..., 7:], pixels[..., :-7])
+    if name in ("shear_x", "shear_y", "rotate"):    # as torchvision's affine has them
+        shear = math.degrees(math.atan(0.5 * 14 / 30))
+        options = {"rotate": {"angle": 21, "shear": [0.0, 0.0]},
+                   "shear_x": {"angle": 0, "shear": [shear, 0.0], "center": [0, 0]},
+                   "shear_y": {"angle": 0, "shear": [0.0, shear], "center": [0, 0]}}[name]
+        expected = TF.affine(pixels, translate=[0, 0], scale=1.0, **options,
+                             interpolation=TF.InterpolationMode.BILINEAR)
+        torch.testing.assert_close(back, expected, rtol=0, atol=1e-5)
     if name == "autocontrast":                      # of each image and channel, unlike a batch's
         assert (back.amax((2, 3)) > 1 - 1e-5).all() and (back.amin((2, 3)) < 1e-5).all()
 

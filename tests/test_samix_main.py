@@ -280,7 +280,7 @@ def test_gradients_are_clipped(tmp_path):
 def test_randaugment_is_torchvisions_image_by_image():
     images = torch.randint(256, (40, 3, 16, 16), dtype=torch.uint8)
     transform = v2.RandAugment()
-    changed = randaugment(images, torch.Generator().manual_seed(3))
+    changed = randaugment(images, torch.Generator().manual_seed(3), level=21, std=1.5)
     generator, names = torch.Generator().manual_seed(3), list(transform._AUGMENTATION_SPACE)
     drawn = torch.randint(len(names), (2, 40), generator=generator)
     negative = torch.rand(2, 40, generator=generator) < 0.5
@@ -354,7 +354,8 @@ def test_data_are_cropped_as_configured(monkeypatch):
     assert (seen["padding"], seen["reflect"], seen["transform"]) == (4, True, None)
     samix.load_data(samix.parse_args(["--config", "cifar100_swin_t"]), "cpu")
     assert seen["resized_crop"] == ResizedCrop((0.8, 1.0), filter="bicubic")
-    assert seen["transform"] is randaugment and seen["image_size"] == 224
+    assert seen["transform"].func is randaugment and seen["image_size"] == 224
+    assert seen["transform"].keywords == {"level": 21, "std": 1.5}      # of 30, as 7 ± 0.5 of 10
     samix.load_data(samix.parse_args(["--config", "cub_r18"]), "cpu")
     assert seen["streaming"] == {"scale": (0.5, 1.0), "filter": "bicubic", "resize": "shorter",
                                  "auto_augment": None}

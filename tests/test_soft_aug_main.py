@@ -399,10 +399,10 @@ def test_confidence_reaches_the_loss_also_through_mixup(info_and_batch):
 
 def test_randaugment_works_on_the_loaders_pixels(tmp_path, monkeypatch, no_pictures):
     seen = []
-    monkeypatch.setattr(soft_aug, "rand_augment", lambda images, ops, negative: seen.append(
-        (images.dtype, ops.shape)) or images)
+    monkeypatch.setattr(soft_aug, "randaugment", lambda images, generator: seen.append(
+        (images.dtype, len(images))) or images)
     train(tmp_path, "--ra", 1, "--max_steps", 2)
-    assert seen[:2] == [(torch.uint8, (2, 30))] * 2
+    assert seen[:2] == [(torch.uint8, 30)] * 2
 
 
 # ------------------------------------------------------------------- evaluation, preview, bad input
