@@ -49,6 +49,18 @@ def per_image(values: float | Tensor, images: Tensor) -> Tensor:
     return torch.ones(len(images), device=images.device) * values.float()
 
 
+def box_mask(edges, size: tuple[int, int]) -> Tensor:
+    """Bool (B, H, W), true inside the boxes; `size` is (H, W).
+
+    `edges`: first and end (exclusive) of each box's rows, the same of its columns; tensors (B,).
+    """
+    inside = []
+    for (low, end), length in zip(edges, size, strict=True):
+        place = torch.arange(length, device=low.device)
+        inside.append((low[:, None] <= place) & (place < end[:, None]))
+    return inside[0][:, :, None] & inside[1][:, None]
+
+
 def mixup(images: Tensor, perm: Tensor, lam: float | Tensor) -> tuple[Tensor, Tensor]:
     """Mixup (Zhang et al. 2018): lam·x + (1 - lam)·x[perm].
 
@@ -72,13 +84,10 @@ def cutmix(images: Tensor, perm: Tensor, centre: Tensor, lam: float | Tensor
     """
     centre = centre.to(images.device, non_blocking=True)
     cut = (1 - per_image(lam, images)).sqrt()                # share of each side
-    inside = []
-    for axis, length in enumerate(images.shape[-2:]):
-        half, grid = cut * length / 2, torch.arange(length, device=images.device)
-        low = (centre[..., axis] - half).clamp(0, length).floor()[:, None]
-        high = (centre[..., axis] + half).clamp(0, length).floor()[:, None]
-        inside.append((low <= grid) & (grid < high))
-    box = inside[0][:, :, None] & inside[1][:, None, :]      # (B, H, W)
+    halves = [cut * length / 2 for length in images.shape[-2:]]
+    box = box_mask([((middle - half).clamp(min=0).floor(), (middle + half).floor())
+                    for middle, half in zip(centre.unbind(-1), halves, strict=True)],
+                   images.shape[-2:])
     mixed = torch.where(box[:, None], images[perm.to(images.device, non_blocking=True)], images)
     return mixed, 1 - box.float().mean((1, 2))
 
@@ -90,11 +99,9 @@ def cutout(images: Tensor, centres: Tensor, side: float) -> Tensor:
     side // 2 pixels before the centre to just before side // 2 pixels after it, cut off at the
     borders.
     """
-    half, centres, inside = side // 2, centres.to(images.device, non_blocking=True), []
-    for axis, length in enumerate(images.shape[-2:]):
-        away = torch.arange(length, device=images.device) - centres[:, axis, None]
-        inside.append((-half <= away) & (away < half))
-    return images.masked_fill((inside[0][:, :, None] & inside[1][:, None])[:, None], 0)
+    centres = centres.to(images.device, non_blocking=True)
+    edges = zip((centres - side // 2).unbind(1), (centres + side // 2).unbind(1), strict=True)
+    return images.masked_fill(box_mask(edges, images.shape[-2:])[:, None], 0)
 
 
 def soft_targets(labels: Tensor, perm: Tensor, ratio: Tensor, num_classes: int) -> Tensor:

@@ -83,7 +83,7 @@ def _table(level, height, width):
                  for op in both_signs(name, SPACE[name], level, 31, height, width))
 
 
-# ------------------------------------------------------------------------------------ any operations
+# ---------------------------------------------------------------------------------- any operations
 
 def apply_operations(images: Tensor, tables: list[tuple[Operation, ...]], chosen: Tensor) -> Tensor:
     """Applies tables[0][chosen[0, i]], then tables[1][chosen[1, i]], ... to image i.

@@ -5,7 +5,7 @@ Also this paper's CutMix, which cuts whole pixels, and the central crop of its e
 import torch
 from torch import Tensor, nn
 
-from common.mixing import draw_pixels, per_image
+from common.mixing import box_mask, draw_pixels, per_image
 
 
 def box_size(image_size: tuple[int, int], scale: float) -> tuple[int, int]:
@@ -79,19 +79,18 @@ def cutmix(images: Tensor, perm: Tensor, centre: Tensor, lam: float | Tensor
     """CutMix as this paper's baseline has it: whole-pixel halves around a whole-pixel centre.
 
     `images` (B, C, H, W) in any range; `perm` (B,); `centre` (2,) integers y, x, one box for the
-    batch; `lam` in [0, 1]. `centre` and `lam` set a size, so they are CPU values. Each side is
-    2·floor(int(length·sqrt(1 - lam)) / 2) pixels, clipped to the image. Returns the mixed images
-    and ratio (B,), the share of pixels that stay.
+    batch; `lam` in [0, 1]. Each side is 2·floor(int(length·sqrt(1 - lam)) / 2) pixels, clipped to
+    the image. Returns the mixed images and ratio (B,), the share of pixels that stay.
     """
-    mixed, share, box = images.clone(), 1.0, [...]
-    for middle, length in zip(centre.tolist(), images.shape[-2:], strict=True):
-        half = int(length * (1 - float(lam)) ** 0.5) // 2
-        low, high = max(middle - half, 0), min(middle + half, length)
-        share *= (high - low) / length
-        box.append(slice(low, high))
-    box = tuple(box)
-    mixed[box] = images[box][perm.to(images.device, non_blocking=True)]
-    return mixed, per_image(1 - share, images)
+    size, cut = images.shape[-2:], (1 - torch.as_tensor(lam).double()).sqrt()
+    halves = torch.stack([(length * cut).long() // 2 for length in size])
+    low = (centre - halves).clamp(min=0)
+    end = torch.stack([edge.clamp(max=length) for edge, length in
+                       zip(centre + halves, size, strict=True)])
+    edges = torch.stack([low, end], 1)[..., None].to(images.device, non_blocking=True)
+    partners = images[perm.to(images.device, non_blocking=True)]
+    mixed = torch.where(box_mask(edges, size)[:, None], partners, images)
+    return mixed, per_image(1 - (end - low).prod().double() / (size[0] * size[1]), images)
 
 
 def keep_centre(images: Tensor, size: int = 24) -> tuple[Tensor, float]:

@@ -2,6 +2,7 @@
 import pytest
 import torch
 
+from common.data.batches import resize_boxes
 from common.precision import full_precision
 
 
@@ -47,3 +48,19 @@ def test_full_precision_in_a_graph(device):
     off, on = (code[0].index(f"set_float32_matmul_precision('{word}')")
                for word in ("highest", "high"))
     assert off < code[0].index(" @ ") < on
+
+
+def test_resized_crops_are_guarded(monkeypatch, device):
+    """resize_boxes multiplies at full precision where a program allows TF32."""
+    seen, product = [], torch.Tensor.__matmul__
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: (
+        seen.append(torch.get_float32_matmul_precision()), product(a, b))[1])
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        images = torch.zeros(2, 3, 8, 8, dtype=torch.uint8, device=device)
+        boxes = torch.tensor([[0, 0, 5, 6]] * 2, device=device).T
+        resize_boxes(images, boxes, (4, 4), "bilinear")
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert seen == ["highest"] * 2

@@ -94,6 +94,19 @@ def test_resize_mix_equals_a_loop(shape, scale, device):
     assert ratio[0].item() == pytest.approx(1 - small[0, 0].numel() / images[0, 0].numel())
 
 
+@pytest.mark.parametrize("mix", [
+    lambda images, perm: mixing.resize_mix(images, perm, 0.4, torch.tensor([[3, 5]] * 4))[0],
+    lambda images, perm: mixing.cutmix(images, perm, torch.tensor([3, 9]), torch.tensor(0.6))[0],
+    lambda images, perm: randaugment.batch_randaugment(
+        images, [(number, -1) for number in range(14)], mean=MEAN, std=STD)],
+    ids=["resize_mix", "cutmix", "batch_randaugment"])
+def test_mixing_compiles_whole(mix, device):
+    images = torch.randn(4, 3, 16, 16, generator=seeded()).to(device)
+    perm = torch.tensor([2, 0, 3, 1])
+    compiled = torch.compile(mix, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(images, perm), mix(images, perm))
+
+
 def test_smallest_image_is_one_pixel():
     images = torch.arange(2 * 64.0).view(2, 1, 8, 8)
     corners = mixing.draw_corners(2, (8, 8), 0.1, seeded())

@@ -154,6 +154,21 @@ def test_soft_noise(device):
     torch.testing.assert_close((noisy - images)[3].cpu(), 3 * field[3], rtol=1e-4, atol=1e-5)
 
 
+def test_augmentation_and_losses_compile_whole(device):
+    def step(images, labels):
+        crops, visible = soft_crop(images, torch.tensor([[3, -2]] * 4), torch.zeros(4, 3))
+        crops, noisy = soft_noise(crops, torch.ones(4), images.flip(0))
+        p = confidence(visible, 10, power=2) * noisy
+        logits, perm = cutout(crops, torch.tensor([[3, 5]] * 4), 4).flatten(1)[:, :10], labels
+        return mixup_loss(soft_target_loss, logits, labels, p, perm, torch.tensor(0.3)) + \
+            smooth_cross_entropy(logits, labels, smoothing=0.1) + focal_loss(logits, labels)
+
+    images = torch.randn(4, 3, 16, 16, device=device)
+    labels = torch.tensor([2, 0, 3, 1], device=device)
+    compiled = torch.compile(step, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(images, labels), step(images, labels))
+
+
 # --------------------------------------------------------------------------------------- losses
 
 def with_gradient(loss, logits, *args, **keywords):
