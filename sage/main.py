@@ -94,9 +94,10 @@ def parse_args(argv=None):
     add("--mix_schedule", choices=["fixed", "scheduled", "delayed"], default="fixed",
         help="prob_mix over the epochs: constant, growing until, or zero before:")
     add("--mix_scheduled_epoch", type=positive, default=300)
-    add("--mp", type=count, default=8, help="threads of the graph cuts, 0: none")
+    add("--mp", type=count, default=8, help="threads of Puzzle Mix's graph cuts, 0: none")
     add("--solver", choices=["auto", "gco", "device"], default="auto",
-        help="graph cuts by gco on the CPU, or batched on the device")
+        help="puzzle's and comix's blocks: graph cuts by gco on the CPU, or batched on the "
+             "device; auto: puzzle by gco on a CPU, all else on the device")
 
     add = parser.add_argument_group("sage").add_argument
     add("--blur_sigma", type=number(above=0), default=1.0, help="saliency blur, pixels")
@@ -130,7 +131,7 @@ def parse_args(argv=None):
     add("--m_omega", type=amount, default=0.001, help="compatibility")
     add_boolean(add, "--set_resolve", True, "break ties of identical outputs")
     add("--m_niter", type=positive, default=4, help="sweeps")
-    add_boolean(add, "--parallel", True, "parts in threads")
+    add_boolean(add, "--parallel", True, "all parts at once")
     flags.add_flags(
         parser, data.NAMES, ARCHS,
         {"lr": ["--learning_rate"], "weight_decay": ["--decay"],
@@ -227,7 +228,7 @@ def mix_batch(net, images, labels, args, info, generator, scaler, part=1.0) -> M
             m_part=args.m_part, omega=args.m_omega, beta=args.m_beta, gamma=args.m_gamma,
             eta=args.m_eta, thres=args.m_thres, thres_type=args.m_thres_type,
             set_resolve=args.set_resolve, niter=args.m_niter, solver=args.solver,
-            threads=args.mp if args.parallel else 0)
+            parallel=args.parallel)
         return Mixed(mixed, targets, saliency=saliency)
 
     perm = draw_perm(n, generator).to(images.device, non_blocking=True)

@@ -81,27 +81,18 @@ def test_graph_cuts_give_the_original_masks(path, device):
     torch.testing.assert_close(soft.cpu(), case.tensor("target"), rtol=1e-4, atol=1e-5)
 
 
-def test_leaving_out_hopeless_labels_changes_nothing(monkeypatch):
-    problem, kept, choose = random_parts(2, 10, 4), [], comixup._contenders
-
-    def counted(*bounds):
-        kept.append(len(choose(*bounds)))
-        return choose(*bounds)
-    for weights in ({}, {"beta": 2.0, "gamma": 0.2}):
-        monkeypatch.setattr(comixup, "_contenders", counted)
-        pruned = label_parts(*problem, solver="gco", **weights)
-        assert np.mean(kept) < 7                                       # of 10 inputs and 3 halves
-        monkeypatch.setattr(comixup, "_contenders", lambda low, *_: list(range(len(low))))
-        assert torch.equal(label_parts(*problem, solver="gco", **weights), pruned)
-
-
-def test_threads_give_the_same_as_none():
-    problem = random_parts(5, 12, 8)
-    serial = label_parts(*problem, solver="gco", threads=0)
-    for threads in (2, 8):
-        assert torch.equal(label_parts(*problem, solver="gco", threads=threads), serial)
-    alone = label_parts(*(t[3:4] for t in problem), solver="gco")      # parts do not interact
-    assert torch.equal(alone[0], serial[3])
+@pytest.mark.parametrize("solver", ["gco", "device"])
+def test_parts_do_not_interact(solver):
+    cost, compatibility, prior, labels0 = problem = random_parts(5, 12, 4)
+    labels = label_parts(*problem, solver=solver)
+    alone = label_parts(*(t[3:4] for t in problem), solver=solver)
+    assert torch.equal(alone[0], labels[3])
+    images, targets = torch.randn(30, 3, 32, 32), torch.eye(30)
+    draws = draw_comix(30, torch.Generator().manual_seed(0), m_part=8)
+    saliency = torch.rand(30, 32, 32)
+    one, two = (co_mix_batch(images, targets, saliency, draws, m_part=8, solver=solver,
+                             parallel=parallel) for parallel in (True, False))
+    assert torch.equal(one[0], two[0]) and torch.equal(one[1], two[1])
 
 
 @pytest.mark.parametrize("side", [2, 4, 8])
