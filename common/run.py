@@ -223,11 +223,13 @@ class Run:
 
     def check_weights(self):
         """Raises RunError when the network no longer consists of finite numbers."""
-        values = self.parts["model"].state_dict().items()
-        bad = [name for name, value in values
-               if value.is_floating_point() and not bool(value.isfinite().all())]
-        if bad:
-            raise RunError(f"{bad[0]} of the network is no longer finite at epoch {self.epoch}, "
+        values = {name: value.isfinite().all()
+                  for name, value in self.parts["model"].state_dict().items()
+                  if value.is_floating_point()}
+        finite = torch.stack(list(values.values())).tolist()        # waits for the device once
+        if not all(finite):
+            name = list(values)[finite.index(False)]
+            raise RunError(f"{name} of the network is no longer finite at epoch {self.epoch}, "
                            f"after step {self.step}; {NOT_SAVED}")
 
     def save(self, sums=None):
