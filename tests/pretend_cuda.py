@@ -263,7 +263,7 @@ class Functions(TorchFunctionMode):
 
     def do_repeat_interleave(self, func, args, kwargs):
         device = self.seen.marked(args[0])
-        if device and any(map(self.seen.marked, args[1:])) and not kwargs.get("output_size"):
+        if device and any(map(self.seen.marked, args[1:])) and kwargs.get("output_size") is None:
             self.seen.wait("repeat_interleave without output_size")
         with self.seen.during(inner="cuda" if device else "cpu"):
             return func(*args, **kwargs)
