@@ -174,3 +174,24 @@ def test_few_or_none(device):
     assert (slic(images, 1) == 0).all()
     with pytest.raises(ValueError, match="at least 1"):
         slic(images, torch.tensor([4, 0]))
+
+
+@pytest.mark.parametrize("n", [9, torch.tensor([9, 12, 20])])
+def test_compiles_whole(n, device):
+    """Dynamo takes SLIC without a graph break, and other numbers without another graph."""
+    images = torch.rand(3, 3, 16, 20, generator=torch.Generator().manual_seed(3)).to(device)
+    compiled = torch.compile(slic, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(images, n, 5.0), slic(images, n, 5.0))
+    if torch.is_tensor(n):
+        with torch.compiler.set_stance("fail_on_recompile"):
+            assert torch.equal(compiled(images, n + 15, 5.0), slic(images, n + 15, 5.0))
+
+
+def test_scale_of_the_images(photographs):
+    """Bytes give what [0, 1] gives; normalised images are refused (on a CPU, where looking is
+    free)."""
+    images = resize(photographs, [32, 32])
+    assert torch.equal(slic((images * 255).round().byte(), 20), slic((images * 255).round() / 255,
+                                                                     20))
+    with pytest.raises(ValueError, match="not normalised ones: these go from -2.00 to"):
+        slic(images * 4 - 2, 20)
