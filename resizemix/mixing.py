@@ -9,14 +9,14 @@ from common.mixing import box_mask, draw_pixels, per_image
 
 
 def box_size(image_size: tuple[int, int], scale: float) -> tuple[int, int]:
-    """Height and width in pixels of an image of `image_size` (H, W) at `scale`; at least 1."""
+    """Return height and width, at least 1, of an image of `image_size` (H, W) at `scale`."""
     return tuple(max(1, int(side * float(scale))) for side in image_size)
 
 
 def clip_corners(centres: Tensor, size: tuple[int, int], image_size: tuple[int, int]) -> Tensor:
-    """Upper left corners (B, 2) of boxes around `centres` (B, 2), both y, x in pixels.
+    """Return upper left corners (B, 2) of boxes of `size` (h, w) around `centres` (B, 2); y, x.
 
-    Boxes of `size` (h, w) that would leave the image are moved back inside, never cut.
+    Boxes that would leave the image are moved inside, not cut.
     """
     pairs = zip(size, image_size, strict=True)
     return torch.stack([(centres[:, axis] - side // 2).clamp(0, length - side)
@@ -24,16 +24,16 @@ def clip_corners(centres: Tensor, size: tuple[int, int], image_size: tuple[int, 
 
 
 def draw_scale(generator: torch.Generator, low: float = 0.1, high: float = 0.8) -> float:
-    """Scale of a batch's small images, uniform in [low, high) (section 3.2 of the paper)."""
+    """Return a batch's scale, uniform in [low, high) (section 3.2 of the paper)."""
     return low + (high - low) * torch.rand((), generator=generator, dtype=torch.float64).item()
 
 
 def draw_corners(n: int, image_size: tuple[int, int], scale: float, generator: torch.Generator
                  ) -> Tensor:
-    """Upper left corners (n, 2), y and x, of the small images in images of `image_size` (H, W).
+    """Return upper left corners (n, 2), y and x, of small images in images of `image_size` (H, W).
 
-    The centres are uniform over the image's pixels; boxes that would leave it are moved inside,
-    so the borders are likelier than the middle.
+    Centres are uniform over the pixels, boxes at the border are moved inside: corners at the border
+    are likelier.
     """
     centres = draw_pixels(n, image_size, generator)
     return clip_corners(centres, box_size(image_size, scale), image_size)
@@ -41,12 +41,12 @@ def draw_corners(n: int, image_size: tuple[int, int], scale: float, generator: t
 
 def resize_mix(images: Tensor, perm: Tensor, scale: float | Tensor, corners: Tensor
                ) -> tuple[Tensor, Tensor]:
-    """Pastes image perm[i], resized by `scale`, into image i at corners[i] (the paper's eq. 2-4).
+    """Paste image perm[i], resized by `scale`, into image i at corners[i] (the paper's eq. 2-4).
 
-    `images` (B, C, H, W) in any range, contiguous or channels_last (kept); `perm` (B,); `scale`
-    in (0, 1], one number for the batch, a float or a CPU scalar since it sets a size; `corners`
-    (B, 2) integers y, x with the small image wholly inside (see `draw_corners`). Returns the
-    mixed images and ratio (B,), the share of pixels of the first image that stay.
+    `images` (B, C, H, W) in any range, contiguous or channels_last (kept); `perm` (B,); `scale` in
+    (0, 1], a float or CPU scalar, since it sets a size; `corners` (B, 2) integers y, x, as
+    `draw_corners` makes them. Returns the mixed images and ratio (B,), the share of the first
+    image's pixels that stay.
     """
     (n, channels, height, width), device = images.shape, images.device
     perm, corners = (t.to(device, non_blocking=True).long() for t in (perm, corners))
@@ -65,10 +65,10 @@ def resize_mix(images: Tensor, perm: Tensor, scale: float | Tensor, corners: Ten
 
 
 def nearest_index(size: int, length: int, scale: float, device) -> Tensor:
-    """Pixels (size,) of a side of `length` that the nearest resize by `scale` keeps.
+    """Return the source pixels (size,) of a nearest resize by `scale` of a side of `length`.
 
-    floor(i / scale) in single precision, not floor(i·length / size): the two differ wherever
-    length·scale is not a whole number.
+    floor(i / scale) in float32, as recorded; floor(i·length / size) differs where length·scale is
+    not whole.
     """
     step = torch.arange(size, device=device, dtype=torch.float32) * (1 / float(scale))
     return step.long().clamp_(max=length - 1)
@@ -76,11 +76,11 @@ def nearest_index(size: int, length: int, scale: float, device) -> Tensor:
 
 def cutmix(images: Tensor, perm: Tensor, centre: Tensor, lam: float | Tensor
            ) -> tuple[Tensor, Tensor]:
-    """CutMix as this paper's baseline has it: whole-pixel halves around a whole-pixel centre.
+    """CutMix as this paper's baseline has it, in whole pixels and with one box for the batch.
 
-    `images` (B, C, H, W) in any range; `perm` (B,); `centre` (2,) integers y, x, one box for the
-    batch; `lam` in [0, 1]. Each side is 2·floor(int(length·sqrt(1 - lam)) / 2) pixels, clipped to
-    the image. Returns the mixed images and ratio (B,), the share of pixels that stay.
+    `images` (B, C, H, W) in any range; `perm` (B,); `centre` (2,) integers y, x; `lam` in [0, 1].
+    The box's sides are 2·floor(int(length·sqrt(1 - lam)) / 2) pixels, clipped to the image. Returns
+    the mixed images and ratio (B,), the share of pixels that stay.
     """
     size, cut = images.shape[-2:], (1 - torch.as_tensor(lam).double()).sqrt()
     halves = torch.stack([(length * cut).long() // 2 for length in size])
@@ -94,34 +94,24 @@ def cutmix(images: Tensor, perm: Tensor, centre: Tensor, lam: float | Tensor
 
 
 def keep_centre(images: Tensor, size: int = 24) -> tuple[Tensor, float]:
-    """Images whose pixels outside the central size×size square are 0, and the square's share.
+    """Return images with 0 outside the central size×size square, and that square's share.
 
     `images` (B, C, H, W), normalised, so that 0 is the mean colour.
     """
-    height, width = images.shape[-2:]
-    rows, cols = (slice(max(length // 2 - size // 2, 0), length // 2 + size // 2)
-                  for length in (height, width))
+    box = tuple(slice(max(length // 2 - size // 2, 0), length // 2 + size // 2)
+                for length in images.shape[-2:])
     cropped = torch.zeros_like(images)
-    cropped[..., rows, cols] = images[..., rows, cols]
-    inside = images[0, 0, rows, cols]
-    return cropped, inside.numel() / (height * width)
-
-
-def crop_test(net, images: Tensor, size: int = 24) -> Tensor:
-    """Logits (B, classes) of `net` averaged over the image and its central square (`--crop_test`).
-
-    (1 - a)·net(images) + a·net(central square), a being the square's share of the area.
-    """
-    cropped, share = keep_centre(images, size)
-    return (1 - share) * net(images) + share * net(cropped)
+    cropped[(..., *box)] = images[(..., *box)]
+    return cropped, images[0, 0][box].numel() / images[0, 0].numel()
 
 
 class CropTest(nn.Module):
-    """--crop_test: the logits of the image and of its central square, weighed by their areas."""
+    """`--crop_test`: (1 - a)·net(images) + a·net(central square), a: the square's share."""
 
     def __init__(self, net):
         super().__init__()
         self.net, self.training = net, net.training
 
     def forward(self, images):
-        return crop_test(self.net, images)
+        cropped, share = keep_centre(images)
+        return (1 - share) * self.net(images) + share * self.net(cropped)

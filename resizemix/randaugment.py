@@ -1,8 +1,8 @@
 """RandAugment (Cubuk et al. 2020) in this paper's two forms.
 
-Of loaded images (`transform`): ten operations that move no pixel, chosen for each image.
-Of mixed batches (`batch_aug`): these without equalize and five geometric ones, the same
-operations for all images of the batch.
+`transform`, of loaded images: ten operations that move no pixel, chosen for each image.
+`batch_aug`, of mixed batches: nine of these (no equalize) and five geometric ones, the same for all
+images of the batch.
 """
 import math
 
@@ -15,66 +15,62 @@ from common.randaugment import BLENDS, Operation, apply_operations, blur
 
 Draws = list[tuple[int, int]]
 
-
-def value(low: float, high: float, magnitude: float) -> float:
-    """Setting of an operation at `magnitude` 0 (`low`) to 30 (`high`)."""
-    return low + magnitude / 30 * (high - low)
-
-
-# ------------------------------------------------------------------------------ of loaded images
-
-# lowest and highest setting: thresholds of solarize in pixel values, bits, factors
+# lowest and highest setting; of Solarize in pixel values, of Posterize in bits, else factors
 PER_IMAGE = {"Identity": (0, 1), "AutoContrast": (0, 1), "Invert": (0, 1), "Equalize": (0, 1),
              "Solarize": (0, 256), "Posterize": (4, 8), "Contrast": (0.1, 1.9),
              "Color": (0.1, 1.9), "Brightness": (0.1, 1.9), "Sharpness": (0.1, 1.9)}
 
 
+def value(low: float, high: float, magnitude: float) -> float:
+    """Return an operation's setting at `magnitude` 0 (`low`) to 30 (`high`)."""
+    return low + magnitude / 30 * (high - low)
+
+
 def draw_operations(n: int, generator: torch.Generator, count: int = 2) -> Tensor:
-    """Indices (n, count) into PER_IMAGE, with replacement, on the CPU."""
+    """Return indices (n, count) into PER_IMAGE, drawn with replacement, on the CPU."""
     return torch.randint(len(PER_IMAGE), (n, count), generator=generator)
 
 
 def randaugment(images: Tensor, operations: Tensor, magnitude: float = 14) -> Tensor:
-    """Applies to image i the operations operations[i], one after the other.
+    """Return images (B, 3, H, W) uint8 after operations[i, 0], operations[i, 1], ... on image i.
 
-    `images` (B, 3, H, W) uint8; `operations` (B, count) indices into PER_IMAGE on the CPU.
-    Returns new uint8 images.
+    `operations` (B, count): CPU indices into PER_IMAGE.
     """
-    table = []
-    for name, limits in PER_IMAGE.items():
-        setting = value(*limits, magnitude)
-        table.append(Operation(name, setting - 1 if name in BLENDS else
-                               setting / 255 if name == "Solarize" else int(setting)))
+    settings = {name: value(*limits, magnitude) for name, limits in PER_IMAGE.items()}
+    table = [Operation(name, setting - 1 if name in BLENDS else
+                       setting / 255 if name == "Solarize" else int(setting))
+             for name, setting in settings.items()]
     return apply_operations(images, [table] * operations.shape[1], operations.T)
 
 
 def transform(images: Tensor, generator: torch.Generator) -> Tensor:
-    """`randaugment` with its draws made (2 operations, magnitude 14), as data loaders take it."""
+    """Return images after two random operations at magnitude 14, as data loaders call it."""
     return randaugment(images, draw_operations(len(images), generator))
 
 
 # ------------------------------------------------------------------------------ of mixed batches
 
 def affine(images: Tensor, a=1.0, b=0.0, c=0.0, d=0.0, e=1.0, f=0.0) -> Tensor:
-    """Images whose pixel (x, y) is pixel (ax + by + c, dx + ey + f) of `images` (B, C, H, W).
+    """Return images whose pixel (x, y) is pixel (ax + by + c, dx + ey + f) of `images`.
 
-    Counted from the middle of the image; bilinear, black outside. No number becomes a tensor on
-    the CPU, as in torchvision's affine, whose copy a GPU would wait for.
+    Coordinates from the image's middle; bilinear, black outside. torchvision's affine makes
+    tensors of its numbers, for which a GPU synchronises.
     """
-    y, x = (torch.arange(side, device=images.device) - (side - 1) / 2 for side in images.shape[2:])
-    y, (height, width) = y[:, None], images.shape[2:]
+    height, width = images.shape[2:]
+    y, x = (torch.arange(side, device=images.device) - (side - 1) / 2 for side in (height, width))
+    y = y[:, None]
     grid = torch.stack([(a * x + b * y + c) * (2 / width), (d * x + e * y + f) * (2 / height)], 2)
     return F.grid_sample(images, grid.expand(len(images), -1, -1, -1), align_corners=False)
 
 
 def rotate(images: Tensor, degrees: float) -> Tensor:
-    """Images rotated clockwise around their middle."""
+    """Return images rotated clockwise about their middle."""
     cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
     return affine(images, a=cos, b=sin, d=-sin, e=cos)
 
 
 def sharpness(images: Tensor, factor: float) -> Tensor:
-    """As torchvision's adjust_sharpness for pixels in [0, 1]; the border stays as it is."""
+    """Return torchvision's adjust_sharpness of images in [0, 1], without its tensor of weights."""
     change = F.pad(blur(images) - images[..., 1:-1, 1:-1], (1, 1, 1, 1))
     return images.add(change, alpha=1 - factor).clamp_(0, 1)
 
@@ -91,7 +87,7 @@ PER_BATCH = {
     "identity": (0, 1, lambda x, v: x), **GEOMETRIC,
     "autocontrast": (0, 1, lambda x, v: TF.autocontrast(x)),
     "invert": (0, 1, lambda x, v: 1 - x),
-    "solarize": (0, 1, lambda x, v: torch.where(x >= v, 1 - x, x)),
+    "solarize": (0, 1, TF.solarize),
     "posterize": (4, 8, lambda x, v: TF.posterize(x, int(v))),
     "contrast": (0.1, 1.9, TF.adjust_contrast),
     "color": (0.1, 1.9, TF.adjust_saturation),
@@ -101,7 +97,7 @@ PER_BATCH = {
 
 
 def draw_batch_operations(generator: torch.Generator, count: int = 2) -> Draws:
-    """`count` pairs: index into PER_BATCH, with replacement, and sign (geometric ones use it)."""
+    """Return `count` pairs (index into PER_BATCH, sign ±1), drawn with replacement."""
     index = torch.randint(len(PER_BATCH), (count,), generator=generator).tolist()
     sign = torch.randint(2, (count,), generator=generator).mul(2).sub(1).tolist()
     return list(zip(index, sign, strict=True))
@@ -109,9 +105,9 @@ def draw_batch_operations(generator: torch.Generator, count: int = 2) -> Draws:
 
 def batch_randaugment(images: Tensor, operations: Draws, *, mean, std, magnitude: float = 14
                       ) -> Tensor:
-    """Applies the same `operations` to all `images` (B, 3, H, W), normalised with `mean`, `std`.
+    """Return normalised images (B, 3, H, W) after the same `operations` on all.
 
-    The operations see pixels in [0, 1] and leave them there; the result is normalised again.
+    The operations work on pixels in [0, 1]; mean, std: of the normalisation.
     """
     mean, std = (torch.tensor(v).view(1, 3, 1, 1).to(images, non_blocking=True)
                  for v in (mean, std))
@@ -125,9 +121,6 @@ def batch_randaugment(images: Tensor, operations: Draws, *, mean, std, magnitude
 
 
 def batch_aug(images: Tensor, generator: torch.Generator, *, mean, std) -> Tensor:
-    """Two independent `batch_randaugment` passes over a mixed batch, one after the other: (2B, …).
-
-    `--batch_aug`: labels and ratios are to be repeated, `torch.cat([labels, labels])`.
-    """
+    """Return two independent `batch_randaugment` views of a mixed batch: 2B images."""
     return torch.cat([batch_randaugment(images, draw_batch_operations(generator),
                                         mean=mean, std=std) for _ in range(2)])

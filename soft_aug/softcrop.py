@@ -1,23 +1,18 @@
 """SoftCrop (Liu et al. 2023), its confidence curve and soft noise, for whole batches.
 
-A crop that shows less of an image deserves less confidence in its label: `soft_crop` moves each
-image by a random offset and tells the fraction that stays visible, `confidence` turns fractions
-into the probability of the label. `draw_*` make the random numbers on the CPU, from a
-torch.Generator; everything else is a pure function on the device of the images, which takes the
-draws from wherever they are.
+`soft_crop` shifts each image and returns the fraction that stays visible; `confidence` turns the
+fraction into the label's probability. `draw_*` draw from a CPU generator; all else is pure and
+works on the images' device.
 """
 import torch
 
-MAX_DRAWS = 100                            # of one offset; then it is 0
+MAX_DRAWS = 100                            # of one offset; after that it is 0
 
-
-# ------------------------------------------------------------------------------------- SoftCrop
 
 def draw_offsets(n: int, size: tuple[int, int], sigma: float, generator=None) -> torch.Tensor:
-    """(n, 2) int64 offsets (dy, dx) in pixels for images of `size` (H, W).
+    """Return offsets (n, 2) int64, dy and dx in pixels, for images of `size` (H, W).
 
-    Each is normal with standard deviation `sigma`, drawn again while its size exceeds H (or W),
-    0 after 100 draws, and truncated toward zero.
+    N(0, sigma²), drawn again while beyond ±H (±W), truncated toward zero.
     """
     return torch.stack([_truncated_normal(n, limit, sigma, generator) for limit in size], 1)
 
@@ -36,18 +31,17 @@ def _truncated_normal(n, limit, sigma, generator):
 
 
 def draw_background(n: int, channels: int, std: float, generator=None) -> torch.Tensor:
-    """(n, channels) background colours in normalised units, normal with standard deviation std."""
+    """Return background colours (n, channels) from N(0, std²), in normalised units."""
     return torch.randn(n, channels, generator=generator) * std
 
 
 def soft_crop(images: torch.Tensor, offsets: torch.Tensor, background: torch.Tensor, *,
               iou: bool = False):
-    """Slides the window of each image by its offset; what lies outside takes the background.
+    """Return each image shifted by its offset, on its background, and the visible fraction.
 
-    images (B, C, H, W) normalised; offsets (B, 2) integer (dy, dx): pixel (i, j) of the crop is
-    pixel (i + dy, j + dx) of the image; background (B, C) in the units of the images.
-    Returns crops (B, C, H, W) and the visible fraction (B,) float32 in [0, 1]: the share of the
-    image inside the window or, with `iou`, the intersection over union of image and window.
+    images (B, C, H, W) normalised; offsets (B, 2) integers: pixel (i, j) of a crop is pixel
+    (i + dy, j + dx) of the image; background (B, C), normalised. Visible fraction (B,) float32: the
+    share of the image inside the crop or, with `iou`, their intersection over union.
     """
     height, width = images.shape[2:]
     offsets = offsets.to(images.device, non_blocking=True)
@@ -67,11 +61,10 @@ def soft_crop(images: torch.Tensor, offsets: torch.Tensor, background: torch.Ten
 
 def confidence(visible: torch.Tensor, num_classes: int, *, power: float, t: float = 1.0,
                max_p: float | torch.Tensor = 1.0) -> torch.Tensor:
-    """Probability (B,) of the label of images of which the fraction `visible` (B,) is seen.
+    """Return the label's probability (B,) in the targets of images of visible fraction v (B,).
 
-    p = m - (m - 1/C) ((t - v) / t)^power for 0 < v <= t, the chance level 1/C at v <= 0 and m
-    at v > t, where m is max_p (a number or (B,)), but never below chance. With t = m = 1 this is
-    1 - (1 - 1/C) (1 - v)^power.
+    p = m - (m - 1/C) ((t - v) / t)^power for 0 < v <= t, 1/C below, m above, where m is max_p (a
+    number or (B,)) but at least 1/C. With t = m = 1: 1 - (1 - 1/C) (1 - v)^power.
     """
     chance = 1 / num_classes
     highest = max_p.clamp(min=chance) if torch.is_tensor(max_p) else max(max_p, chance)
@@ -79,15 +72,12 @@ def confidence(visible: torch.Tensor, num_classes: int, *, power: float, t: floa
     return highest - (highest - chance) * ((t - visible) / t).clamp(0, 1) ** power
 
 
-# -------------------------------------------------------------------------------------- soft noise
-
 def draw_noise(shape: tuple[int, ...], noise: float, scale: float = 1.0, generator=None,
                device="cpu"):
-    """Draws of `soft_noise` for a batch of `shape` (B, C, H, W).
+    """Return draws of `soft_noise`: sigma (B,) = |N(0, noise²)| and the field, N(0, scale²).
 
-    Returns sigma (B,) = |N(0, noise)| and the field (B, C, H, W), normal with standard deviation
-    `scale`. For a GPU the field is drawn there, by the GPU's own generator (which
-    `step_generator` seeds): to send a batch of numbers makes the host wait.
+    shape: (B, C, H, W), that of the field. On a GPU the field is drawn there, by its own generator,
+    which `step_generator` seeds: sending it would synchronise.
     """
     sigma = (torch.randn(shape[0], generator=generator) * noise).abs()
     if torch.device(device).type == "cpu":
@@ -96,10 +86,9 @@ def draw_noise(shape: tuple[int, ...], noise: float, scale: float = 1.0, generat
 
 
 def soft_noise(images: torch.Tensor, sigma: torch.Tensor, field: torch.Tensor):
-    """Adds sigma (B,) times the field (B, C, H, W) to the images (B, C, H, W).
+    """Return images + sigma·field, and 1 / (1 + sigma) (B,), the visible fraction's stand-in.
 
-    Returns the noisy images and 1 / (1 + sigma) (B,), which takes the place of the visible
-    fraction in `confidence`.
+    images, field (B, C, H, W); sigma (B,).
     """
     sigma, field = (draw.to(images, non_blocking=True) for draw in (sigma, field))
     return images + sigma[:, None, None, None] * field, 1 / (1 + sigma)

@@ -142,10 +142,11 @@ def test_crop_test_golden(path, device):
         assert torch.equal(mask[0, 0].byte(), case.tensor(f"mask_{name}", device))
         assert share == pytest.approx(float(case[f"alpha_{name}"]))
 
-    def net(x):
-        return F.adaptive_avg_pool2d(x, 2).flatten(1) @ case.tensor("w", device)
+    class Net(torch.nn.Module):
+        def forward(self, x):
+            return F.adaptive_avg_pool2d(x, 2).flatten(1) @ case.tensor("w", device)
 
-    torch.testing.assert_close(mixing.crop_test(net, images), case.tensor("crop1_logits", device),
+    torch.testing.assert_close(mixing.CropTest(Net())(images), case.tensor("crop1_logits", device),
                                rtol=1e-4, atol=1e-5)
 
 
