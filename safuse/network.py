@@ -276,10 +276,25 @@ def build(arch: str, num_classes: int, image_size: int = 32, *, decoder: str = "
     net = Network(encoder, None if decoder == "none" else
                   make_decoder(arch, form, encoder, initial_channels, decoder),
                   num_classes, joint=decoder == "joint", score=score)
-    for module in net.modules():
-        if isinstance(module, nn.ConvTranspose2d) or \
-                isinstance(module, nn.Conv2d) and arch != "deit_b16":
+    return init(net, arch, form)
+
+
+def init(net: Network, arch: str, form: int) -> Network:
+    """Set the papers' initial weights, at random for transposed convolutions too.
+
+    Kaiming, fan out; but xavier for the convolutions and N(0, 0.01) for the Linear layers of
+    pre-activation networks and of the form 224. Of deit_b16 torchvision's stay, but the decoder's.
+    """
+    xavier = form == 224 or form == 64 and arch != "resnext50"
+    for module in net.modules() if arch != "deit_b16" else net.decoder.modules() \
+            if net.decoder else ():
+        if isinstance(module, nn.Conv2d) and xavier:
+            nn.init.xavier_uniform_(module.weight)
+        elif isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        elif isinstance(module, nn.Linear) and xavier:
+            nn.init.normal_(module.weight, std=0.01)
+            nn.init.zeros_(module.bias)
     return net
 
 

@@ -314,6 +314,16 @@ def test_shakeshake(device):
     torch.testing.assert_close([forward, backward], [torch.full_like(forward, 1.5)] * 2)
 
 
+def test_shakeshake_begins(device):
+    """A ResNeXt branch begins with its convolution, a plain one with a ReLU; no bias at first."""
+    x = -torch.rand(2, 16, 8, 8, device=device)             # a ReLU would leave nothing of it
+    for name, passes in (("shakeshake26_2x96d_next", True), ("shakeshake26_2x32d", False)):
+        network = models.build(name, 5, initial_channels=16 if passes else 64).to(device)
+        features = network.stages[0][0].branches[0][:3](x)
+        assert (features.std() > 0.1) == passes
+        assert (network.fc.bias == 0).all() and network.fc.weight.std() > 0
+
+
 @pytest.mark.parametrize("name", ["pyramidnet272", "shakeshake26_2x32d"])
 def test_random_layers(name, device):
     """Training draws from torch's generator, evaluation from none."""

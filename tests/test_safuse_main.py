@@ -1,4 +1,5 @@
 """SAFuse's program as users run it: methods, recipes, resume after a kill, two ranks, faults."""
+import copy
 import itertools
 import json
 import math
@@ -370,6 +371,58 @@ def test_a_run_is_the_recipe_step_by_step(tmp_path):
     moved = {name: (ours[name] - value).abs().max().item() for name, value in
              net.named_parameters()}
     assert max(moved.values()) < 5e-4, max(moved, key=moved.get)
+
+
+def plain_occamix(net, images, labels, segments, perm):
+    """The loss of OcCaMix as the paper tells it, image by image, in the net's precision."""
+    net.eval()
+    with torch.no_grad():
+        features = net.encoder(images)[0][-1]
+    net.train()
+    mixed, shares = images.clone(), []
+    n, size = len(images), images.shape[-1]
+    for i, other in enumerate(perm.tolist()):
+        maps = torch.relu(torch.einsum("kc,chw->khw", net.fc.weight.detach(), features[other]))
+        scores, cell = maps.amax(0), size // maps.shape[-1]
+        pasted = torch.zeros(size, size, dtype=torch.bool)
+        for place in scores.flatten().topk(3).indices.tolist():
+            y, x = (cell * part for part in divmod(place, maps.shape[-1]))
+            inside = segments[other][y:y + cell, x:x + cell]
+            best = max(inside.unique().tolist(),            # the first, lowest, of equals
+                       key=lambda s: (inside == s).sum().item() / (segments[other] == s).sum())
+            pasted |= segments[other] == best
+        mixed[i] = torch.where(pasted, images[other], images[i])
+        shares.append(pasted.double().mean())
+    log_p = net(mixed).log_softmax(1)
+    return -sum((1 - lam) * log_p[i, labels[i]] + lam * log_p[i, labels[perm[i]]]
+                for i, lam in enumerate(shares)) / n
+
+
+def test_occamix_is_the_paper_in_float64():
+    """Three of the program's steps, with SGD's momentum and decay, against a plain rendering."""
+    args = arguments("--method occamix --cutmix_prob 1")
+    net, scaler = small_net(args, 32), torch.amp.GradScaler("cpu", enabled=False)
+    plain = copy.deepcopy(net).double()
+    ours, theirs = (torch.optim.SGD(m.parameters(), 0.02, 0.9, weight_decay=5e-4)
+                    for m in (net, plain))
+    images, labels = batch(side=32)
+    for step in range(3):
+        ours.zero_grad()
+        loss, _ = safuse.training_step(net, net, images, labels, args, Ten, True,
+                                       torch.Generator().manual_seed(step), scaler)
+        ours.step()
+        generator = torch.Generator().manual_seed(step)
+        perm = torch.randperm(8, generator=generator)
+        segments = safuse.superpixels.slic(
+            images * torch.tensor(Ten.std).view(3, 1, 1) + torch.tensor(Ten.mean).view(3, 1, 1),
+            torch.randint(20, 41, (8,), generator=generator), 10.0)
+        theirs.zero_grad()
+        expected = plain_occamix(plain, images.double(), labels, segments, perm)
+        expected.backward()
+        theirs.step()
+        assert loss.item() == pytest.approx(expected.item(), rel=2e-5)
+    for (name, p), q in zip(net.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.double(), q, rtol=0, atol=3e-5, msg=name)
 
 
 def test_post_norm_is_blind_at_initialisation_and_pre_norm_is_not():

@@ -50,9 +50,9 @@ def plain_branch(in_channels: int, out_channels: int, stride: int) -> nn.Sequent
 
 
 def resnext_branch(in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
-    """ReLU-conv1-BN, conv3 in four groups, conv1."""
+    """conv1-BN-ReLU, conv3 in four groups-BN-ReLU, conv1-BN; no ReLU before them."""
     return nn.Sequential(
-        nn.ReLU(), conv(in_channels, out_channels, 1),
+        conv(in_channels, out_channels, 1),
         *norm_relu(out_channels), conv(out_channels, out_channels, 3, stride, groups=4),
         *norm_relu(out_channels), conv(out_channels, out_channels, 1),
         nn.BatchNorm2d(out_channels))
@@ -91,7 +91,9 @@ def build(name: str, num_classes: int, image_size: int = 32, *, initial_channels
     width = width * initial_channels // 64
     stem_width = initial_channels if resnext else initial_channels // 4
     widths, depths = [width, 2 * width, 4 * width], [2 if resnext else 4] * 3
-    return he_init(Network(
+    network = he_init(Network(
         conv(3, stem_width, 3, stem_stride(image_size), bias=True),
         make_stages(partial(ShakeBlock, resnext=resnext), stem_width, widths, depths),
         nn.ReLU(), widths[-1], num_classes, dropout))
+    nn.init.zeros_(network.fc.bias)
+    return network
