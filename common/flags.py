@@ -2,6 +2,7 @@
 import argparse
 import contextlib
 import math
+from pathlib import Path
 
 BOOLEANS = {"true": True, "yes": True, "y": True, "1": True,
             "false": False, "no": False, "n": False, "0": False}
@@ -45,6 +46,24 @@ def part_of_a_name(text: str) -> str:
 
 positive, count = number(int, low=1), number(int, low=0)
 amount, share = number(low=0), number(low=0, high=1)
+
+
+class Picture(argparse.Action):
+    """--preview and --cam: one of them; --cam draws with the weights that --evaluate takes."""
+
+    def __call__(self, parser, namespace, value, option_string=None):
+        if namespace.preview or namespace.cam:
+            parser.error("--cam and --preview: choose one of them")
+        setattr(namespace, self.dest, value)
+        if self.dest == "cam":
+            namespace.evaluate = namespace.evaluate or "auto"
+
+
+def folder(text: str) -> str:
+    """argparse type: a folder that is there."""
+    if not Path(text).expanduser().is_dir():
+        raise argparse.ArgumentTypeError(f"'{text}' is no folder")
+    return text
 
 
 def add_flags(parser, datasets, archs, names: dict, **defaults):
@@ -97,8 +116,14 @@ def add_flags(parser, datasets, archs, names: dict, **defaults):
     either = group.add_mutually_exclusive_group().add_argument
     either("--evaluate", nargs="?", const="auto", default="", metavar="CHECKPOINT",
            help="evaluate and exit: this file, or --resume's, or the run's best.pt")
-    either("--preview", default="", metavar="FILE.png",
+    either("--preview", default="", metavar="FILE.png", action=Picture,
            help="draw a mixed batch with its label shares (by --resume's network), and exit")
+    add("--corruptions", metavar="DIR", type=folder, help="CIFAR-10-C, CIFAR-100-C or "
+        "Tiny-ImageNet-C: evaluate on these too, with --evaluate or after training")
+    add("--cam", default="", metavar="FILE.png", action=Picture,
+        help="draw what --target_layer looks at (Grad-CAM) in test images, and exit")
+    add("--target_layer", metavar="layerN.M", help="--cam: block M of stage N, or a module's name "
+        "(default: the last with a feature map)")
     add("--max_steps", type=positive, default=None, metavar="N",
         help="a trial: N training steps, N evaluation batches, then all the closing motions")
     add_boolean(add, "--tensorboard", False, "write TensorBoard events into the run folder")

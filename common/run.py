@@ -25,7 +25,8 @@ NOT_SAVED = "nothing was saved after the last good checkpoint; a lower learning 
 
 # Flags that a run may change when it goes on, without a word
 NOT_TRAINING = ("data_dir", "root_dir", "workers", "print_freq", "device", "loader", "resume",
-                "evaluate", "preview", "max_steps", "tensorboard")
+                "evaluate", "preview", "corruptions", "cam", "target_layer", "max_steps",
+                "tensorboard")
 
 
 

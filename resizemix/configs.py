@@ -25,7 +25,6 @@ CIFAR = COMMON | {
     "batch_size": 256,
     "warmup_epochs": 5,
     "image_size": 32,
-    "target_layer": "layer3.3",  # the one --cam looks at
 }
 
 WIDE_RESNET = CIFAR | {"arch": "wresnet28_10", "lr": 0.2, "weight_decay": 5e-4}
@@ -47,7 +46,6 @@ CONFIGS = {
         "weight_decay": 4e-5,
         "warmup_epochs": 0,
         "image_size": 224,
-        "target_layer": "layer4.2",
     },
 }
 

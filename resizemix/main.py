@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 import torch.nn.functional as F
 
-from common import data, distributed, flags, metrics, models, plots, runtime
+from common import data, distributed, evaluation, flags, models, plots, runtime
 from common.distributed import log
 from common.errors import RunError
 from common.flags import add_boolean, amount, count, number, positive, share
@@ -38,7 +38,6 @@ from common.run import Run, StepSums, about
 from resizemix import configs, mixing, randaugment
 from resizemix.augment import AutoAugment
 from resizemix.cost import latency, multiply_adds
-from resizemix.gradcam import find_layer, grad_cam
 from resizemix.schedule import step_rate
 
 METHODS = ["cutout", "randaugment", "autoaugment", "resizemix", "batch_aug"]    # on or off
@@ -58,8 +57,6 @@ def parse_args(argv=None):
     add("--tb_path", default="", help="if given, TensorBoard events (in the run's folder)")
     add_boolean(add, "--evaluation", False, "evaluate before training, too")
     add_boolean(add, "--meas_lat", False, "measure the network's latency before training")
-    add("--cam", default="", metavar="FILE.png",
-        help="draw what --target_layer looks at (Grad-CAM) in test images, and exit")
     add("--launcher", choices=["none", "pytorch", "slurm"], default="none",
         help="who must have started the processes: torchrun, srun; none: whoever did")
     add("--port", type=number(int, low=1, high=65535), default=23333,
@@ -96,7 +93,6 @@ def parse_args(argv=None):
     add("--resizemix_high", type=number(above=0, high=1))
     add_boolean(add, "--batch_aug", None, "train on two RandAugments of each mixed batch")
     add_boolean(add, "--crop_test", None, "evaluate the whole image and its centre together")
-    add("--target_layer", metavar="layerN.M", help="--cam: block M of stage N")
     flags.add_flags(
         parser, data.NAMES, models.ALL,
         {"data_dir": ["--data_path"], "root_dir": ["--save"], "arch": ["--net_name"],
@@ -116,10 +112,6 @@ def parse_args(argv=None):
     args.resume = args.resume or args.load_path
     del args.load_path                                      # said by --resume
     args.tensorboard |= bool(args.tb_path)
-    if args.cam and args.preview:
-        parser.error("--cam and --preview: choose one of them")
-    if args.cam:
-        args.evaluate = args.evaluate or "auto"             # draw with the weights of that
     if args.randaugment and args.autoaugment:
         parser.error("--randaugment and --autoaugment: choose one of them")
     if args.resizemix_low > args.resizemix_high:
@@ -228,20 +220,6 @@ def train_one_epoch(net, model, loader, optimizer, scaler, args, info, run):
     return sums
 
 
-def measure(net, batches, args) -> dict:
-    """`metrics.evaluate` of `net` on `batches`, under --crop_test."""
-    return metrics.evaluate(mixing.CropTest(net) if args.crop_test else net, batches, args)
-
-
-def draw_cam(path, net, test, args, info):
-    """--cam: test images, their Grad-CAM, and both in one; predicted classes below."""
-    images = next(iter(test))[0][:8]
-    maps, predicted = grad_cam(net.eval(), find_layer(net, args.target_layer), images)
-    rows = {"image": images, "Grad-CAM": maps, "seen": images * maps[:, None]}
-    return plots.preview(path, f"{args.arch} on {info.name}, {args.target_layer}", rows,
-                        predicted, info)
-
-
 def draw_preview(path, train, args, info):
     """A picture of the first training batch, mixed by the method."""
     train.set_epoch(0)
@@ -279,6 +257,7 @@ def main(argv=None):
         raise RunError(f"{args.arch} cannot have --initial_channels {args.initial_channels} "
                        f"on {info.image_size} pixels: {str(fault).splitlines()[0]}") from None
     net, model = runtime.prepare(net, args, device)
+    judged = mixing.CropTest(net) if args.crop_test and not args.cam else net
     optimizer = torch.optim.SGD(net.parameters(), lr=args.lr, momentum=args.momentum,
                                 weight_decay=args.weight_decay, nesterov=args.nesterov)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
@@ -289,12 +268,10 @@ def main(argv=None):
     run = Run(args, device, info, [method_name(args)],
                      model=net, optimizer=optimizer, scaler=scaler)
     if args.evaluate or args.preview:
-        run.load_weights()
-        if args.cam and distributed.rank() == 0:
-            log(f"Grad-CAM: {draw_cam(args.cam, net, test, args, info)}")
-        elif args.evaluate and not args.cam:
-            log(f"test: {metrics.sentence(measure(net, test, args))}")
-        elif args.preview and distributed.rank() == 0:
+        checkpoint = run.load_weights()
+        if args.evaluate:
+            evaluation.report(judged, test, args, info, run, checkpoint)
+        elif distributed.rank() == 0:
             log(f"mixed images: {draw_preview(args.preview, train, args, info)}")
         return net
     run.start(multiply_adds=cost)
@@ -303,17 +280,18 @@ def main(argv=None):
             seconds = latency(net, info.image_size, place, images)
             log(f"latency: {1000 * seconds:.2f} ms for a batch of {images} ({place})")
     if args.evaluation:
-        log(f"test: {metrics.sentence(measure(net, test, args))}")
+        log(f"test: {evaluation.sentence(evaluation.evaluate(judged, test, args, info))}")
 
     # The epochs
     while not run.over:
         sums = train_one_epoch(net, model, train, optimizer, scaler, args, info, run)
         row, timing = {"lr": optimizer.param_groups[0]["lr"]} | sums.result(), run.clock()
         distributed.share_buffers(net)
-        row |= metrics.columns(measure(net, test, args))
+        row |= evaluation.columns(evaluation.evaluate(judged, test, args, info))
         run.end_epoch(row | timing, row["test_accuracy"], sums)
 
     # The report
+    evaluation.report(judged, test, args, info, run)
     run.finish(f"{method_name(args)}, {args.arch} on {info.name}", draw_preview, train, args, info)
     return net
 

@@ -6,7 +6,7 @@ from scipy import ndimage
 from torch import Tensor
 from torchvision.ops import box_iou
 
-from common import distributed, runtime
+from common import distributed, evaluation, runtime
 
 THRESHOLD = 0.2                # of the map's maximum
 LEAST_IOU = 0.5                # with the true box
@@ -59,9 +59,7 @@ def localise(net, batches, args) -> tuple[float, float]:
     """
     boxes, hits, start = batches.boxes(), torch.zeros(3, device=batches.device), 0
     net.eval()
-    for step, (images, labels) in enumerate(batches):
-        if args.max_steps and step >= args.max_steps:
-            break
+    for images, labels in evaluation.batches(batches, args):
         with runtime.autocast(args, images.device):
             logits, maps = net.activation_maps(images)
         found = localised(logits, maps, labels, boxes[start:start + len(labels)],

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 import torch.nn.functional as F
 
-from common import data, distributed, flags, metrics, plots, runtime
+from common import data, distributed, evaluation, flags, plots, runtime
 from common.data.batches import unnormalise
 from common.distributed import log
 from common.errors import RunError
@@ -253,10 +253,11 @@ def train_one_epoch(net, model, loader, optimizer, scaler, args, info, run):
     return sums
 
 
-def evaluate(net, test, args):
-    """--evaluate: accuracy, and for cub200 with its boxes weakly supervised localisation."""
-    log(f"test: {metrics.sentence(metrics.evaluate(net, test, args))}")
-    if args.dataset == "cub200" and test.data.boxes:
+def report(net, test, args, info, run, checkpoint=None):
+    """What `evaluation.report` finds, and for cub200 with its boxes weakly supervised localisation.
+    """
+    evaluation.report(net, test, args, info, run, checkpoint)
+    if not args.cam and args.dataset == "cub200" and test.data.boxes:
         log("localisation (IoU at least 0.5): {:.2f} % with the right class, {:.2f} % "
                     "with the class given".format(*localise(net, test, args)))
 
@@ -324,10 +325,11 @@ def main(argv=None):
     run = Run(args, device, info, [args.method], {"method": args.method},
                      model=net, optimizer=optimizer, scaler=scaler)
     if args.evaluate or args.preview:
-        if not run.load_weights() and args.pretrained:
+        checkpoint = run.load_weights()
+        if not checkpoint and args.pretrained:
             network.load_pretrained(net.encoder, args.arch, args.pretrained)
         if args.evaluate:
-            evaluate(net, test, args)
+            report(net, test, args, info, run, checkpoint)
         elif distributed.rank() == 0:
             log(f"mixed images: {draw_preview(args.preview, net, train, args, info)}")
         return net
@@ -343,10 +345,11 @@ def main(argv=None):
         sums = train_one_epoch(net, model, train, optimizer, scaler, args, info, run)
         row, timing = {"lr": rate} | sums.result(), run.clock()
         distributed.share_buffers(net)
-        row |= metrics.columns(metrics.evaluate(net, test, args))
+        row |= evaluation.columns(evaluation.evaluate(net, test, args, info))
         run.end_epoch(row | timing, row["test_accuracy"], sums)
 
     # The report
+    report(net, test, args, info, run)
     run.finish(f"{args.method}, {args.arch} on {info.name}", draw_preview, net, train, args, info)
     return net
 

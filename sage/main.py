@@ -24,8 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 import torch.nn.functional as F
 
-from common import data, distributed, flags, metrics, models, plots, runtime
-from common.data.batches import statistics, to_uint8
+from common import data, distributed, evaluation, flags, models, plots, runtime
+from common.data.batches import to_uint8
 from common.distributed import log
 from common.errors import RunError
 from common.flags import add_boolean, amount, count, number, positive, share
@@ -334,25 +334,6 @@ def train_one_epoch(net, model, loader, optimizer, scaler, args, info, run):
     return sums
 
 
-def fgsm(net, epsilon: float, info):
-    """Attack of one step: `epsilon` (in pixels of [0, 1]) along the sign of the loss's gradient."""
-    def attack(images, labels):
-        mean, std = statistics(info, images.device)
-        images = images.detach().requires_grad_()
-        grad, = torch.autograd.grad(F.cross_entropy(net(images).float(), labels), images)
-        pixels = (images.detach() * std + mean + epsilon * grad.sign()).clamp(0, 1)
-        return (pixels - mean) / std
-    return attack
-
-
-def evaluate(net, test, args, info):
-    """--evaluate: clean accuracy, and under FGSM of 4/255 and 8/255."""
-    for name, attack in (("clean", None), ("FGSM 4/255", fgsm(net, 4 / 255, info)),
-                         ("FGSM 8/255", fgsm(net, 8 / 255, info))):
-        result = metrics.evaluate(net, test, args, attack=attack)
-        log(f"{name:>10}: {metrics.sentence(result)}")
-
-
 def draw_preview(path, net, train, args, info, scaler):
     """A picture of the first training batch, mixed by the method."""
     train.set_epoch(0)
@@ -407,9 +388,9 @@ def main(argv=None):
     run = Run(args, device, info, [args.method, f"job{args.job_id}" * (args.job_id > 0)],
                      model=net, optimizer=optimizer, scaler=scaler)
     if args.evaluate or args.preview:
-        run.load_weights()
+        checkpoint = run.load_weights()
         if args.evaluate:
-            evaluate(net, test, args, info)
+            evaluation.report(net, test, args, info, run, checkpoint)
         elif distributed.rank() == 0:
             picture = draw_preview(args.preview, net, train, args, info, scaler)
             log(f"mixed images: {picture}")
@@ -428,10 +409,11 @@ def main(argv=None):
         distributed.share_buffers(net)
         for part, batches in (("valid", info.valid), ("test", test)):
             if batches:
-                row |= metrics.columns(metrics.evaluate(net, batches, args), part)
+                row |= evaluation.columns(evaluation.evaluate(net, batches, args, info), part)
         run.end_epoch(row | timing, row["valid_accuracy" if info.valid else "test_accuracy"], sums)
 
     # The report
+    evaluation.report(net, test, args, info, run)
     run.finish(f"{args.method}, {args.arch} on {info.name}", draw_preview, net, train, args, info,
                scaler)
     return net

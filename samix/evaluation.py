@@ -4,36 +4,34 @@ import statistics
 
 import torch
 
-from common import distributed, metrics, runtime
+from common import evaluation, runtime
 from common.data.batches import statistics as on_device
 from samix.mixblock import mix
 
 HEADS = {"one_k": ("k", "one"), "mix_k": ("k", "mix"), "one_q": ("q", "one"), "mix_q": ("q", "mix")}
 
 
-@torch.no_grad()
-def measure(net, batches, args) -> dict:
-    """What `metrics.evaluate` finds, for each head by name, the headline's first.
+def headline(net):
+    """The network whose accuracy is the headline: branch k with the head of clean images.
 
-    Over all ranks. A network trained by a baseline has one head, one_q.
+    A network trained by a baseline is it itself.
     """
-    names = list(HEADS) if hasattr(net, "k") else ["one_q"]
-    sums = torch.zeros(len(names), 4, dtype=torch.float64, device=batches.device)
-    net.eval()
-    for step, (images, labels) in enumerate(batches):
-        if args.max_steps and step >= args.max_steps:
-            break
-        with runtime.autocast(args, images.device):
-            if names == ["one_q"]:
-                outputs = [net(images)]
-            else:
-                pooled = {branch: getattr(net, branch).pooled(images) for branch in "kq"}
-                outputs = [getattr(getattr(net, branch), head)(pooled[branch])
-                           for branch, head in HEADS.values()]
-        for total, logits in zip(sums, outputs, strict=True):
-            total += metrics.tally(logits, labels)
-    net.train()
-    return dict(zip(names, map(metrics.averages, distributed.total(sums).tolist()), strict=True))
+    return getattr(net, "k", net)
+
+
+def measure(net, batches, args, info) -> dict:
+    """`evaluation.averages` of each head by name, the headline's first; over all ranks.
+
+    A network trained by a baseline has one head, one_q.
+    """
+    if not hasattr(net, "k"):
+        return {"one_q": evaluation.evaluate(net, batches, args, info)}
+
+    def heads(images, labels):
+        pooled = {branch: getattr(net, branch).pooled(images) for branch in "kq"}
+        for branch, head in HEADS.values():
+            yield getattr(getattr(net, branch), head)(pooled[branch])
+    return evaluation.measure(net, batches, args, info, list(HEADS), heads)
 
 
 def report(run) -> str:

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import checkpoint, data, distributed, flags, metrics, models, runtime
+from common import checkpoint, data, distributed, evaluation, flags, models, runtime
 from common.distributed import log
 from common.errors import RunError
 from common.models.features import Backbone, build_backbone
@@ -62,7 +62,7 @@ class Probe(nn.Module):
         return self
 
     def forward(self, images):
-        with torch.no_grad():
+        with torch.set_grad_enabled(images.requires_grad):      # an attack's alone
             _, pooled = self.backbone(images)
         self.norm.train(self.training and len(images) > 1)      # one image has no deviation
         return self.fc(self.norm(pooled.float()))
@@ -133,8 +133,7 @@ def main(argv=None):
     run = Run(args, device, info, ["probe", what], {"weights": digest.hexdigest()},
                      model=net, optimizer=optimizer, scaler=scaler)
     if args.evaluate:
-        run.load_weights()
-        log(f"test: {metrics.sentence(metrics.evaluate(net, test, args))}")
+        evaluation.report(net, test, args, info, run, run.load_weights())
         return net
     run.start(weights=args.weights)
 
@@ -143,10 +142,11 @@ def main(argv=None):
         sums = train_one_epoch(net, model, train, optimizer, scaler, args, run)
         row, timing = {"lr": optimizer.param_groups[0]["lr"]} | sums.result(), run.clock()
         distributed.share_buffers(net)
-        row |= metrics.columns(metrics.evaluate(net, test, args))
+        row |= evaluation.columns(evaluation.evaluate(net, test, args, info))
         run.end_epoch(row | timing, row["test_accuracy"], sums)
 
     # The report
+    evaluation.report(net, test, args, info, run)
     run.finish(f"linear probe of {what} features, {args.arch} on {info.name}")
     return net
 

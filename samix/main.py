@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import Tensor, nn
 
-from common import data, distributed, flags, metrics, mixing, models, plots, runtime
+from common import data, distributed, evaluation, flags, mixing, models, plots, runtime
 from common.data.batches import ResizedCrop
 from common.distributed import log
 from common.flags import add_boolean
@@ -31,7 +31,7 @@ from common.models.features import build_backbone, load_weights
 from common.randaugment import randaugment
 from common.run import Run, StepSums, about
 from samix import configs
-from samix.evaluation import measure, mixtures, report
+from samix.evaluation import headline, measure, mixtures, report
 from samix.losses import head_loss
 from samix.mixblock import (
     MASK_LOSSES,
@@ -289,14 +289,6 @@ def train_one_epoch(net, model, loader, optimizer, scaler, args, info, run):
     return sums
 
 
-# ------------------------------------------------------------------------------------- evaluation
-
-def evaluate(net, test, args):
-    """--evaluate: the heads' accuracy on the test images."""
-    for name, result in measure(net, test, args).items():
-        log(f"{name}: {metrics.sentence(result)}")
-
-
 def draw_preview(path, net, train, args, info):
     """A picture of pairs of the first training batch, their mixtures and, if learned, masks."""
     train.set_epoch(0)
@@ -378,10 +370,13 @@ def main(argv=None):
     run = Run(args, device, info, [args.method], {"method": args.method},
                      model=net, optimizer=optimizer, scaler=scaler)
     if args.evaluate or args.preview:
-        if not run.load_weights():
+        checkpoint = run.load_weights()
+        if not checkpoint:
             load_pretrained(net, args)
         if args.evaluate:
-            evaluate(net, test, args)
+            for name, result in measure(net, test, args, info).items():
+                log(f"{name}: {evaluation.sentence(result)}")
+            evaluation.report(headline(net), test, args, info, run, checkpoint)
         elif distributed.rank() == 0:
             log(f"mixed images: {draw_preview(args.preview, net, train, args, info)}")
         return net
@@ -397,12 +392,13 @@ def main(argv=None):
         row = {"lr": optimizer.param_groups[0]["lr"]} | sums.result()
         timing = run.clock()
         distributed.share_buffers(net)
-        heads = measure(net, test, args)
-        row |= metrics.columns(next(iter(heads.values())))
+        heads = measure(net, test, args, info)
+        row |= evaluation.columns(next(iter(heads.values())))
         row |= {f"{name}_accuracy": head["top1"] for name, head in heads.items()}
         run.end_epoch(row | timing, row["test_accuracy"], sums)
 
     # The report
+    evaluation.report(headline(net), test, args, info, run)
     if args.method in LEARNED:
         log(report(run))
     run.finish(f"{args.method}, {args.arch} on {info.name}", draw_preview, net, train, args, info)

@@ -110,8 +110,9 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.queue < args.batch_size:
         parser.error(f"--queue {args.queue} is less than a batch of {args.batch_size}")
-    if args.evaluate:
-        parser.error("--evaluate: evaluate the encoder with samix/linear_probe.py")
+    if args.evaluate or args.corruptions:
+        parser.error("--evaluate, --corruptions, --cam: evaluate the encoder with "
+                     "samix/linear_probe.py")
     return args
 
 

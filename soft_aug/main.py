@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 import torch.nn.functional as F
 
-from common import checkpoint, data, distributed, flags, metrics, models, plots, runtime
+from common import checkpoint, data, distributed, evaluation, flags, models, plots, runtime
 from common.data.sets import STREAMED
 from common.distributed import log
 from common.errors import RunError
@@ -34,7 +34,7 @@ from common.flags import add_boolean, amount, count, number, positive
 from common.mixing import cutout, draw_lambda, draw_perm, draw_pixels, mixup
 from common.randaugment import randaugment
 from common.run import Run, StepSums, about
-from soft_aug.evaluation import evaluate, measure, write_events
+from soft_aug.evaluation import draw_softening, write_events
 from soft_aug.losses import (
     cross_entropy,
     focal_loss,
@@ -308,7 +308,7 @@ def main(argv=None):
     if args.evaluate or args.preview:
         path = run.load_weights()
         if args.evaluate:
-            evaluate(net, test, args, info, path.parent if run.writes else None, f"{path.stem}_")
+            evaluation.report(net, test, args, info, run, path)
         elif distributed.rank() == 0:
             log(f"mixed images: {draw_preview(args.preview, train, args, info)}")
         return net
@@ -321,13 +321,14 @@ def main(argv=None):
         row, timing = {"lr": optimizer.param_groups[0]["lr"]} | sums.result(), run.clock()
         distributed.share_buffers(net)
         if epoch % args.eval_every == 0 or epoch + 1 == args.epochs or run.steps_left == 0:
-            result = measure(net, test, args, info)
-            row |= metrics.columns(result) | {"test_ece": result["ece"]}
+            row |= evaluation.columns(evaluation.evaluate(net, test, args, info))
         run.end_epoch(row | timing, row.get("test_accuracy"), sums)
         write_events(run)
 
     # The report
-    evaluate(net, test, args, info, run.folder if run.writes else None)
+    evaluation.report(net, test, args, info, run)
+    if args.da == 2 and run.writes:
+        log(f"softening: {draw_softening(run.folder / 'softening.png', args, info.num_classes)}")
     run.finish(f"--da {args.da} --loss {args.loss}, {args.arch} on {info.name}", draw_preview,
                train, args, info)
     return net

@@ -287,3 +287,17 @@ def test_report_is_the_median_of_the_last_ten(tmp_path):
     run.history = [{"test_accuracy": value, "seconds": 2.0}
                    for value in [10.0] * 5 + [70.0, 71.0, 72.0, 73.0, 74.0] * 2]
     assert "median of the last 10 epochs: 72.00 % (± 2.00); best 74.00 %" in run.report()
+
+
+def test_epoch_sums_name_the_step_of_a_nan():
+    sums = StepSums(6, torch.device("cpu"))
+    logits, labels = torch.eye(4), torch.tensor([0, 1, 2, 0])
+    for step in range(4):
+        sums.add(step, torch.tensor(2.0 + step), logits, labels)
+    sums.check(epoch=7)
+    assert sums.result() == {"train_loss": 3.5, "train_accuracy": 75.0}
+    resumed = StepSums(6, torch.device("cpu"), sums.state())
+    resumed.add(4, torch.tensor(torch.nan), logits, labels)
+    resumed.add(5, torch.tensor(1.0), logits, labels)
+    with pytest.raises(RunError, match="nan at epoch 7, step 4"):
+        resumed.check(epoch=7)

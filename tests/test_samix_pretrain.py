@@ -311,7 +311,7 @@ def test_probe_learns_resumes_and_is_evaluated(tmp_path, capsys):
     assert same(weights(whole), weights(folder))
     capsys.readouterr()
     probe(tmp_path / "whole", *words, "--evaluate", whole / "checkpoint.pt")
-    found = re.search(r"test: accuracy ([\d.]+) %.* on 355 images", capsys.readouterr().out)
+    found = re.search(r"clean: accuracy ([\d.]+) %.* on 355 images", capsys.readouterr().out)
     assert float(found[1]) == pytest.approx(accuracy, abs=0.01)
 
 

@@ -12,10 +12,10 @@ from sklearn.datasets import load_sample_images
 from torchvision.transforms import RandAugment
 from torchvision.transforms.v2 import functional as TF
 
-from common.metrics import expected_calibration_error, reliability_bins
+from common.evaluation import expected_calibration_error, reliability_bins
 from common.mixing import cutout, mixup
 from common.randaugment import OPERATIONS, draw_randaugment, rand_augment
-from soft_aug import plots, schedule
+from soft_aug import schedule
 from soft_aug.losses import (
     cross_entropy,
     focal_loss,
@@ -471,16 +471,3 @@ def test_augmentation_never_waits_for_the_gpu(photographs):
         soft_target_loss(crops.flatten(1)[:, :10], labels, p)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-
-
-# ----------------------------------------------------------------------------------------- plots
-
-def test_plots_write_pictures(tmp_path):
-    plots.curve(tmp_path / "a.png", "t", "y", [1, 0.5, 0.1],
-                {"SoftCrop": [80, 60, 10], "b": [79, 40, 2]}, top=100, chance=1)
-    bins = reliability_bins(torch.randn(50, 5), torch.arange(50) % 5)
-    plots.reliability_diagram(tmp_path / "new" / "b.png", *bins, 0.1)
-    from PIL import Image
-    for name in ("a.png", "new/b.png"):
-        with Image.open(tmp_path / name) as picture:
-            assert min(picture.size) > 400 and len(picture.convert("RGB").getcolors(1 << 20)) > 50

@@ -17,9 +17,8 @@ import torch.nn.functional as F
 from PIL import Image
 from programs import Program, same, weights
 
-from common import checkpoint, distributed, metrics
+from common import checkpoint, distributed, evaluation
 from common.errors import RunError
-from soft_aug import evaluation, plots
 from soft_aug import main as soft_aug
 from soft_aug.losses import soft_target_loss
 
@@ -39,8 +38,8 @@ def table(path):
 @pytest.fixture
 def no_pictures(monkeypatch):
     """Skips what takes most of a tiny run's time; test_recipes_train_and_close draws."""
-    for name in ("reliability_diagram", "curve"):
-        monkeypatch.setattr(plots, name, lambda *args, **options: None)
+    monkeypatch.setattr(evaluation, "draw", lambda *args: None)
+    monkeypatch.setattr(soft_aug, "draw_softening", lambda *args: None)
     monkeypatch.setattr(soft_aug, "draw_preview", lambda *args: None)
     monkeypatch.setattr("common.plots.curves", lambda *args: None)
 
@@ -69,11 +68,11 @@ def test_recipes_train_and_close(tmp_path, words, capsys):
     folder = train(tmp_path, *words.split(), "--max_steps", 2)
     printed, files = capsys.readouterr().out, {f.name for f in folder.iterdir()}
     assert "median of the last 1 epochs" in printed and str(folder / "mixed.png") in printed
-    assert re.search(r"test: accuracy [\d.]+ %, .*ECE 0\.\d{4} \([\d.]+ %\) on 60 images", printed)
+    assert re.search(r"clean: accuracy [\d.]+ %, .*ECE [\d.]+ % on 60 images", printed)
     names = {"args.json", "log.csv", "curves.png", "mixed.png", "checkpoint.pt", "best.pt", ".lock",
-             "reliability.csv", "reliability.png", "occlusion.csv", "occlusion.png"}
+             "evaluation.csv", "evaluation.png"}
     if "--da 2" in words:
-        names |= {"softening.csv", "softening.png", "tensorboard"}
+        names |= {"softening.png", "tensorboard"}
     assert files == names
     assert checkpoint.load(folder / "checkpoint.pt")["step"] == 2
     row, = table(folder / "log.csv")
@@ -232,7 +231,7 @@ def test_precision(info_and_batch, amp):
                            torch.amp.GradScaler("cpu", enabled=False))
     _, test, _ = soft_aug.data.load("digits", "", batch_size=50, image_size=16,
                                     device=torch.device("cpu"))
-    soft_aug.measure(Spy(3, 10), test, args, info)
+    evaluation.evaluate(Spy(3, 10), test, args, info)
     assert seen == [amp == "bf16"] * 2
 
 
@@ -264,8 +263,7 @@ def test_killed_and_resumed_is_the_run_never_killed(tmp_path):
     histories = [[{k: v for k, v in row.items() if k not in timed} for row in c["history"]]
                  for c in (one, two)]
     assert histories[0] == histories[1] and len(histories[0]) == 4
-    for name in ("reliability.csv", "occlusion.csv"):
-        assert (folder / name).read_text() == (whole / name).read_text()
+    assert (folder / "evaluation.csv").read_text() == (whole / "evaluation.csv").read_text()
 
 
 def test_a_signal_saves_inside_the_epoch(tmp_path):
@@ -293,14 +291,12 @@ def test_two_ranks_measure_what_one_does(tmp_path):
     assert "2 processes" in result.stdout
     folder, = tmp_path.iterdir()
     row, = table(folder / "log.csv")
-    occlusion = (folder / "occlusion.csv").read_text()
     alone = program(*RECIPE.split(), "--evaluate", folder / "checkpoint.pt", root=tmp_path)
-    found = re.search(r"accuracy ([\d.]+) %.* loss ([\d.]+), ECE ([\d.]+) .* on 355 images",
+    found = re.search(r"clean: accuracy ([\d.]+) %.* loss ([\d.]+), ECE ([\d.]+) % on 355 images",
                       alone.stdout)
     assert float(found[1]) == pytest.approx(row["test_accuracy"], abs=0.01)
     assert float(found[2]) == pytest.approx(row["test_loss"], abs=1e-3)
-    assert float(found[3]) == pytest.approx(row["test_ece"], abs=1e-3)
-    assert len(occlusion.splitlines()) == 1 + len(evaluation.OCCLUDED)
+    assert float(found[3]) / 100 == pytest.approx(row["test_ece"], abs=1e-3)
 
 
 # ------------------------------------------------------------------------- flags and augmentation
@@ -417,19 +413,15 @@ def trained(tmp_path_factory):
 def test_evaluation_alone(trained, capsys):
     soft_aug.main([*SMALL, "--da", "2", "--loss", "st", "--other", "--root_dir",
                    str(trained.parent), "--evaluate"])
-    printed = capsys.readouterr().out
     best = checkpoint.load(trained / "best.pt")
-    accuracy = [float(value) for value in re.findall(r"accuracy ([\d.]+) %", printed)]
-    assert len(accuracy) == len(evaluation.OCCLUDED)
-    assert accuracy[0] == pytest.approx(best["accuracy"], abs=0.01) and accuracy[0] > 40
-    for name in ("reliability", "occlusion", "softening"):
-        with Image.open(trained / f"best_{name}.png") as picture:
+    with open(trained / "best_evaluation.csv") as file:
+        rows = {row["condition"]: row for row in csv.DictReader(file)}
+    accuracy = {name: float(row["accuracy"]) for name, row in rows.items()}
+    assert accuracy["clean"] == pytest.approx(best["accuracy"], abs=0.01)
+    assert accuracy["clean"] > 40 and accuracy["visible 10 %"] < accuracy["clean"] - 20
+    for name in ("best_evaluation", "softening"):
+        with Image.open(trained / f"{name}.png") as picture:
             assert picture.width > 500 and len(picture.convert("RGB").getcolors(1 << 24)) > 10
-    rows = table(trained / "best_occlusion.csv")
-    assert [row["offset"] for row in rows] == [0, 2, 3, 5, 6, 8, 10, 11]
-    assert [row["visible"] for row in rows] == pytest.approx(
-        [(1 - row["offset"] / 16) ** 2 for row in rows], rel=1e-4)
-    assert rows[-1]["accuracy"] < rows[0]["accuracy"] - 20
     # ECE by another way: the data's own classes, softmax over these
     _, test, info = soft_aug.data.load("digits", "", batch_size=50, image_size=16,
                                        device=torch.device("cpu"))
@@ -438,12 +430,9 @@ def test_evaluation_alone(trained, capsys):
     with torch.no_grad():
         outputs = [(net(images)[:, :10], labels) for images, labels in test]
     logits, labels = (torch.cat(part) for part in zip(*outputs, strict=True))
-    assert rows[0]["ece"] == pytest.approx(
-        metrics.expected_calibration_error(logits, labels), abs=1e-5)
-    bins = table(trained / "best_reliability.csv")
-    assert sum(row["count"] for row in bins) == info.num_test
-    assert sum(row["count"] * row["accuracy"] for row in bins) / info.num_test == pytest.approx(
-        accuracy[0] / 100, abs=1e-4)
+    assert float(rows["clean"]["ece"]) == pytest.approx(
+        evaluation.expected_calibration_error(logits, labels), abs=1e-5)
+    assert float(rows["clean"]["count"]) == info.num_test
 
 
 def test_visible_share_of_images_that_are_not_square(tmp_path, no_pictures):
@@ -454,23 +443,15 @@ def test_visible_share_of_images_that_are_not_square(tmp_path, no_pictures):
     soft_aug.main(["--dataset", "npz", "--data_dir", str(tmp_path / "wide.npz"), "--batch_size",
                    "5", "--initial_channels", "4", "--device", "cpu", "--max_steps", "1",
                    "--root_dir", str(tmp_path / "runs")])
-    for row in table(next(tmp_path.rglob("occlusion.csv"))):
-        assert row["visible"] == pytest.approx(
-            (1 - row["offset"] / 16) * (1 - row["offset"] / 32), abs=1e-5)
+    text = next(tmp_path.rglob("evaluation.csv")).read_text()
+    assert re.findall(r"visible (\d+) %", text) == [
+        f"{100 * (1 - n / 16) * (1 - n / 32):.0f}" for n in (2, 3, 5, 6, 8, 10, 11)]
 
 
 def test_mixup_ends_with_the_fine_tuning(info_and_batch):
     for epoch, ends in ((10, False), (99, True)):
         mixed, _ = mix("--mixup 1 --r 1 --epochs 100", info_and_batch, epoch)
         assert (float(mixed.lam) == 1) == ends
-
-
-def test_occlusion_hides_what_it_says():
-    images = torch.ones(50, 3, 16, 16)
-    occluded = evaluation.occlude(4)(images, None)
-    assert (occluded.mean((1, 2, 3)) == 0.75 ** 2).all()
-    assert len(occluded.unique(dim=0)) == 4                  # all four directions
-    assert torch.equal(occluded, evaluation.occlude(4)(images, None))
 
 
 @pytest.mark.parametrize("words", ["--da 1 --l 8 --ra 1", "--da 2 --loss st --other --mixup 1",

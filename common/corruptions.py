@@ -1,0 +1,117 @@
+"""Corrupted test sets: CIFAR-10-C, CIFAR-100-C, Tiny-ImageNet-C (Hendrycks and Dietterich 2019)."""
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from common import distributed
+from common.data import sets
+from common.data.batches import statistics
+from common.errors import DataError
+
+SEVERITIES = 5
+
+
+def kind(condition: str) -> str:
+    """'fog' of 'fog 3', '' of a condition that is no corruption."""
+    found = re.fullmatch(rf"(.+) [1-{SEVERITIES}]", condition)
+    return found[1] if found else ""
+
+
+class Corrupted:
+    """Batches (images normalised, labels) of one corruption at one severity; this rank's share.
+
+    images: (N, H, W, 3) uint8, perhaps mapped from a file, or a list of N image files.
+    """
+
+    def __init__(self, images, labels, info, batch_size: int, device):
+        self.images, self.labels, self.info = images, labels, info
+        self.batch_size, self.device = batch_size, device
+
+    def __len__(self):
+        return -(-len(self.labels) // self.batch_size)
+
+    def __iter__(self):
+        mean, std = statistics(self.info, self.device)
+        for start in range(0, len(self.labels), self.batch_size):
+            part = slice(start + distributed.rank(), start + self.batch_size, distributed.world())
+            images, labels = self.images[part], self.labels[part]
+            if not len(labels):
+                return
+            if isinstance(images, list):
+                files, images = images, sets.decode_files(
+                    [(file, 0) for file in images], None, 4).images
+                check_size(files[0], images, self.info)
+            images = torch.from_numpy(np.array(images)).to(self.device).permute(0, 3, 1, 2)
+            yield ((images.float() / 255 - mean) / std,
+                   torch.as_tensor(labels, device=self.device))
+
+
+def check_size(file: Path, images: np.ndarray, info):
+    """Raise DataError naming the file unless images are (N, H, W, 3) uint8 of the data's size."""
+    if images.dtype != np.uint8 or images.shape[1:] != (info.image_size, info.width, 3):
+        raise DataError(f"{file}: {images.dtype} images of {images.shape[1:]}, the network is "
+                        f"evaluated on ({info.image_size}, {info.width}, 3)")
+
+
+def read(place, info, batch_size: int, device):
+    """Yield ('fog 1', Corrupted) for each corruption and severity in the folder `place`.
+
+    It holds <corruption>.npy, severities 1 to 5 after one another, beside labels.npy; or
+    <corruption>/<severity>/<class>/*. Raises DataError naming the file that is missing or wrong.
+    """
+    place = Path(place).expanduser()
+    arrays = sorted(file for file in place.glob("*.npy") if file.stem != "labels")
+    folders = sorted(folder for folder in place.glob("*")
+                     if folder.is_dir() and folder.name[0] != ".")
+    if not arrays and not folders:
+        raise DataError(f"{place}: neither <corruption>.npy nor <corruption>/<severity>/<class>/ "
+                        "folders are there")
+    labels = load(place / "labels.npy") if arrays else None
+    for file in arrays:
+        images = load(file)
+        count, rest = divmod(len(images), SEVERITIES)
+        if rest or len(labels) not in (count, len(images)):
+            raise DataError(f"{file}: {len(images)} images, {SEVERITIES} severities of them for "
+                            f"{len(labels)} labels in labels.npy do not fit")
+        if labels.min() < 0 or labels.max() >= info.num_classes:
+            raise DataError(f"{place / 'labels.npy'}: labels run from {labels.min()} to "
+                            f"{labels.max()}, the data have {info.num_classes} classes")
+        check_size(file, images, info)
+        for severity in range(SEVERITIES):
+            part = slice(severity * count, (severity + 1) * count)
+            own = labels if len(labels) == count else labels[part]
+            yield f"{file.stem} {severity + 1}", Corrupted(images[part], own, info, batch_size,
+                                                           device)
+    for folder in folders:
+        for severity in range(1, SEVERITIES + 1):
+            classes = sets.list_classes(folder / str(severity))
+            index = class_index(folder / str(severity), classes, info)
+            files = [(file, index[name]) for name, members in classes.items() for file in members]
+            yield f"{folder.name} {severity}", Corrupted(
+                [file for file, _ in files], np.array([label for _, label in files]), info,
+                batch_size, device)
+
+
+def load(file: Path) -> np.ndarray:
+    """Map an .npy file; labels as int64. Raises DataError for one that is missing or damaged."""
+    try:
+        array = np.load(file, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as fault:
+        raise DataError(f"{file}: missing, damaged, or no .npy ({str(fault)[:80]})") from None
+    labels = file.stem == "labels"
+    if array.ndim != (1 if labels else 4) or not len(array):
+        raise DataError(f"{file}: an array of {array.shape}, not "
+                        f"{'(N,)' if labels else '(N, height, width, 3)'}")
+    return np.array(array, np.int64) if labels else array
+
+
+def class_index(folder: Path, names, info) -> dict[str, int]:
+    """Label of each class folder: by name; WordNet's numbers, all of them given, by their order."""
+    if set(names) <= set(info.classes):
+        return {name: info.classes.index(name) for name in names}
+    if len(names) == info.num_classes and all(re.fullmatch(r"n\d{8}", name) for name in names):
+        return {name: label for label, name in enumerate(sorted(names))}
+    odd = sorted(set(names) - set(info.classes))
+    raise DataError(f"{folder / odd[0]}: a class that {info.name} lacks")

@@ -1,0 +1,254 @@
+"""Every network judged alike: accuracy, calibration, occlusion, FGSM, corruptions."""
+import csv
+import io
+import itertools
+import math
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from common import corruptions, distributed, gradcam, plots, runtime
+from common.data.batches import statistics
+from common.distributed import log
+from common.errors import RunError
+
+BINS = 10                                           # of confidence
+OCCLUDED = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)      # shifts of test images, of the side
+FGSM = (4, 8)                                       # steps in 1/255
+
+
+# --------------------------------------------------------------------------------------- counting
+
+def bin_sums(logits: Tensor, labels: Tensor, bins: int = BINS) -> Tensor:
+    """(3, bins) float64 sums of logits (N, C): confidence, hits and count of each confidence bin.
+
+    Bin i holds confidences in (i/bins, (i+1)/bins].
+    """
+    confidence, predicted = logits.float().softmax(1).max(1)
+    edges = torch.linspace(0, 1, bins + 1, device=logits.device, dtype=torch.float64)
+    index = torch.bucketize(confidence.double(), edges[1:-1], right=False)
+    right = (predicted == labels).double()
+    sums = torch.zeros(3, bins, dtype=torch.float64, device=logits.device)
+    return sums.index_add_(1, index, torch.stack([confidence.double(), right,
+                                                  torch.ones_like(right)]))
+
+
+def reliability_bins(logits: Tensor, labels: Tensor, bins: int = BINS):
+    """Mean confidence, accuracy and count of each confidence bin (Guo et al. 2017, section 2).
+
+    logits (N, C), labels (N,). Three float64 tensors of length bins; empty bins are 0.
+    """
+    sure, right, count = bin_sums(logits, labels, bins)
+    return sure / count.clamp(min=1), right / count.clamp(min=1), count
+
+
+def calibration_error(sums: Tensor) -> Tensor:
+    """ECE in [0, 1] of `bin_sums`: |accuracy - confidence|, weighed by the bins' counts."""
+    return (sums[1] - sums[0]).abs().sum() / sums[2].sum().clamp(min=1)
+
+
+def expected_calibration_error(logits: Tensor, labels: Tensor, bins: int = BINS) -> float:
+    """ECE in [0, 1] of logits (N, C) and labels (N,)."""
+    return float(calibration_error(bin_sums(logits, labels, bins)))
+
+
+def tally(logits: Tensor, labels: Tensor) -> Tensor:
+    """(2 + 3 * BINS,) float64 of logits (B, C): summed cross-entropy, top-5 hits, `bin_sums`."""
+    logits = logits.float()
+    top5 = (logits.topk(min(5, logits.shape[1])).indices == labels[:, None]).sum()
+    loss = F.cross_entropy(logits, labels, reduction="sum")
+    return torch.cat([torch.stack([loss.double(), top5.double()]),
+                      bin_sums(logits, labels).flatten()])
+
+
+def averages(sums: Tensor) -> dict:
+    """loss, top1 and top5 in %, ece in [0, 1], count and `bin_sums` of summed tallies."""
+    bins = sums[2:].view(3, BINS)
+    right, count = bins[1:].sum(1).tolist()
+    loss, top5 = (sums[:2] / max(count, 1)).tolist()
+    return {"loss": loss, "top1": 100 * right / max(count, 1), "top5": 100 * top5,
+            "ece": calibration_error(bins).item(), "count": int(count), "bins": bins}
+
+
+def batches(loader, args):
+    """Yield the (images, labels) of an evaluation, at most --max_steps, behind a progress bar."""
+    steps = len(loader) if args.max_steps is None else min(args.max_steps, len(loader))
+    yield from tqdm(itertools.islice(loader, steps), total=steps, desc="evaluating", leave=False,
+                    disable=distributed.rank() != 0,
+                    mininterval=0.2 if sys.stderr.isatty() else 60)
+
+
+@torch.no_grad()
+def measure(net, loader, args, info, names: list[str], outputs) -> dict:
+    """{name: `averages`} over all ranks of the logits that outputs(images, labels) yields.
+
+    outputs: a generator of one (B, C) for each of `names`, in order; columns beyond the data's
+    classes are left out. net is in evaluation mode meanwhile and in its former mode afterwards.
+    """
+    device, training = next(net.parameters()).device, net.training
+    sums = torch.zeros(len(names), 2 + 3 * BINS, dtype=torch.float64, device=device)
+    net.eval()
+    for images, labels in batches(loader, args):
+        with runtime.autocast(args, device):
+            for total, logits in zip(sums, outputs(images, labels), strict=True):
+                total += tally(logits[:, :info.num_classes], labels)
+    net.train(training)
+    return dict(zip(names, map(averages, distributed.total(sums).cpu()), strict=True))
+
+
+def evaluate(net, loader, args, info) -> dict:
+    """`averages` of net (images -> logits) on every image of `loader`, counted once over ranks."""
+    return measure(net, loader, args, info, [""], lambda images, _: [net(images)])[""]
+
+
+def sentence(result: dict) -> str:
+    """What `evaluate` found, in words."""
+    return (f"accuracy {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, loss "
+            f"{result['loss']:.4f}, ECE {100 * result['ece']:.2f} % on {result['count']} images")
+
+
+def columns(result: dict, part: str = "test") -> dict:
+    """What `evaluate` found, by the names of log.csv's columns."""
+    return {f"{part}_loss": result["loss"], f"{part}_accuracy": result["top1"],
+            f"{part}_top5": result["top5"], f"{part}_ece": result["ece"]}
+
+
+# ------------------------------------------------------------------------------------- conditions
+
+def occlude(images: Tensor, offset: int, info) -> Tensor:
+    """Slide images (B, 3, H, W) by `offset` > 0 pixels along both axes; the mean colour follows
+    (mid-grey where info.mean is 0: images that are not normalised).
+
+    Each way along an axis is taken by a bit of the sum of the image's pixels, so that an image
+    moves alike in every batch and on every rank.
+    """
+    mean, std = statistics(info, images.device)
+    number = ((images * std + mean) * 255).round().sum((1, 2, 3), dtype=torch.float64).long()
+    padded = F.pad(images, (offset,) * 4, value=0.0 if any(info.mean) else 0.5)
+    windows = padded.unfold(2, images.shape[2], 2 * offset).unfold(
+        3, images.shape[3], 2 * offset).permute(0, 2, 3, 1, 4, 5)
+    place = torch.arange(len(images), device=images.device)
+    return windows[place, number % 2, number // 2 % 2]
+
+
+def conditions(net, info) -> tuple[list[str], object]:
+    """Names of clean, occluded and attacked test images, and `measure`'s outputs for them."""
+    offsets = sorted({round(part * info.image_size) for part in OCCLUDED} - {0})
+    visible = [math.prod(max(0, 1 - offset / side) for side in (info.image_size, info.width))
+               for offset in offsets]
+
+    def outputs(images, labels):
+        leaf = images.detach().requires_grad_()
+        with torch.enable_grad():           # clean logits and the attack's gradient in one pass
+            logits = net(leaf)
+            known = logits[:, :info.num_classes].detach().float()
+            grad = known.softmax(1) - F.one_hot(labels, info.num_classes)
+            # of the cross-entropy; its sign survives any scale, so none underflows in fp16
+            grad /= grad.abs().amax(1, keepdim=True).clamp(min=1e-30)
+            grad = F.pad(grad, (0, logits.shape[1] - info.num_classes)).to(logits.dtype)
+            grad, = torch.autograd.grad(logits, leaf, grad)
+        yield known
+        for offset in offsets:
+            yield net(occlude(images, offset, info))
+        for step in FGSM:
+            yield net(fgsm(images, grad, step / 255, info))
+
+    return ["clean", *(f"visible {100 * part:.0f} %" for part in visible),
+            *(f"fgsm {step}/255" for step in FGSM)], outputs
+
+
+def fgsm(images: Tensor, grad: Tensor, epsilon: float, info) -> Tensor:
+    """One step of `epsilon`, in pixels of [0, 1], along the sign of the loss's gradient."""
+    mean, std = statistics(info, images.device)
+    return torch.clamp(images + epsilon / std * grad.sign(), -mean / std, (1 - mean) / std)
+
+
+# ----------------------------------------------------------------------------------------- report
+
+def report(net, test, args, info, run, checkpoint: Path | None = None):
+    """Log what net (images -> logits) does on clean, occluded, attacked and --corruptions images.
+
+    Writes evaluation.csv and evaluation.png into the run's folder, or, of --evaluate's
+    `checkpoint`, beside it and named after it. With --cam draws that instead. Raises RunError for
+    a network whose logits are not numbers.
+    """
+    if args.cam:
+        return gradcam.draw(args.cam, net, test, args, info)
+    results = measure(net, test, args, info, *conditions(net, info))
+    if args.corruptions:
+        device = next(net.parameters()).device
+        for name, loader in corruptions.read(args.corruptions, info, args.batch_size, device):
+            results |= measure(net, loader, args, info, [name], lambda images, _: [net(images)])
+    for name, result in results.items():
+        if not math.isfinite(result["loss"]):
+            raise RunError(f"{name}: the loss on test images is {result['loss']}; the network's "
+                           "weights are not usable")
+        log(f"{name}: {sentence(result)}")
+    if args.corruptions:
+        worst = [result["top1"] for name, result in results.items() if corruptions.kind(name)]
+        log(f"mean corruption error: {100 - sum(worst) / len(worst):.2f} % over "
+            f"{len(worst) // corruptions.SEVERITIES} corruptions of "
+            f"{corruptions.SEVERITIES} severities")
+    if not run.writes:
+        return
+    path = checkpoint.with_name(f"{checkpoint.stem}_evaluation.csv") if checkpoint else \
+        run.folder / "evaluation.csv"
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["condition", "accuracy", "top5", "loss", "ece", "count"])
+    for name, result in results.items():
+        writer.writerow([name, *(f"{result[key]:.6g}" for key in ("top1", "top5", "loss", "ece")),
+                         result["count"]])
+    plots.write_atomic(path, text.getvalue())
+    draw(path.with_suffix(".png"), path.parent.name, results)
+    log(f"evaluation: {path}, {path.with_suffix('.png').name}")
+
+
+def draw(path: Path, title: str, results: dict):
+    """Write a PNG of reliability, accuracy over visible fraction, and the other conditions."""
+    from matplotlib.figure import Figure
+    clean, grey = results["clean"], "#8a8a8a"
+    bars = {}
+    for name, result in results.items():
+        if not name.startswith("visible"):          # of a corruption: the mean over severities
+            bars.setdefault(corruptions.kind(name) or name, []).append(result["top1"])
+    figure = Figure(figsize=(13, 4 + 0.18 * max(0, len(bars) - 8)), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=10, color=plots.INK)
+
+    sure, hits, count = (row.numpy() for row in clean["bins"])
+    centres, filled = (torch.arange(BINS).numpy() + 0.5) / BINS, count > 0
+    sure, hits, place = sure[filled] / count[filled], hits[filled] / count[filled], centres[filled]
+    left.bar(centres, count / max(count.sum(), 1), 0.94 / BINS, color=plots.GRID,
+             label="share of the images")
+    left.bar(place, hits, 0.6 / BINS, color=plots.BLUE, label="accuracy")
+    left.hlines(sure, place - 0.47 / BINS, place + 0.47 / BINS, color=plots.ORANGE, linewidth=2.5,
+                label="mean confidence")
+    left.plot([0, 1], [0, 1], color=grey, linestyle="--", linewidth=1)
+    left.set(title=f"Reliability, ECE {100 * clean['ece']:.2f} %", xlabel="confidence",
+             xlim=(0, 1), ylim=(0, 1))
+    left.legend(frameon=False, loc="upper left", fontsize=9)
+
+    seen = {100.0: clean["top1"]} | {float(name.split()[1]): result["top1"] for name, result in
+                                     results.items() if name.startswith("visible")}
+    middle.plot(list(seen), list(seen.values()), color=plots.BLUE, marker="o", markersize=4,
+                linewidth=1.8, clip_on=False)
+    middle.set(title="Occlusion", xlabel="visible fraction of the image, %", ylabel="accuracy, %",
+               xlim=(0, 100), ylim=(0, 100))
+
+    names, values = list(bars), [sum(part) / len(part) for part in bars.values()]
+    right.barh(names, values, color=[grey, *[plots.BLUE] * (len(names) - 1)], height=0.7)
+    for row, value in enumerate(values):
+        right.text(value + 1, row, f"{value:.1f}", va="center", fontsize=8, color=plots.INK)
+    right.invert_yaxis()
+    right.set(title="Attacks" + " and corruptions" * (len(bars) > 3), xlabel="accuracy, %",
+              xlim=(0, 108))
+    for axis in (left, middle, right):
+        axis.grid(color=plots.GRID, linewidth=0.8)
+        axis.set_axisbelow(True)
+        axis.spines[["top", "right"]].set_visible(False)
+    plots.save_figure(figure, path)

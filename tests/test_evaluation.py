@@ -1,0 +1,261 @@
+"""The evaluation that all programs share: counts, calibration, occlusion, FGSM, corruptions."""
+import csv
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT
+from PIL import Image
+from torch import nn
+
+from common import corruptions, evaluation, gradcam, models
+from common.errors import DataError, RunError
+
+ALL = SimpleNamespace(amp="off", max_steps=None, cam="", corruptions=None, batch_size=7)
+CPU = torch.device("cpu")
+
+
+def facts(classes=8, side=8, mean=(0.501, 0.413, 0.307), std=(0.2, 0.25, 0.3)):
+    return SimpleNamespace(num_classes=classes, image_size=side, width=side, mean=mean, std=std,
+                           classes=[f"class {n}" for n in range(classes)], name="made")
+
+
+class Fixed(nn.Module):
+    """Logits are the image's own numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def forward(self, images):
+        return images.flatten(1) * self.weight
+
+
+def in_batches(images, labels, size=5):
+    return [(images[i:i + size], labels[i:i + size]) for i in range(0, len(labels), size)]
+
+
+def rows_of(path):
+    with open(path) as file:
+        return {row.pop("condition"): {name: float(value) for name, value in row.items()}
+                for row in csv.DictReader(file)}
+
+
+# -------------------------------------------------------------------------------------- counting
+
+def test_evaluate_counts_every_image_once():
+    torch.manual_seed(0)
+    labels = torch.randint(8, (23,))
+    images = torch.randn(23, 1, 1, 9) + 2 * torch.eye(9)[labels].view(23, 1, 1, 9)
+    net = Fixed().train()
+    result = evaluation.evaluate(net, in_batches(images, labels), ALL, facts())
+    logits = images.flatten(1)[:, :8]                       # a ninth output is no class of the data
+    order = logits.argsort(1, descending=True)
+    assert result["count"] == 23 and net.training
+    assert result["top1"] == pytest.approx(100 * (order[:, 0] == labels).double().mean().item())
+    assert result["top5"] == pytest.approx(
+        100 * (order[:, :5] == labels[:, None]).any(1).double().mean().item())
+    assert result["loss"] == pytest.approx(F.cross_entropy(logits, labels).item())
+    assert result["ece"] == pytest.approx(evaluation.expected_calibration_error(logits, labels))
+    trial = SimpleNamespace(amp="off", max_steps=2)
+    assert evaluation.evaluate(net, in_batches(images, labels), trial, facts())["count"] == 10
+
+
+def test_calibration_error_by_hand():
+    logits = torch.log(torch.tensor([[0.95, 0.05], [0.85, 0.15], [0.85, 0.15], [0.5, 0.5]]))
+    labels = torch.tensor([0, 1, 0, 0])
+    confidence, accuracy, count = evaluation.reliability_bins(logits, labels)
+    assert count.tolist() == [0, 0, 0, 0, 1, 0, 0, 0, 2, 1]     # 0.5 belongs to (0.4, 0.5]
+    assert accuracy[8] == 0.5 and confidence[8] == pytest.approx(0.85)
+    expected = (2 * 0.35 + 0.05 + 0.5) / 4
+    assert evaluation.expected_calibration_error(logits, labels) == pytest.approx(expected,
+                                                                                  abs=1e-6)
+
+
+# ------------------------------------------------------------------------------------ conditions
+
+def test_occlusion_slides_each_image_its_own_way():
+    info = facts(side=16)
+    pixels = torch.randint(0, 256, (50, 3, 16, 16), generator=torch.Generator().manual_seed(0))
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (info.mean, info.std))
+    images = (pixels / 255 - mean) / std
+    occluded = evaluation.occlude(images, 4, info)
+    hidden = occluded == 0
+    assert (hidden.float().mean((1, 2, 3)) == 1 - 0.75 ** 2).all()
+    corners = torch.stack([hidden[:, 0, y, x] for y in (0, 15) for x in (0, 15)], 1)
+    assert len(corners.unique(dim=0)) == 4                  # all four directions
+    for one, moved, (y, x) in zip(images, occluded, ((~hidden[:, 0]).nonzero()[i * 144, 1:].tolist()
+                                                     for i in range(50)), strict=True):
+        top, left = 4 - y, 4 - x                            # what is seen begins there
+        assert torch.equal(moved[:, y:y + 12, x:x + 12], one[:, top:top + 12, left:left + 12])
+    parts = torch.cat([evaluation.occlude(images[i::2], 4, info) for i in (0, 1)])
+    assert torch.equal(parts, torch.cat([occluded[::2], occluded[1::2]]))   # in any batch, alike
+    plain = facts(side=16, mean=(0.0,) * 3, std=(1.0,) * 3)
+    assert (evaluation.occlude(pixels / 255, 4, plain) == 0.5).float().mean() > 0.4
+
+
+def test_fgsm_is_one_clipped_step_along_the_sign():
+    torch.manual_seed(0)
+    info = facts(10, 16)
+    net = models.build("resnet18", 11, 16, initial_channels=8).eval()   # one output of no class
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (info.mean, info.std))
+    pixels, labels = torch.rand(30, 3, 16, 16), torch.arange(30) % 10
+    images = (pixels - mean) / std
+    names, outputs = evaluation.conditions(net, info)
+    seen = []
+    with torch.no_grad():
+        net.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach()))
+        logits = list(outputs(images, labels))
+    assert len(logits) == len(names) == len(seen) == 10
+    leaf = images.clone().requires_grad_()
+    F.cross_entropy(net(leaf)[:, :10], labels).backward()
+    for moved, step in zip(seen[-3:-1], (4, 8), strict=True):           # the last is this test's
+        expected = (pixels + step / 255 * leaf.grad.sign()).clamp(0, 1)
+        assert torch.allclose(moved * std + mean, expected, atol=1e-6)
+    assert (seen[-2] - images).abs().max() > 0
+
+
+def report(net, loader, info, folder, checkpoint=None, **flags):
+    run = SimpleNamespace(writes=True, folder=folder)
+    evaluation.report(net, loader, SimpleNamespace(**vars(ALL) | flags), info, run, checkpoint)
+    return rows_of((checkpoint or folder / "x").with_name(
+        f"{checkpoint.stem}_evaluation.csv" if checkpoint else "evaluation.csv"))
+
+
+def test_report_writes_every_condition(tmp_path, capsys):
+    torch.manual_seed(0)
+    info = facts(4, 32)
+    net = models.build("resnet18", 4, 32, initial_channels=8)
+    images, labels = torch.randn(20, 3, 32, 32), torch.arange(20) % 4
+    rows = report(net, in_batches(images, labels), info, tmp_path)
+    assert list(rows) == ["clean", "visible 82 %", "visible 66 %", "visible 47 %", "visible 35 %",
+                          "visible 25 %", "visible 17 %", "visible 10 %", "fgsm 4/255",
+                          "fgsm 8/255"]
+    assert {row["count"] for row in rows.values()} == {20} and net.training
+    assert rows["fgsm 8/255"]["loss"] > rows["fgsm 4/255"]["loss"] > rows["clean"]["loss"]
+    assert "clean: accuracy" in capsys.readouterr().out
+    with Image.open(tmp_path / "evaluation.png") as picture:
+        assert picture.width > 1200 and len(picture.convert("RGB").getcolors(1 << 20)) > 50
+    report(net, in_batches(images, labels), info, tmp_path, tmp_path / "best.pt", max_steps=1)
+    assert rows_of(tmp_path / "best_evaluation.csv")["clean"]["count"] == 5
+    assert (tmp_path / "best_evaluation.png").exists()
+    nn.init.constant_(net.fc.bias, torch.nan)
+    with pytest.raises(RunError, match="clean: the loss on test images is nan"):
+        report(net, in_batches(images, labels), info, tmp_path)
+
+
+def test_two_ranks_report_what_one_does(tmp_path):
+    words = ("sage/main.py --dataset digits --image_size 16 --labels_per_class 12 --batch_size 30 "
+             "--arch preactresnet18 --initial_channels 8 --device cpu --epochs 1 --schedule 9 "
+             f"--gammas 1 --root_dir {tmp_path}").split()
+    for command in ([sys.executable, *words],
+                    [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                     "--nproc_per_node=2", *words, "--evaluate",
+                     str(tmp_path / "digits_preactresnet18_vanilla_seed0" / "checkpoint.pt")]):
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+        assert result.returncode == 0, result.stderr[-2000:]
+    folder, = tmp_path.iterdir()
+    one, two = rows_of(folder / "evaluation.csv"), rows_of(folder / "checkpoint_evaluation.csv")
+    assert one.keys() == two.keys() and one["clean"]["count"] == 355
+    for name, row in one.items():
+        assert two[name] == pytest.approx(row, rel=1e-4), name
+
+
+# ----------------------------------------------------------------------------------- corruptions
+
+@pytest.fixture
+def corrupted(tmp_path):
+    """Two corruptions of 12 images in both layouts, (folder, folder, images by name, labels)."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(12) % 4
+    arrays = {name: rng.integers(0, 256, (60, 8, 8, 3), np.uint8) for name in ("fog", "snow storm")}
+    flat, deep = tmp_path / "flat", tmp_path / "deep"
+    flat.mkdir()
+    np.save(flat / "labels.npy", np.tile(labels, 5))
+    for name, images in arrays.items():
+        np.save(flat / f"{name}.npy", images)
+        for i, image in enumerate(images):
+            folder = deep / name / str(i // 12 + 1) / f"class {labels[i % 12]}"
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(folder / f"{i}.png")
+    return flat, deep, arrays, labels
+
+
+def test_corruptions_in_both_layouts(tmp_path, corrupted, capsys):
+    flat, deep, arrays, labels = corrupted
+    info = facts(4, 8)
+    torch.manual_seed(1)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (info.mean, info.std))
+    clean = [(torch.randn(12, 3, 8, 8), torch.from_numpy(labels))]
+    found = [report(net, clean, info, tmp_path, corruptions=str(place)) for place in (flat, deep)]
+    assert found[0] == found[1]
+    errors = []
+    for name, images in arrays.items():
+        pixels = torch.from_numpy(images).permute(0, 3, 1, 2) / 255
+        right = net((pixels - mean) / std).argmax(1).view(5, 12) == torch.from_numpy(labels)
+        for severity, share in enumerate(right.double().mean(1).tolist(), 1):
+            row = found[0][f"{name} {severity}"]
+            assert row["accuracy"] == pytest.approx(100 * share, rel=1e-5) and row["count"] == 12
+            errors.append(100 - 100 * share)
+    line = f"mean corruption error: {np.mean(errors):.2f} % over 2 corruptions of 5 severities"
+    assert capsys.readouterr().out.count(line) == 2
+
+
+def test_corruptions_that_do_not_fit_are_named(tmp_path, corrupted):
+    flat, deep, arrays, labels = corrupted
+
+    def refused(place, words, info=None):
+        with pytest.raises(DataError, match=words):
+            for _, loader in corruptions.read(place, info or facts(4, 8), 7, CPU):
+                list(loader)
+
+    refused(tmp_path / "flat" / "none", "none: neither")
+    refused(flat, r"fog.npy: uint8 images of \(8, 8, 3\).*\(32, 32, 3\)", facts(4, 32))
+    refused(deep, r"fog/1/class 0/0.png: .*\(32, 32, 3\)", facts(4, 32))
+    refused(flat, "labels run from 0 to 3, the data have 3", facts(3, 8))
+    refused(deep, "class 3: a class that made lacks", facts(3, 8))
+    np.save(flat / "fog.npy", arrays["fog"][:50])
+    refused(flat, "fog.npy: 50 images")
+    (flat / "labels.npy").unlink()
+    refused(flat, "labels.npy: missing")
+    (deep / "fog" / "4").rename(deep / "fog" / "6")
+    refused(deep, "fog/4: no such folder")
+
+
+def test_wordnet_folders_are_classes_in_order(tmp_path):
+    info, names = facts(2, 8), ["n00000002", "n00000010"]
+    assert corruptions.class_index(tmp_path, names, info) == {"n00000002": 0, "n00000010": 1}
+
+
+# -------------------------------------------------------------------------------------- Grad-CAM
+
+@pytest.mark.parametrize("name", ["preactresnet18", "resnet18", "convnext_t", "swin_t"])
+def test_the_last_feature_map_is_found(name):
+    size = 64 if name in ("convnext_t", "swin_t") else 32
+    net = models.build(name, 5, size, **({} if size == 64 else {"initial_channels": 8})).eval()
+    images = torch.randn(2, 3, size, size)
+    maps, logits = gradcam.grad_cam(net, gradcam.last_layer(net, images), images)
+    assert maps.shape == (2, size, size) and 0 < maps.max() <= 1 and logits.shape == (2, 5)
+
+
+@pytest.mark.parametrize("program", ["sage", "safuse", "samix", "resizemix", "soft_aug"])
+def test_every_program_draws_grad_cam_and_refuses_two_pictures(program, tmp_path, capsys):
+    import importlib
+    main = importlib.import_module(f"{program}.main").main
+    words = ("--dataset digits --image_size 16 --labels_per_class 12 --batch_size 30 --device cpu "
+             f"--initial_channels 16 --seed 0 --root_dir {tmp_path} --arch "
+             + ("preactresnet18" if program == "sage" else "resnet18")).split()
+    main([*words, "--max_steps", "1"])
+    main([*words, "--cam", str(tmp_path / "cam.png")])
+    assert f"Grad-CAM: {tmp_path / 'cam.png'}" in capsys.readouterr().out
+    with Image.open(tmp_path / "cam.png") as picture:
+        assert picture.width > 800
+    assert not list(tmp_path.rglob("best_evaluation.csv"))
+    with pytest.raises(SystemExit, match="2"):
+        main([*words, "--cam", "a.png", "--preview", "b.png"])
+    assert "--cam and --preview: choose one" in capsys.readouterr().err
