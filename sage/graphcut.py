@@ -11,7 +11,7 @@ gco     alpha-beta swap by gco-wrapper on the CPU, which the paper's own results
 device  tensor operations without host synchronisation. The cost of two labels is convex, so the
         problem is a minimum cut with a binary variable for each block and threshold (Ishikawa,
         2003); a cut is a linear program, which ADMM solves, and the best of a few thresholds of
-        its solution is taken. 60 iterations end 0.001 % above the optimum, gco 0.08 % above it.
+        its solution is taken. 24 iterations end 0.001 % above the optimum, gco 0.08 % above it.
 """
 import functools
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +20,8 @@ import numpy as np
 import torch
 from gco import GCO
 from torch import Tensor
+
+from common.precision import full_precision
 
 MAX_TERM = 10**7               # gco ends the process at larger ones
 
@@ -42,12 +44,12 @@ def solve(unary: Tensor, weight_x: Tensor, weight_y: Tensor, *, solver: str = "a
 
 
 def energy(labels: Tensor, unary: Tensor, weight_x: Tensor, weight_y: Tensor) -> Tensor:
-    """Energy (B,) of labels (B, h, w) under the terms of `solve`."""
+    """Return the energy (B, ...) of labels (B, ..., h, w) under the terms of `solve`."""
     value = labels / (unary.shape[-1] - 1)
-    data = unary.gather(-1, labels.unsqueeze(-1)).flatten(1).sum(1)
-    vertical = weight_x * (value[:, 1:] - value[:, :-1]) ** 2
-    horizontal = weight_y * (value[:, :, 1:] - value[:, :, :-1]) ** 2
-    return data + vertical.flatten(1).sum(1) + horizontal.flatten(1).sum(1)
+    data = unary.gather(-1, labels.unsqueeze(-1)).squeeze(-1).sum((-2, -1))
+    vertical = weight_x * value.diff(dim=-2).square()
+    horizontal = weight_y * value.diff(dim=-1).square()
+    return data + vertical.sum((-2, -1)) + horizontal.sum((-2, -1))
 
 
 # ---------------------------------------------------------------------------------- gco
@@ -98,54 +100,68 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
 # ------------------------------------------------------------------------------- device
 
-def _solve_on_device(unary, weight_x, weight_y, iterations=60, penalty=0.2, relaxation=1.6):
+RELAXATION, PENALTY = 1.9, 0.3          # of ADMM
+
+
+def _solve_on_device(unary: Tensor, weight_x: Tensor, weight_y: Tensor, iterations: int = 24
+                     ) -> Tensor:
     """ADMM on  min over x of  sum_e bound_e |A x - offset|_e, whose x is 0 or 1 at the optimum.
 
     x (B, h*w*(L-1)): is the label of this block above k? The quadratic cost of neighbours is the
-    sum of |x_k - x'_m| over all pairs of thresholds k, m, plus unary terms.
+    sum of |x_k - x'_m| over all pairs of thresholds k, m, plus unary terms: distances from 0 where
+    they favour 0, from 1 else. One iteration, in s = t - 2 clamp(t), is a single matrix product.
     """
     images, height, width, num_labels = unary.shape
-    steps = num_labels - 1
-    matrix, inverse = _lifted_grid(height, width, steps, unary.device)
-    weight_x, weight_y = weight_x.clamp(min=0), weight_y.clamp(min=0)
-    pad = torch.nn.functional.pad
-    weights = (pad(weight_x, (0, 0, 1, 0)) + pad(weight_x, (0, 0, 0, 1))
-               + pad(weight_y, (1, 0)) + pad(weight_y, (0, 1))).unsqueeze(-1) / steps**2
-    level = torch.arange(num_labels, device=unary.device)
-    gain = (unary + weights * level * (level - steps)).diff(dim=-1).flatten(1)  # cost of x_k = 1
-    edges = torch.cat([weight_x.flatten(1), weight_y.flatten(1)], 1).repeat(1, steps**2) / steps**2
-    scale = 1 / (penalty * gain.abs().mean(1, keepdim=True)).clamp(min=1e-12)
-    edges, alone = edges * scale, gain.abs() * scale
-    ordered = gain.new_full((images, height * width * (steps - 1)), torch.inf)  # x_k >= x_k+1
-    high = torch.cat([edges, torch.zeros_like(ordered), alone], 1)
-    low = torch.cat([-edges, -ordered, -alone], 1)
-    x = (gain < 0).float()                              # the value each would take for itself
-    offset = pad(x, (high.shape[1] - x.shape[1], 0))
-    dual, split = torch.zeros_like(offset), torch.zeros_like(offset)
-    with torch.autocast(unary.device.type, enabled=False):
+    steps, size = num_labels - 1, height * width
+    matrix, offset, step, inverse, slope = _lifted_grid(height, width, steps, unary.device)
+    pad, x_side, y_side = torch.nn.functional.pad, weight_x.clamp(min=0), weight_y.clamp(min=0)
+    weights = (pad(x_side, (0, 0, 1, 0)) + pad(x_side, (0, 0, 0, 1))
+               + pad(y_side, (1, 0)) + pad(y_side, (0, 1)))                # at each block
+    gain = torch.addcmul(unary.diff(dim=-1), weights.unsqueeze(-1), slope).flatten(1)  # of x_k = 1
+    unit = (PENALTY * gain.abs().mean(1, keepdim=True)).clamp(min=1e-12)
+    gain = gain / unit
+    edges = torch.cat([x_side.flatten(1), y_side.flatten(1)], 1) / (unit * steps**2)
+    ends = edges.repeat(1, steps**2), torch.cat([gain, -gain], 1).clamp(min=0)
+    ordered = gain.new_zeros(images, size * (steps - 1))                    # x_k >= x_k+1
+    free = gain.new_full((images, 1), torch.inf)
+    high = torch.cat([ends[0], ordered, ends[1], free], 1)
+    low = -torch.cat([ends[0], ordered + torch.inf, ends[1], free], 1)
+    with full_precision(unary.device.type):
+        alone = (gain < 0).float()                       # what each would take for itself
+        total = torch.addmm(offset, alone, matrix.T, beta=-1)
         for _ in range(iterations):
-            total = dual + torch.lerp(split, x @ matrix.T - offset, relaxation)
-            dual = total.clamp(low, high)
-            split = total - dual
-            x = (split - dual + offset) @ inverse.T
+            mirrored = torch.sub(total, total.clamp(low, high), alpha=2)
+            total = torch.addmm(total, mirrored, step, beta=1 - RELAXATION / 2)
+        x = (torch.sub(total, total.clamp(low, high), alpha=2) + offset) @ inverse.T
     # a cut at some threshold is at least as good as x itself (coarea formula)
-    thresholds = torch.linspace(0.05, 0.95, 10, device=x.device)
-    x = x.view(images, 1, height, width, steps)
-    labels = (x > thresholds.view(-1, 1, 1, 1)).sum(-1)             # (B, 10, h, w)
-    terms = (term.repeat_interleave(10, 0) for term in (unary, weight_x, weight_y))
-    best = energy(labels.flatten(0, 1), *terms).view(images, -1).argmin(1)
+    thresholds = torch.linspace(0.05, 0.95, 10, device=x.device).view(-1, 1, 1, 1)
+    labels = (x.view(images, 1, height, width, steps) > thresholds).sum(-1)     # (B, 10, h, w)
+    best = energy(labels, unary[:, None].expand(-1, 10, -1, -1, -1), weight_x[:, None],
+                  weight_y[:, None]).argmin(1)
     return labels[torch.arange(images, device=x.device), best]
 
 
 @functools.cache
-def _lifted_grid(height: int, width: int, steps: int, device) -> tuple[Tensor, Tensor]:
-    """Matrix of x along edges, of x between thresholds, and of x itself; its pseudo-inverse."""
+def _lifted_grid(height: int, width: int, steps: int, device) -> tuple[Tensor, ...]:
+    """Return the matrix A and the offset of `_solve_on_device`, an iteration's matrix, A's
+    pseudo-inverse, and what a neighbour's weight adds to the cost of each threshold.
+
+    Rows of A: x along edges, x between thresholds, x twice (for the distances from 0 and from 1),
+    and a row of zeros, whose constant carries the iteration's constant term.
+    """
     site = np.arange(height * width).reshape(height, width)
     first = np.concatenate([site[:-1].ravel(), site[:, :-1].ravel()])
     second = np.concatenate([site[1:].ravel(), site[:, 1:].ravel()])
     x = np.eye(height * width * steps).reshape(height * width, steps, -1)
     rows = [x[first, k] - x[second, m] for k in range(steps) for m in range(steps)]
-    rows += [x[:, k] - x[:, k + 1] for k in range(steps - 1)] + [x.reshape(-1, x.shape[-1])]
-    matrix = np.concatenate(rows)
+    rows += [x[:, k] - x[:, k + 1] for k in range(steps - 1)] + [x.reshape(-1, x.shape[-1])] * 2
+    matrix = np.concatenate([*rows, np.zeros((1, x.shape[-1]))])
+    offset = (np.arange(len(matrix)) >= len(matrix) - 1 - x.shape[-1]).astype(float)
     inverse = np.linalg.solve(matrix.T @ matrix, matrix.T)
-    return tuple(torch.from_numpy(m).float().to(device) for m in (matrix, inverse))
+    step = RELAXATION * (matrix @ inverse)
+    step[-1] = step @ offset - RELAXATION * offset
+    step[-1, -1] = 0
+    np.fill_diagonal(step, step.diagonal() - RELAXATION / 2)
+    slope = np.diff(np.arange(steps + 1) * (np.arange(steps + 1) - steps)) / steps**2
+    return tuple(torch.from_numpy(m).float().to(device)
+                 for m in (matrix, offset, step, inverse, slope))

@@ -115,8 +115,7 @@ def apply_mask(images: Tensor, saliency: Tensor, perm: Tensor, mask: Tensor, *,
         mass = _block_saliency(saliency, cells)
         fine = _upsample(mask, mass.shape[1:])
         plans = transport_plan(torch.cat([fine, 1 - fine]), torch.cat([mass, mass[perm]]), t_eps)
-        first, second = (_move(moved, plan, cells)
-                         for moved, plan in zip((first, second), plans.chunk(2), strict=True))
+        first, second = _move(torch.cat([first, second]), plans, cells).chunk(2)
     weight = _upsample(mask, images.shape[-2:]).unsqueeze(1).to(images.dtype)
     return torch.lerp(second, first, weight), mask.flatten(1).mean(1)
 
@@ -139,21 +138,18 @@ def graph_terms(images: Tensor, saliency: Tensor, perm: Tensor, block_num: int, 
     blocks = height // block_num, width // block_num
     cells = [math.gcd(min(neigh_size, block), block) for block in blocks]
     mass = _block_saliency(saliency, blocks)
-    to_first, to_second = mass[perm], mass.clone()       # taking one image loses the other's mass
+    costs = torch.stack([mass[perm], mass])              # taking one image loses the other's mass
     scale = beta * gamma / (block_num * 16)
-    colours = F.avg_pool2d(images, cells) * (_per_channel(std, images) * scale)
-    vertical = _colour_steps(colours, blocks[0] // cells[0], block_num, perm)
-    horizontal = _colour_steps(colours.transpose(2, 3), blocks[1] // cells[1], block_num, perm)
+    colours = F.avg_pool2d(images, cells) * _per_channel([value * scale for value in std], images)
+    colours = torch.stack([colours, colours[perm]])
+    vertical = _colour_steps(colours, blocks[0] // cells[0], block_num)
+    horizontal = _colour_steps(colours.mT, blocks[1] // cells[1], block_num)
     weights = []
-    for steps, first_cost, second_cost in ((vertical, to_first, to_second),
-                                           (horizontal, to_first.mT, to_second.mT)):
-        first, first_second, second_first, second = steps     # whose are the upper and lower block
-        first_cost[:, :-1] += (first_second + first) / 2
-        first_cost[:, 1:] += (second_first + first) / 2
-        second_cost[:, :-1] += (second_first + second) / 2
-        second_cost[:, 1:] += (first_second + second) / 2
-        weights.append((first_second + second_first - first - second) / 2)
-    return to_first, to_second, weights[0], weights[1].mT
+    for steps, cost in ((vertical, costs), (horizontal, costs.mT)):
+        cost[:, :, :-1] += steps.mean(1)                 # whoever owns the block below
+        cost[:, :, 1:] += steps.mean(0)
+        weights.append(steps.diff(dim=0).diff(dim=1)[0, 0] / -2)
+    return *costs, weights[0], weights[1].mT
 
 
 def label_terms(to_first: Tensor, to_second: Tensor, weight_x: Tensor, weight_y: Tensor,
@@ -161,39 +157,35 @@ def label_terms(to_first: Tensor, to_second: Tensor, weight_x: Tensor, weight_y:
                 ) -> tuple[Tensor, Tensor, Tensor]:
     """Terms for `graphcut.solve`: label l is a share of 1 - l/(n_labels-1) for the first image,
     a priori binomial with mean lam (one or (B,))."""
-    images, n = to_first.shape[:2]
-    level = torch.arange(n_labels, device=to_first.device)
-    lam = torch.as_tensor(lam, dtype=torch.float32).to(to_first.device, non_blocking=True)
-    lam = lam.expand(images).unsqueeze(1)
-    ways = torch.tensor([math.comb(n_labels - 1, k) for k in range(n_labels)])
-    ways = ways.to(lam.device, non_blocking=True)
-    likelihood = ways * lam ** (n_labels - 1 - level) * (1 - lam) ** level
-    prior = -eta / n**2 * torch.log(likelihood + 1e-8)
-    unary = torch.lerp(to_first.unsqueeze(-1), to_second.unsqueeze(-1), level / (n_labels - 1))
+    n, steps = to_first.shape[1], n_labels - 1
+    lam = torch.as_tensor(lam, dtype=torch.float32)[..., None]         # where it was drawn
+    level = torch.arange(n_labels, device=lam.device)
+    ways = torch.tensor([math.comb(steps, k) for k in range(n_labels)])
+    likelihood = ways.to(lam.device, non_blocking=True) * lam**(steps - level) * (1 - lam)**level
+    prior = (-eta / n**2 * torch.log(likelihood + 1e-8)).to(to_first.device, non_blocking=True)
+    share = torch.arange(n_labels, device=to_first.device) / steps
+    unary = torch.lerp(to_first.unsqueeze(-1), to_second.unsqueeze(-1), share)
     smooth = beta / (n * 16)
-    return unary + prior[:, None, None], weight_x + smooth, weight_y + smooth
+    return unary + prior.view(-1, 1, 1, n_labels), weight_x + smooth, weight_y + smooth
 
 
-def _colour_steps(colours: Tensor, cells: int, n: int, perm: Tensor) -> tuple[Tensor, ...]:
-    """Colour differences (B, n-1, n) across the horizontal borders of blocks `cells` rows high.
+def _colour_steps(colours: Tensor, cells: int, n: int) -> Tensor:
+    """Colour differences across the horizontal borders of blocks `cells` rows high.
 
-    Returns them for above and below taken from image 1 and 1, 1 and 2, 2 and 1, 2 and 2.
+    `colours` (2, B, C, h, w) of the first and the second images. Returns (2, 2, B, n-1, n): by the
+    image above, the image below.
     """
-    above, below = colours[:, :, cells - 1:-1:cells], colours[:, :, cells::cells]
-
-    def step(a, b):
-        return (a - b).abs().mean(1).unflatten(-1, (n, -1)).mean(-1)
-
-    own = step(above, below)
-    return own, step(above, below[perm]), step(above[perm], below), own[perm]
+    above, below = colours[..., cells - 1:-1:cells, :], colours[..., cells::cells, :]
+    steps = (above[:, None] - below[None]).abs().mean(3)
+    return steps.unflatten(-1, (n, -1)).mean(-1)
 
 
 def _block_saliency(saliency: Tensor, blocks) -> Tensor:
-    """Share of every block of blocks[0] x blocks[1] pixels, (B, h, w), sums to 1 per image."""
+    """Return the share of every block of blocks[0] x blocks[1] pixels, (B, h, w), of sum 1."""
     pooled = F.avg_pool2d(saliency.float().unsqueeze(1), blocks).squeeze(1)
     total = pooled.sum((1, 2), keepdim=True)
-    uniform = torch.full_like(pooled, 1 / pooled[0].numel())
-    return torch.where((total > 0) & total.isfinite(), pooled / total, uniform)
+    usable = (total > 0) & (total < torch.inf)
+    return torch.where(usable, pooled / total, 1 / pooled[0].numel())
 
 
 # --------------------------------------------------------------------------------- transport
@@ -211,7 +203,8 @@ def transport_plan(mask: Tensor, saliency: Tensor, t_eps: float = 0.8) -> Tensor
     height, width = mask.shape[1:]
     places = height * width
     down, right = (torch.arange(side, device=mask.device) for side in (height, width))
-    down, right = (t_eps * (d[:, None] - d) ** 2 / max(len(d) - 1, 1) ** 2 for d in (down, right))
+    down, right = ((d[:, None] - d).square() * (t_eps / max(len(d) - 1, 1) ** 2)
+                   for d in (down, right))
     distance = (down[:, None, :, None] + right[None, :, None, :]).reshape(places, places)
     plans = []
     limit = max(1, 2**26 // places**2)                  # images at once: 256 MiB of costs
@@ -246,33 +239,39 @@ def _bidders(seen: Tensor, gain: Tensor, down: Tensor, right: Tensor) -> Tensor:
 
 def _propose(seen: Tensor, gain: Tensor, distance: Tensor, image: Tensor, block: Tensor,
              rounds: int) -> Tensor:
-    """Rounds of `transport_plan`, of the bidders block[k] of image[k]. (B, N), (B, N), (N, N)."""
+    """Rounds of `transport_plan`, of the bidders block[k] of image[k]. (B, N), (B, N), (N, N).
+
+    A bid and its bidder are one integer: the bits of a float above 0 grow with it, and the lesser
+    block wins among equals.
+    """
     places = gain.shape[1]
-    cost = distance[block] - gain[image, block].unsqueeze(1)
-    cost.masked_fill_(~seen[image] | (cost >= 0), torch.inf)
-    own = torch.arange(places, device=gain.device).expand_as(gain).flatten()
-    keep = best = -gain.flatten()                                # bid of a place's own block
-    owner = own
+    bids = gain[image, block].unsqueeze(1) - distance[block]
+    unwanted = ~seen[image] | (bids <= 0)
+
+    def key(bid, block):
+        return bid.view(torch.int32).long() * places + (places - 1 - block)
+
+    bids = key(bids, block.unsqueeze(1)).masked_fill_(unwanted, -1)
+    own = torch.arange(places, device=gain.device)
+    best = key(gain.contiguous(), own).flatten()                # a place's own block bids as well
+    start = image * places
     for _ in range(rounds):
-        bid, choice = cost.min(1)
-        place = choice + image * places
-        best = best.scatter_reduce(0, place, bid, "amin")
-        winner = torch.where(bid == best[place], block, places)           # the first of equals
-        owner = torch.where(best == keep, own, places).scatter_reduce(0, place, winner, "amin")
-        refused = torch.where(owner[place] == block, bid, torch.inf)
-        cost.scatter_(1, choice.unsqueeze(1), refused.unsqueeze(1))
-    return owner.view_as(gain)
+        bid, choice = bids.max(1)
+        place = choice + start
+        best = best.scatter_reduce(0, place, bid, "amax")
+        accepted = bid.masked_fill(best[place] != bid, -1)
+        bids.scatter_(1, choice.unsqueeze(1), accepted.unsqueeze(1))
+    return (places - 1 - best % places).view_as(gain)
 
 
 def _move(images: Tensor, plan: Tensor, cells) -> Tensor:
     """Images with the block of `cells` pixels at every place replaced by block plan[place]."""
     height, width = images.shape[-2:]
-    columns = width // cells[1]
-    corner = plan // columns * cells[0] * width + plan % columns * cells[1]
-    corner = corner.view(len(images), -1, 1, columns, 1)
-    down, right = (torch.arange(cell, device=images.device) for cell in cells)
-    pixel = (corner + (down[:, None, None] * width + right)).flatten(1)
-    return images.flatten(2).gather(2, pixel.unsqueeze(1).expand(-1, images.shape[1], -1)
+    pixels = torch.arange(height * width, device=images.device).view(height, width)
+    corners, inside = pixels[::cells[0], ::cells[1]], pixels[:cells[0], :cells[1]]
+    source = corners.flatten()[plan].view(len(images), *corners.shape)
+    source = (source[:, :, None, :, None] + inside[:, None]).flatten(1)
+    return images.flatten(2).gather(2, source.unsqueeze(1).expand(-1, images.shape[1], -1)
                                     ).view_as(images)
 
 
