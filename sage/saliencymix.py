@@ -14,58 +14,65 @@ SCALES = (12, 24, 28, 48, 56, 112)                  # half sides of the windows,
 
 
 def grey_levels(images: Tensor, channel_order: str = "RGB") -> Tensor:
-    """(B, 3 or 1, H, W) uint8 to grey levels (B, H, W) int32 in 0..255."""
+    """Return the grey levels (B, H, W), integers in 0..255, of images (B, 3 or 1, H, W) uint8."""
     if images.shape[1] == 1:
         return images[:, 0].int()
-    grey = sum(images[:, c].int() * GREY[name] for c, name in enumerate(channel_order))
-    return (grey + 16384) >> 15
+    weights = torch.tensor([GREY[name] for name in channel_order])[:, None, None]
+    grey = images.int() * weights.to(images.device, non_blocking=True)
+    return (grey.sum(1) + 16384) >> 15
 
 
 def blur(grey: Tensor) -> Tensor:
-    """Binomial 3×3 blur of integers (B, H, W), mirrored at the border, rounded."""
-    for _ in range(2):                              # rows, then columns: sums stay exact
-        padded = F.pad(grey[:, None].float(), (0, 0, 1, 1), mode="reflect")[:, 0].int()
-        grey = (padded[:, :-2] + 2 * padded[:, 1:-1] + padded[:, 2:]).mT
-    return (grey + 8) >> 4
+    """Return the binomial 3×3 blur of grey levels (B, H, W), mirrored at the border, rounded."""
+    grey = grey.float()                             # sums of integers below 2^24 are exact
+    for axis in (1, 2):
+        side = grey.shape[axis]
+        before, after = (grey.narrow(axis, min(1, side - 1), 1),
+                         grey.narrow(axis, max(side - 2, 0), 1))
+        padded = torch.cat([before, grey, after], axis)
+        outer = padded.narrow(axis, 0, side) + padded.narrow(axis, 2, side)
+        grey = torch.add(outer, grey, alpha=2)
+    return grey.add_(8).div_(16).floor_()
 
 
 @torch.no_grad()
 def fine_grained_saliency(images: Tensor, channel_order: str = "RGB") -> Tensor:
-    """Saliency (B, H, W) in [0, 1], multiples of 1/255, of images (B, 3 or 1, H, W) uint8.
+    """Return the saliency (B, H, W) in [0, 1], multiples of 1/255, of uint8 images.
 
-    Sides of at least 2 pixels. channel_order: the meaning of the three channels, 'RGB' or 'BGR'.
+    `images` (B, 3 or 1, H, W); channel_order: the meaning of the three channels, 'RGB' or 'BGR'.
     Both the excess over the window's mean ("on") and the lack ("off") are summed over the scales
     and stretched to 255; an image of one colour has no saliency. All arithmetic is that of 8-bit
-    programs, rounded toward zero where they truncate.
+    programs, rounded toward zero where they truncate. Raises TypeError unless images are uint8.
     """
-    grey = blur(blur(grey_levels(images, channel_order)))
-    height, width = grey.shape[1:]
-    integral = F.pad(grey.cumsum(1).cumsum(2), (1, 0, 1, 0))
-    centre = grey.float()
-    on, off = (torch.zeros_like(grey) for _ in range(2))
-    rows, columns = (torch.arange(side, device=grey.device) for side in (height, width))
-    for n in SCALES:
-        top, bottom = (rows - n + 1).clamp(min=0), (rows + n + 1).clamp(max=height)
-        left, right = (columns - n + 1).clamp(min=0), (columns + n + 1).clamp(max=width)
-        below, above = integral[:, bottom], integral[:, top]
-        window = below[..., right] - below[..., left] - above[..., right] + above[..., left]
-        area = (bottom - top)[:, None] * (right - left)
-        mean = (window.float() - centre) / (area - 1)
-        on += (centre - mean).clamp(min=0).int()
-        off += (mean - centre).clamp(min=0).int()
+    if images.dtype != torch.uint8:
+        raise TypeError(f"fine_grained_saliency takes uint8 images, not {images.dtype}")
+    centre = blur(blur(grey_levels(images, channel_order)))
+    height, width = centre.shape[1:]
+    if height * width == 1:                         # nothing around it
+        return torch.zeros_like(centre)
+    integral = F.pad(centre.cumsum(1).cumsum(2), (1, 0, 1, 0))
+    half = torch.tensor(SCALES).to(images.device, non_blocking=True)[:, None]
+    rows, columns = (torch.arange(side + 1, device=images.device) for side in (height, width))
+    top, left = ((i[:-1] - half + 1).clamp_(min=0) for i in (rows, columns))         # (S, H or W)
+    bottom, right = ((i[1:] + half).clamp_(max=i.numel() - 1) for i in (rows, columns))
+    band = integral[:, bottom] - integral[:, top]            # (B, S, H, W + 1)
+    window = (band.gather(3, right[:, None].expand(len(band), -1, height, -1))
+              - band.gather(3, left[:, None].expand(len(band), -1, height, -1)))
+    area = (bottom - top)[:, :, None] * (right - left)[:, None]
+    contrast = centre[:, None] - (window - centre[:, None]) / (area - 1)
+    both = torch.stack([contrast, -contrast]).clamp_(min=0).floor_().sum(2)          # on and off
 
     def stretch(values, of):
-        most = of.amax((1, 2), keepdim=True).clamp(min=1)
-        return (255 * (values.float() / most.float())).int()
+        return (values / of.amax((-2, -1), keepdim=True).clamp_(min=1)).mul_(255).floor_()
 
-    on, off = stretch(on, on), stretch(off, off)
-    return (stretch(on + off, torch.maximum(on, off)) & 255).float() / 255
+    both = stretch(both, both)
+    return (stretch(both.sum(0), both.amax(0)) % 256) / 255
 
 
 @torch.no_grad()
 def saliency_mix(images: Tensor, perm: Tensor, lam: Tensor | float, saliency: Tensor
                  ) -> tuple[Tensor, Tensor]:
-    """Pastes the same box, sqrt(1 - lam) of each side, of every image's partner into it.
+    """Paste the same box, sqrt(1 - lam) of each side, of every image's partner into it.
 
     `images` (B, C, H, W); `perm` (B,); `lam` in [0, 1]; `saliency` (H, W), by the published
     program of image perm[0] for the whole batch: the box is centred on its first maximum and
@@ -77,8 +84,8 @@ def saliency_mix(images: Tensor, perm: Tensor, lam: Tensor | float, saliency: Te
     inside = []
     for centre, side in ((peak // width, height), (peak % width, width)):
         half = (side * edge).int() // 2
-        grid = torch.arange(side, device=images.device)
-        inside.append((grid >= centre - half) & (grid < centre + half))
+        away = torch.arange(side, device=images.device) - centre
+        inside.append((away >= -half) & (away < half))
     box = inside[0][:, None] & inside[1]
     partners = images[perm.to(images.device, non_blocking=True)]
     return torch.where(box, partners, images), (1 - box.float().mean()).expand(len(images))

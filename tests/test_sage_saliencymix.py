@@ -54,3 +54,19 @@ def test_half_of_the_batches_get_a_box():
     images = torch.randn(3, 3, 16, 16)
     mixed, ratio = saliency_mix(images, torch.tensor([1, 2, 0]), torch.tensor(1.0), images[0, 0])
     assert torch.equal(mixed, images) and ratio.tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 9), (9, 1), (3, 2)])
+def test_tiny_images(size, device):
+    """Borders mirror what there is; one pixel alone has no saliency."""
+    image = torch.randint(256, (1, 1, *size), generator=torch.Generator().manual_seed(0)).byte()
+    saliency = fine_grained_saliency(image.to(device))[0]
+    assert saliency.shape == size and saliency.isfinite().all()
+    assert saliency.max() == (size != (1, 1))
+    mixed, _ = saliency_mix(image.float(), torch.tensor([0]), 0.5, saliency.cpu())
+    assert torch.equal(mixed, image.float())
+
+
+def test_only_bytes_have_this_saliency():
+    with pytest.raises(TypeError, match="uint8 images, not torch.float32"):
+        fine_grained_saliency(torch.rand(1, 3, 8, 8))
