@@ -169,8 +169,9 @@ def _untouched(net):
 class Mixer:
     """(images, labels, model=None) -> (mixed images, soft targets (B, num_classes)).
 
-    images (B, 3, H, W), normalised by `mean` and `std`; labels (B,); model: for puzzle, comix,
-    sage and occamix, on the images' device. Its BatchNorm statistics, gradients, mode and
+    images (B, 3, H, W), normalised by `mean` and `std`; labels: class indices (B,), or (not of
+    softcrop) probabilities (B, num_classes); model: for puzzle, comix, sage and occamix, on the
+    images' device. Its BatchNorm statistics, gradients, mode and
     requires_grad stay as they are. generator: the source of this call's draws, instead of `seed`'s.
     """
 
@@ -190,7 +191,7 @@ class Mixer:
     def __call__(self, images, labels, model=None, *, generator=None):
         draws = generator or self.draws()
         if self.prob < 1 and torch.rand((), generator=draws) >= self.prob:
-            return images, nn.functional.one_hot(labels, self.info.num_classes).float()
+            return images, _ours("common.mixing").probabilities(labels, self.info.num_classes)
         if self.looks and model is None:
             raise ValueError(f"{self.method} needs the model: mixer(images, labels, model)")
         if isinstance(model, (DataParallel, DistributedDataParallel)):

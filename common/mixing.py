@@ -104,10 +104,17 @@ def cutout(images: Tensor, centres: Tensor, side: float) -> Tensor:
     return images.masked_fill(box_mask(edges, images.shape[-2:])[:, None], 0)
 
 
+def probabilities(labels: Tensor, num_classes: int) -> Tensor:
+    """Targets (B, num_classes) of class indices (B,); probabilities of that shape stay."""
+    return labels if labels.is_floating_point() else F.one_hot(labels, num_classes).float()
+
+
 def soft_targets(labels: Tensor, perm: Tensor, ratio: Tensor, num_classes: int) -> Tensor:
-    """Targets (B, num_classes): `ratio` (B,) on `labels` (B,), the rest on `labels[perm]`."""
-    first = F.one_hot(labels, num_classes).float()
-    return mixup(first, perm, ratio)[0]
+    """Targets (B, num_classes): `ratio` (B,) on `labels`, the rest on `labels[perm]`.
+
+    labels: class indices (B,), or probabilities (B, num_classes), of label smoothing for instance.
+    """
+    return mixup(probabilities(labels, num_classes), perm, ratio)[0]
 
 
 def softmax_bce(logits: Tensor, targets: Tensor) -> Tensor:

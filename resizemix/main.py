@@ -20,7 +20,6 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-import torch.nn.functional as F
 
 from common import data, distributed, evaluation, flags, models, plots, runtime
 from common.distributed import log
@@ -31,6 +30,7 @@ from common.mixing import (
     draw_lambda,
     draw_perm,
     draw_pixels,
+    probabilities,
     soft_cross_entropy,
     soft_targets,
 )
@@ -163,7 +163,7 @@ class Mixed(NamedTuple):
 def mix_batch(images, labels, args, info, generator) -> Mixed:
     """Mixes a batch by the methods that are on; every random number comes from `generator`."""
     n, size, perm = len(images), tuple(images.shape[-2:]), None
-    targets = F.one_hot(labels, info.num_classes).float()
+    targets = probabilities(labels, info.num_classes)
     if args.cutout:
         images = cutout(images, draw_pixels(n, size, generator), args.cutout)
     by_cutmix = torch.rand((), generator=generator) < args.cutmix_prob

@@ -35,6 +35,7 @@ from common.mixing import (
     draw_lambda,
     draw_perm,
     mixup,
+    probabilities,
     soft_targets,
     softmax_bce,
 )
@@ -198,7 +199,7 @@ def saliency_gradient(net, images, labels, args, scaler, part):
     with runtime.autocast(args, images.device):
         logits = net(images)
     if args.method == "sage":
-        loss = softmax_bce(logits, F.one_hot(labels, logits.shape[1]))
+        loss = softmax_bce(logits, probabilities(labels, logits.shape[1]))
         loss = loss * (1 - args.update_ratio) if keep else loss
     else:
         loss = F.cross_entropy(logits.float(), labels)
@@ -216,7 +217,7 @@ def mix_batch(net, images, labels, args, info, generator, scaler, part=1.0) -> M
     per_image = n if args.in_batch else None
 
     if args.method == "vanilla":
-        return Mixed(images, F.one_hot(labels, info.num_classes).float())
+        return Mixed(images, probabilities(labels, info.num_classes))
 
     if args.method == "comix":
         draws = comixup.draw_comix(n, generator, m_part=args.m_part, block_num=args.m_block_num,
@@ -224,7 +225,7 @@ def mix_batch(net, images, labels, args, info, generator, scaler, part=1.0) -> M
         saliency = puzzlemix.gradient_magnitude(
             saliency_gradient(net, images, labels, args, scaler, part))
         mixed, targets = comixup.co_mix_batch(
-            images, F.one_hot(labels, info.num_classes).float(), saliency, draws,
+            images, probabilities(labels, info.num_classes), saliency, draws,
             m_part=args.m_part, omega=args.m_omega, beta=args.m_beta, gamma=args.m_gamma,
             eta=args.m_eta, thres=args.m_thres, thres_type=args.m_thres_type,
             set_resolve=args.set_resolve, niter=args.m_niter, solver=args.solver,

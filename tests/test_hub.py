@@ -33,6 +33,10 @@ for method in {methods!r}:
     assert torch.equal(mixed, again) and not torch.equal(mixed, images), method
     assert mixed.shape == images.shape and targets.shape == (8, 10), method
     assert torch.allclose(targets.sum(1), torch.ones(8)), method
+    if method != "softcrop":
+        hard = torch.nn.functional.one_hot(labels, 10).float()
+        assert load("mixer", method=method, num_classes=10, seed=1, mean=(0.5,) * 3,
+                    std=(0.5,) * 3)(images, hard, net)[1].allclose(targets), method
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items()), method
     grads = [p.grad for p in net.parameters()]
     assert torch.equal(grads[0], torch.ones_like(grads[0])) and not any(
