@@ -44,6 +44,12 @@ def part_of_a_name(text: str) -> str:
     return text
 
 
+def weights(text: str) -> str:
+    """argparse type of --pretrained: "torchvision", a path, or "" for none; booleans, too."""
+    known = {word: "torchvision" if value else "" for word, value in BOOLEANS.items()}
+    return (known | {"none": "", "torchvision": "torchvision"}).get(text.lower(), text)
+
+
 positive, count = number(int, low=1), number(int, low=0)
 amount, share = number(low=0), number(low=0, high=1)
 
@@ -90,6 +96,10 @@ def add_flags(parser, datasets, archs, names: dict, **defaults):
     ours("arch", ", ".join(archs), choices=archs, metavar="NET")
     ours("initial_channels", "64 is the network as published, 16 has a quarter of all its widths",
         type=number(int, low=4))
+    if "pretrained" in defaults:
+        ours("pretrained", "begin with ImageNet weights: torchvision's (downloaded; the meaning of "
+             "the flag alone), a file's, or none", type=weights, nargs="?", const="torchvision",
+             metavar="FILE")
     ours("epochs", type=positive)
     ours("batch_size", "over all processes", type=positive)
     ours("lr", "learning rate", type=amount)

@@ -34,6 +34,7 @@ from common.mixing import (
     soft_cross_entropy,
     soft_targets,
 )
+from common.models.weights import load_pretrained
 from common.run import Run, StepSums, about
 from resizemix import configs, mixing, randaugment
 from resizemix.augment import AutoAugment
@@ -96,7 +97,7 @@ def parse_args(argv=None):
     flags.add_flags(
         parser, data.NAMES, models.ALL,
         {"data_dir": ["--data_path"], "root_dir": ["--save"], "arch": ["--net_name"],
-         "lr": ["--init_lr"], "print_freq": ["--report_freq"]})
+         "lr": ["--init_lr"], "print_freq": ["--report_freq"]}, pretrained="")
 
     first, _ = parser.parse_known_args(argv)
     try:
@@ -269,12 +270,16 @@ def main(argv=None):
                      model=net, optimizer=optimizer, scaler=scaler)
     if args.evaluate or args.preview:
         checkpoint = run.load_weights()
+        if not checkpoint:
+            load_pretrained(net, args)
         if args.evaluate:
             evaluation.report(judged, test, args, info, run, checkpoint)
         elif distributed.rank() == 0:
             log(f"mixed images: {draw_preview(args.preview, train, args, info)}")
         return net
     run.start(multiply_adds=cost)
+    if not run.resumed:
+        load_pretrained(net, args)
     for place, images in (("cpu", 1), ("cuda", 32)):
         if args.meas_lat and distributed.rank() == 0 and place in ("cpu", device.type):
             seconds = latency(net, info.image_size, place, images)

@@ -37,6 +37,7 @@ from common.mixing import (
     soft_cross_entropy,
     soft_targets,
 )
+from common.models.weights import load_pretrained
 from common.run import Run, StepSums, about
 from safuse import losses, mixing, network, picture, superpixels
 from safuse.localisation import localise
@@ -67,8 +68,6 @@ def parse_args(argv=None):
         "(of sets in memory)")
     add_boolean(add, "--normalise", False,
                 "images in units of the data set's deviation instead of in [0, 1]")
-    add("--pretrained", nargs="?", const="torchvision", metavar="FILE",
-        help="ImageNet weights of the encoder: torchvision (downloaded), a local file, or none")
     add("--start_epoch", "--START_EPOCH", type=count, default=None,
         help="first epoch (default: 0 or --resume's)")
     add("--RESUME", type=flags.boolean, nargs="?", const=True, default=False, metavar="BOOL",
@@ -111,12 +110,11 @@ def parse_args(argv=None):
         parser, data.NAMES, network.ARCHS,
         {"data_dir": ["--data_path"], "epochs": ["--NB_EPOCH"], "lr": ["--LR"],
          "batch_size": ["--BATCH_SIZE", "-b"]},
-        dataset="cifar100", arch="resnet18", weight_decay=5e-4, workers=2)
+        dataset="cifar100", arch="resnet18", weight_decay=5e-4, workers=2, pretrained=None)
 
     first, _ = parser.parse_known_args(argv)
     parser.set_defaults(**defaults(first.method, first.dataset, first.arch, first.image_size))
     args = parser.parse_args(argv)
-    args.pretrained = "" if args.pretrained == "none" else args.pretrained
     args.resume = args.resume or ("auto" if args.RESUME else "")
     del args.RESUME                             # said by --resume, now and in the checkpoint
     for name in ("N_min", "N_max"):
@@ -326,16 +324,16 @@ def main(argv=None):
                      model=net, optimizer=optimizer, scaler=scaler)
     if args.evaluate or args.preview:
         checkpoint = run.load_weights()
-        if not checkpoint and args.pretrained:
-            network.load_pretrained(net.encoder, args.arch, args.pretrained)
+        if not checkpoint:
+            load_pretrained(net.encoder, args)
         if args.evaluate:
             report(net, test, args, info, run, checkpoint)
         elif distributed.rank() == 0:
             log(f"mixed images: {draw_preview(args.preview, net, train, args, info)}")
         return net
     run.start(args.start_epoch)
-    if args.pretrained and not run.resumed:
-        network.load_pretrained(net.encoder, args.arch, args.pretrained)
+    if not run.resumed:
+        load_pretrained(net.encoder, args)
 
     # The epochs
     while not run.over:

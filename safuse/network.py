@@ -9,15 +9,13 @@ from torchvision import models
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from common.errors import RunError
-from common.models.features import load_weights
 from common.models.parts import PreActBlock, conv, post_act_block
 
-# block, depths, options of the block, torchvision's name
+# block, depths, options of the block
 RESNETS = {
-    "resnet18": (BasicBlock, (2, 2, 2, 2), {}, "resnet18"),
-    "resnet50": (Bottleneck, (3, 4, 6, 3), {}, "resnet50"),
-    "resnext50": (Bottleneck, (3, 4, 6, 3), {"groups": 32, "base_width": 4},
-                  "resnext50_32x4d")}
+    "resnet18": (BasicBlock, (2, 2, 2, 2), {}),
+    "resnet50": (Bottleneck, (3, 4, 6, 3), {}),
+    "resnext50": (Bottleneck, (3, 4, 6, 3), {"groups": 32, "base_width": 4})}
 ARCHS = (*RESNETS, "deit_b16")
 DECODERS = ("joint", "local", "none")
 SCORES = ("post_norm", "pre_norm")
@@ -39,7 +37,7 @@ class ResNet(nn.Module):
 
     def __init__(self, arch: str, form: int, channels: int):
         super().__init__()
-        kind, depths, options, _ = RESNETS[arch]
+        kind, depths, options = RESNETS[arch]
         preact = form == 64 and arch != "resnext50"
         self.conv1 = conv(3, channels, 7, 2) if form == 224 else conv(3, channels, 3)
         self.bn1 = nn.Identity() if preact else nn.BatchNorm2d(channels)
@@ -296,8 +294,3 @@ def init(net: Network, arch: str, form: int) -> Network:
             nn.init.normal_(module.weight, std=0.01)
             nn.init.zeros_(module.bias)
     return net
-
-
-def load_pretrained(encoder: nn.Module, arch: str, source: str):
-    """Loads ImageNet weights into an encoder, see `common.models.features.load_weights`."""
-    load_weights(encoder, source, "vit_b_16" if arch == "deit_b16" else RESNETS[arch][3])

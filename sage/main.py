@@ -39,6 +39,7 @@ from common.mixing import (
     soft_targets,
     softmax_bce,
 )
+from common.models.weights import load_pretrained
 from common.run import Run, StepSums, about
 from sage import comixup, puzzlemix, saliencymix
 from sage.rearrange import draw_offsets, gradient_saliency, sage_mix
@@ -138,7 +139,7 @@ def parse_args(argv=None):
         {"lr": ["--learning_rate"], "weight_decay": ["--decay"],
          "job_name": ["--add_name", "--tag"]},
         dataset="cifar10", arch="wrn28_10", epochs=300, batch_size=100, lr=0.1, weight_decay=1e-4,
-        workers=2)
+        workers=2, pretrained="")
 
     first, _ = parser.parse_known_args(argv)
     implied = ("comix" if first.comix else "puzzle" if first.graph else "cutmix" if first.box else
@@ -390,6 +391,8 @@ def main(argv=None):
                      model=net, optimizer=optimizer, scaler=scaler)
     if args.evaluate or args.preview:
         checkpoint = run.load_weights()
+        if not checkpoint:
+            load_pretrained(net, args)
         if args.evaluate:
             evaluation.report(net, test, args, info, run, checkpoint)
         elif distributed.rank() == 0:
@@ -397,6 +400,8 @@ def main(argv=None):
             log(f"mixed images: {picture}")
         return net
     run.start(args.start_epoch)
+    if not run.resumed:
+        load_pretrained(net, args)
 
     # The epochs
     while not run.over:

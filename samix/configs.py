@@ -32,7 +32,7 @@ COMMON = {
     "lr_every": "epoch",            # or step: how often the cosine moves
     "warmup_epochs": 0,             # linear, from warmup_ratio; never of the MixBlock
     "warmup_ratio": 1e-5, "clip_grad": 0.0, "drop_path": 0.0, "amp": "off",
-    "batch_size": 256, "epochs": 100, "drop_last": False, "pretrained": False,
+    "batch_size": 256, "epochs": 100, "drop_last": False, "pretrained": "",
     # data
     "image_size": 224, "layer": 3, "crop": "resized", "crop_scale": 0.08, "padding": 4,
     "randaugment": False,
@@ -52,7 +52,8 @@ TINY = {
     "min_lr": 0.05, "ema_end": 0.999999,
 }
 FINE_GRAINED = {                    # from ImageNet weights
-    "lam_mul_k": 1.0, "batch_size": 16, "drop_last": True, "epochs": 200, "pretrained": True,
+    "lam_mul_k": 1.0, "batch_size": 16, "drop_last": True, "epochs": 200,
+    "pretrained": "torchvision",
     "lr": 1e-3, "weight_decay": 5e-4, "block_lr": 0.01, "block_min_lr": 5e-4, "no_repeat": True,
     "crop_scale": 0.5, "resize_first": True,
 }

@@ -27,7 +27,8 @@ from common.data.batches import ResizedCrop
 from common.distributed import log
 from common.flags import add_boolean
 from common.mixing import draw_lambda, soft_targets
-from common.models.features import build_backbone, load_weights
+from common.models import weights
+from common.models.features import build_backbone
 from common.randaugment import randaugment
 from common.run import Run, StepSums, about
 from samix import configs
@@ -75,8 +76,6 @@ def parse_args(argv=None):
     add("--layer", type=flags.positive, help="stage (of DeiT: block) whose features the MixBlock "
         "sees, from 1")
     add("--drop_path", type=share, help="of transformers: stochastic depth of the last block")
-    add("--pretrained", nargs="?", const=True, metavar="BOOL|FILE", help="begin with ImageNet "
-        "weights: torchvision's, or a state_dict in a file; none is False")
 
     add = parser.add_argument_group("mixing").add_argument
     add("--alpha", type=amount, help="lambda ~ Beta(alpha, alpha)")
@@ -120,7 +119,8 @@ def parse_args(argv=None):
     add("--ema_base", type=share, help="branch k: momentum up to a share ema_start of the run")
     add("--ema_end", type=share, help="what it then grows to")
     add("--ema_start", type=share)
-    flags.add_flags(parser, data.NAMES, models.ALL, {"lr": ["--learning_rate"]}, momentum=None)
+    flags.add_flags(parser, data.NAMES, models.ALL, {"lr": ["--learning_rate"]}, momentum=None,
+                    pretrained=None)
 
     first, _ = parser.parse_known_args(argv)
     try:
@@ -323,16 +323,10 @@ def build(args, info) -> nn.Module:
 
 
 def load_pretrained(net, args):
-    """--pretrained: ImageNet weights for both branches."""
-    wish = str(args.pretrained)
-    wish = (flags.BOOLEANS | {"none": False}).get(wish.lower(), wish)
-    if wish is False:
-        return
-    q = getattr(net, "q", net)
-    load_weights(q.backbone.before, "torchvision" if wish is True else wish,
-                 {"convnext_t": "convnext_tiny"}.get(args.arch, args.arch))
-    if args.method in LEARNED:
-        net.k.load_state_dict(q.state_dict())
+    """Begin both branches with the weights that --pretrained names, if any."""
+    weights.load_pretrained(getattr(net, "q", net).backbone.before, args)
+    if args.pretrained and args.method in LEARNED:
+        net.k.load_state_dict(net.q.state_dict())
 
 
 def load_data(args, device):

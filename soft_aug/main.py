@@ -32,6 +32,7 @@ from common.distributed import log
 from common.errors import RunError
 from common.flags import add_boolean, amount, count, number, positive
 from common.mixing import cutout, draw_lambda, draw_perm, draw_pixels, mixup
+from common.models.weights import load_pretrained
 from common.randaugment import randaugment
 from common.run import Run, StepSums, about
 from soft_aug.evaluation import draw_softening, write_events
@@ -109,7 +110,7 @@ def parse_args(argv=None):
         {"dataset": ["--task"], "arch": ["--net"], "batch_size": ["--b"], "workers": ["--n"],
          "lr": ["--learning_rate"], "weight_decay": ["--wd"], "job_name": ["--prefix"]},
         dataset="cifar10", arch="resnet18", batch_size=128, lr=0.1, weight_decay=5e-4, seed=-1,
-        workers=16)
+        workers=16, pretrained="")
 
     args = parser.parse_args(argv)
     args.epochs = args.epochs or int(200 * args.sch)
@@ -307,12 +308,16 @@ def main(argv=None):
                      model=net, optimizer=optimizer, scaler=scaler)
     if args.evaluate or args.preview:
         path = run.load_weights()
+        if not path:
+            load_pretrained(net, args)
         if args.evaluate:
             evaluation.report(net, test, args, info, run, path)
         elif distributed.rank() == 0:
             log(f"mixed images: {draw_preview(args.preview, train, args, info)}")
         return net
     run.start()
+    if not run.resumed:
+        load_pretrained(net, args)
 
     # The epochs
     while not run.over:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from conftest import Golden, golden_cases
 
 from common import distributed
-from common.errors import DataError, RunError
+from common.errors import RunError
 from safuse import losses, mixing, network
 from safuse.localisation import boxes_of, localised
 from safuse.network import SuperpixelAttention, build, superpixel_pool
@@ -423,44 +423,6 @@ def test_build_refuses():
         build("deit_b16", 10, 40)
     with pytest.raises(RunError, match="channels"):
         build("resnet18", 10, 32, initial_channels=20)
-
-
-def load(arch, image_size, source):
-    net = build(arch, 10, image_size)
-    network.load_pretrained(net.encoder, arch, str(source))
-    return net
-
-
-def test_pretrained_file(tmp_path):
-    """torchvision's names load, wrapped or bare; what does not fit is named."""
-    from torchvision.models import resnet18
-    theirs = resnet18().state_dict()
-    path = tmp_path / "weights.pth"
-    torch.save({"state_dict": {f"module.{k}": v for k, v in theirs.items()}}, path)
-    net = load("resnet18", 224, path)
-    close(net.encoder.layer4[1].conv2.weight, theirs["layer4.1.conv2.weight"], 0, 0)
-    close(net.encoder.bn1.running_var, theirs["bn1.running_var"], 0, 0)
-    with pytest.raises(DataError, match=r"conv1.weight: \(64, 3, 7, 7\), \(64, 3, 3, 3\) needed"):
-        load("resnet18", 32, path)
-    with pytest.raises(DataError, match=r"layer1.0.conv1.weight: \(64, 64, 3, 3\)"):
-        load("resnet50", 224, path)
-    with pytest.raises(DataError, match="no such file"):
-        load("resnet18", 224, tmp_path / "absent.pth")
-    path.write_bytes(b"not weights")
-    with pytest.raises(DataError, match="weights.pth: not a readable"):
-        load("resnet18", 224, path)
-
-
-def test_pretrained_without_network(monkeypatch):
-    from urllib.error import URLError
-
-    from torchvision.models import _api
-
-    def refuse(*args, **kwargs):
-        raise URLError("no route")
-    monkeypatch.setattr(_api, "load_state_dict_from_url", refuse)
-    with pytest.raises(DataError, match="resnet18-.*could not be downloaded.*--pretrained FILE"):
-        load("resnet18", 224, "torchvision")
 
 
 # ---------------------------------------------------------------------------------- localisation

@@ -752,5 +752,5 @@ def test_runs_from_its_own_folder(tmp_path):
 def test_a_resumed_run_keeps_its_weights_from_epoch_0_on(tmp_path, monkeypatch):
     words = ["--method", "baseline", "--epochs", 1]
     train(tmp_path, *words)
-    monkeypatch.setattr(network, "load_pretrained", lambda *args: pytest.fail("loaded again"))
+    monkeypatch.setattr(safuse, "load_pretrained", lambda *args: pytest.fail("loaded again"))
     train(tmp_path, *words, "--pretrained", "weights.pth", "--resume", "auto", "--start_epoch", 0)

@@ -344,7 +344,7 @@ def test_configurations_values_are_flags(capsys):
     args = samix.parse_args(["--config", "imagenet_r18", "--dataset", "digits"])
     assert args.image_size is None and args.mean is None            # the data set's own
     args = samix.parse_args(["--config", "cub_rx50", "--method", "automix"])
-    assert (args.variant, args.pretrained, args.drop_last) == ("automix", True, True)
+    assert (args.variant, args.pretrained, args.drop_last) == ("automix", "torchvision", True)
 
 
 def test_data_are_cropped_as_configured(monkeypatch):

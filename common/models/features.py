@@ -1,8 +1,5 @@
 """Feature maps of a network: behind a middle layer, and those that its classifier sees."""
-from pickle import UnpicklingError
-
 import torch
-import torchvision
 from torch import Tensor, nn
 from torchvision.models.convnext import ConvNeXt
 from torchvision.models.feature_extraction import create_feature_extractor
@@ -10,7 +7,7 @@ from torchvision.models.swin_transformer import SwinTransformer
 from torchvision.models.vision_transformer import VisionTransformer
 
 from common import models
-from common.errors import DataError, RunError
+from common.errors import RunError
 from common.models.parts import Network
 
 
@@ -74,44 +71,3 @@ def build_backbone(name: str, image_size: int, layer: int, **options) -> Backbon
     except (ValueError, RuntimeError) as fault:
         raise RunError(f"{name} cannot have {options} on {image_size} pixels: "
                        f"{str(fault).splitlines()[0]}") from None
-
-
-def load_weights(network: nn.Module, source: str, model: str):
-    """Loads ImageNet weights: torchvision's of its `model` (source "torchvision": downloaded), or
-    those of a local file.
-
-    A file holds a state_dict in torchvision's names, perhaps under the key state_dict or model and
-    with the prefix module. What the network lacks, as its classifier, is left out. Raises DataError
-    naming the source that is missing or does not fit.
-    """
-    if source == "torchvision":
-        try:
-            weights = torchvision.models.get_model_weights(model).IMAGENET1K_V1
-        except (ValueError, AttributeError):
-            raise DataError(f"torchvision has no ImageNet weights of {model}") from None
-        try:
-            state = weights.get_state_dict(progress=False, check_hash=True)
-        except (OSError, RuntimeError) as fault:
-            raise DataError(f"{weights.url} could not be downloaded ({fault}); fetch it elsewhere "
-                            "and give the file: --pretrained FILE") from fault
-    else:
-        try:
-            state = torch.load(source, map_location="cpu", weights_only=True)
-        except FileNotFoundError:
-            raise DataError(f"{source}: no such file of weights") from None
-        except (RuntimeError, EOFError, UnpicklingError, OSError, ValueError) as fault:
-            raise DataError(f"{source}: not a readable file of weights "
-                            f"({(str(fault).splitlines() or ['empty'])[0][:100]})") from fault
-        for key in ("state_dict", "model"):
-            state = state.get(key, state) if isinstance(state, dict) else {}
-        state = {name.removeprefix("module."): value for name, value in state.items()}
-    own = network.state_dict()
-    wrong = [name for name, value in own.items() if not name.endswith("num_batches_tracked")
-             and getattr(state.get(name), "shape", None) != value.shape]
-    if wrong:
-        name, theirs = wrong[0], getattr(state.get(wrong[0]), "shape", None)
-        raise DataError(f"{source} does not fit {model} at this image size: {len(wrong)} of "
-                        f"{len(own)} tensors, first {name}: "
-                        f"{'missing' if theirs is None else tuple(theirs)}, "
-                        f"{tuple(own[name].shape)} needed")
-    network.load_state_dict({name: state[name] for name in own if name in state}, strict=False)
