@@ -70,8 +70,8 @@ def write_onnx(state: dict, identity: dict, args: dict, path: Path):
                       dynamic_shapes=({0: torch.export.Dim("batch")},))
 
 
-def main(argv=None):
-    """Write what the command line asks for; say what it is."""
+def parse_args(argv=None):
+    """Return the flags; usage errors end the program with exit code 2."""
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="checkpoint.pt or best.pt of a run")
@@ -79,6 +79,12 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.out.suffix not in (".pth", ".onnx"):
         parser.error(f"{args.out}: the name ends in .pth or .onnx")
+    return args
+
+
+def main(argv=None):
+    """Write what the command line asks for; say what it is."""
+    args = parse_args(argv)
     saved = checkpoint.load(args.checkpoint)
     state, identity = saved["model"], saved["identity"]
     if args.out.suffix == ".onnx":
