@@ -13,7 +13,7 @@ LEAST_IOU = 0.5                # with the true box
 
 
 def boxes_of(maps: Tensor, height: int, width: int) -> Tensor:
-    """Boxes (B, 4) of (x1, y1, x2, y2) in pixels of height × width images, on the CPU.
+    """Return boxes (B, 4) of (x1, y1, x2, y2) in pixels of height × width images, on the CPU.
 
     `maps` (B, h, w) >= 0, one class activation map an image, are enlarged bilinearly; the box is
     that of the largest 4-connected component above THRESHOLD of the maximum, its far edges beyond
@@ -36,12 +36,11 @@ def boxes_of(maps: Tensor, height: int, width: int) -> Tensor:
 
 def localised(logits: Tensor, maps: Tensor, labels: Tensor, boxes: Tensor, height: int, width: int
               ) -> tuple[Tensor, Tensor]:
-    """Whether each image is localised: by the predicted class, and with its class given.
+    """Return whether each image is localised (B,): with the right class, and with it given.
 
     `logits` (B, K) and `maps` (B, K, h, w) as `Network.activation_maps` returns them; `labels`
     (B,); `boxes` (B, 4), the true ones (x1, y1, x2, y2) in pixels of the height × width images.
-    The first needs the right class and an intersection over union of at least LEAST_IOU; the
-    second, the latter for the map of the true class. Two (B,) bool tensors on the CPU.
+    Localised: IoU of at least LEAST_IOU. Both are on the CPU.
     """
     image = torch.arange(len(labels), device=labels.device)
     found = boxes_of(maps[image, labels], height, width)
@@ -51,8 +50,7 @@ def localised(logits: Tensor, maps: Tensor, labels: Tensor, boxes: Tensor, heigh
 
 @torch.no_grad()
 def localise(net, batches, args) -> tuple[float, float]:
-    """Share in % of images that are localised, over all processes: by the predicted class, and
-    with the class given.
+    """Return the % of images localised, over all processes: with the right class, and given it.
 
     `net` is a `Network`, in evaluation mode afterwards; `batches` (images, labels) in the order of
     `batches.boxes()`; `args`: --amp and --max_steps.

@@ -7,18 +7,17 @@ from common import distributed
 
 
 def superpixel_labels(labels: Tensor, perm: Tensor, from_b: Tensor) -> Tensor:
-    """Class (B, S) of each superpixel: labels[perm] where pasted, else labels (B,)."""
+    """Return the class (B, S) of each superpixel: labels[perm] where pasted, else labels (B,)."""
     perm = perm.to(labels.device, non_blocking=True)
     return torch.where(from_b, labels[perm][:, None], labels[:, None])
 
 
 def local_cross_entropy(logits: Tensor, labels: Tensor, kept: Tensor,
                         weights: Tensor | None = None) -> Tensor:
-    """Cross entropy of the selected superpixels, mean over the images; a scalar.
+    """Return the cross-entropy of the selected superpixels, mean over the images; a scalar.
 
-    `logits` (B, T, K); `labels` (B, T) classes; `kept` (B, T) bool. In an image the terms are
-    summed (LGCOAMix), or with `weights` (B, T) >= 0 averaged with these, which get no gradient
-    (SAFuse).
+    `logits` (B, T, K); `labels` (B, T) classes; `kept` (B, T) bool. An image's terms are summed
+    (LGCOAMix), or averaged with `weights` (B, T) >= 0, which get no gradient (SAFuse).
     """
     losses = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none")
     share = kept.float()
@@ -31,7 +30,7 @@ def local_cross_entropy(logits: Tensor, labels: Tensor, kept: Tensor,
 def superpixel_contrastive(logits: Tensor, labels: Tensor, kept: Tensor,
                            weights: Tensor | None = None, *, temperature: float = 0.7,
                            base_temperature: float = 0.07, gather: bool = False) -> Tensor:
-    """Supervised contrast between all selected superpixels of the batch; a scalar.
+    """Return the supervised contrastive loss of the batch's selected superpixels; a scalar.
 
     `logits` (B, T, K) are compared by their cosine s / temperature; `labels` (B, T) classes;
     `kept` (B, T) bool. For i and every j of its class, i itself included,

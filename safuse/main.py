@@ -58,7 +58,7 @@ def gpu_list(text: str) -> list[int]:
 
 
 def parse_args(argv=None):
-    """The flags; usage errors end the program with exit code 2."""
+    """Return the flags; usage errors end the program with exit code 2."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument_group("data and schedule").add_argument
@@ -135,7 +135,7 @@ def parse_args(argv=None):
 # ----------------------------------------------------------------------------------------- mixing
 
 class Mixed(NamedTuple):
-    """A batch ready for the network, and what the loss and the preview need to know of it."""
+    """A batch for the network, with what the loss and the preview need."""
     images: torch.Tensor                        # (B, 3, H, W)
     perm: torch.Tensor | None = None            # (B,) partners
     ratio: torch.Tensor | None = None           # (B,) share of the first image's label
@@ -146,7 +146,7 @@ class Mixed(NamedTuple):
 
 
 def is_mixed(args, epoch: int, step: int) -> bool:
-    """Whether this step's batch is mixed: on all processes or on none."""
+    """Return whether this step's batch is mixed, the same on all processes."""
     if args.method == "baseline" or args.p_binom == 0:
         return False
     generator = torch.Generator().manual_seed(distributed.seed_of(args.seed, "mixed", epoch, step))
@@ -154,7 +154,7 @@ def is_mixed(args, epoch: int, step: int) -> bool:
 
 
 def mix_batch(net, images, args, info, generator) -> Mixed:
-    """Mixes a batch by --method; every random number comes from `generator`."""
+    """Mix a batch by --method; every random number comes from `generator`."""
     n, (height, width) = len(images), images.shape[-2:]
     perm = draw_perm(n, generator).to(images.device, non_blocking=True)
     if args.method == "cutmix":
@@ -181,7 +181,7 @@ def mix_batch(net, images, args, info, generator) -> Mixed:
 
 
 def label_shares(scores, counts, from_b):
-    """Share (B,) of the second image by area and by attention."""
+    """Return the second image's share (B,) of the label by area and by attention."""
     return mixing.area_ratio(counts, from_b), mixing.attention_ratio(scores.sigmoid(), counts,
                                                                      from_b)
 
@@ -189,13 +189,13 @@ def label_shares(scores, counts, from_b):
 # --------------------------------------------------------------------------------------- training
 
 def superpixel_loss(outputs, labels, mixed, args):
-    """The whole loss of a mixed batch of SAFuse or LGCOAMix."""
+    """Return the loss of a mixed batch of SAFuse or LGCOAMix."""
     logits, local, scores, counts = outputs
     area, attention = label_shares(scores, counts, mixed.from_b)
     lam = attention if args.label_share == "attention" else (area + attention) / 2
     loss = soft_cross_entropy(logits, soft_targets(labels, mixed.perm, 1 - lam, logits.shape[1]))
 
-    # Superpixels that get the most attention are classified and contrasted by their own label
+    # The most attentive superpixels are classified and contrasted, each with its own label
     index, kept = mixing.top_superpixels(scores, counts, args.topN_local_ratio,
                                          at_least_one=args.label_share == "attention")
     local = local.gather(1, index[..., None].expand(-1, -1, local.shape[2]))
@@ -208,9 +208,9 @@ def superpixel_loss(outputs, labels, mixed, args):
 
 
 def training_step(net, model, images, labels, args, info, mixed_step, generator, scaler):
-    """Leaves the gradients of one step in the parameters; returns the loss and the logits."""
+    """Compute the gradients of one step; return the loss and the logits."""
     mixed = mix_batch(net, images, args, info, generator) if mixed_step else Mixed(images)
-    idle = []                                   # parameters without a part in this step
+    idle = []                                   # parameters that this step does not use
     with runtime.autocast(args, images.device):
         if mixed.fused is not None:
             outputs = model(mixed.images, mixed.fused, mixed.from_b.shape[1])
@@ -234,7 +234,7 @@ def training_step(net, model, images, labels, args, info, mixed_step, generator,
 
 
 def train_one_epoch(net, model, loader, optimizer, scaler, args, info, run):
-    """The rest of the epoch that `run` stands in; returns its sums of loss and hits."""
+    """Train from the run's step to the end of its epoch; return the sums of loss and hits."""
     net.train()
     sums = StepSums(len(loader), run.device, run.sums)
     for step, (images, labels) in run.steps(loader):
@@ -252,8 +252,7 @@ def train_one_epoch(net, model, loader, optimizer, scaler, args, info, run):
 
 
 def report(net, test, args, info, run, checkpoint=None):
-    """What `evaluation.report` finds, and for cub200 with its boxes weakly supervised localisation.
-    """
+    """Report the evaluation, and weakly supervised localisation where cub200 has its boxes."""
     evaluation.report(net, test, args, info, run, checkpoint)
     if not args.cam and args.dataset == "cub200" and test.data.boxes:
         log("localisation (IoU at least 0.5): {:.2f} % with the right class, {:.2f} % "
@@ -262,7 +261,7 @@ def report(net, test, args, info, run, checkpoint=None):
 
 @torch.no_grad()
 def draw_preview(path, net, train, args, info):
-    """A picture of the first training batch, mixed by the method."""
+    """Draw the first training batch, mixed by the method; return the path."""
     train.set_epoch(0)
     images, labels = (part[:8] for part in next(iter(train)))
     generator, title = distributed.step_generator(args.seed, 0, 0), f"{args.method} on {info.name}"
@@ -286,17 +285,22 @@ def draw_preview(path, net, train, args, info):
     return picture.draw_mixed(path, title, seen, shown, perm, mixed.labels, mask, names, shares)
 
 
+def choose_gpus(numbers: list[int]):
+    """Show torch these GPUs (of those that a scheduler gave); one process for each."""
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(
+        seen[n] if len(seen) > n and seen[n] else str(n) for n in numbers)
+    if not torch.cuda.is_available():
+        raise RunError(f"--gpu_ids {numbers}: torch sees no such GPU; without the flag the program "
+                       "finds what there is")
+    runtime.use_gpus(len(numbers))
+
+
 def main(argv=None):
-    """Trains (or evaluates, or draws a preview) as the flags say; returns the network."""
+    """Train, evaluate or draw a preview, as the flags say; return the network."""
     args = parse_args(argv)
     if args.gpu_ids and args.device != "cpu":
-        seen = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")    # a scheduler's: of these
-        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(
-            seen[n] if len(seen) > n and seen[n] else str(n) for n in args.gpu_ids)
-        if not torch.cuda.is_available():
-            raise RunError(f"--gpu_ids {args.gpu_ids}: torch sees no such GPU; without the flag "
-                           "the program finds what there is")
-        runtime.use_gpus(len(args.gpu_ids))
+        choose_gpus(args.gpu_ids)
     device = runtime.setup(args)
 
     # Data, network, optimizer

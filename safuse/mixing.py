@@ -1,31 +1,30 @@
 """Superpixel mixing of SAFuse, LGCOAMix and OcCaMix, their label shares, and their random draws.
 
 Draws come from a CPU `torch.Generator` and are arguments of the mixing functions. Superpixels are
-padded to a common number per image. On a CPU the padding is what the batch needs; on a GPU
-finding that out would wait for the device, so pass the bounds that `superpixels.most_superpixels`
-gives.
+padded to one number per image: on a CPU what the batch needs; on a GPU pass the bounds of
+`superpixels.most_superpixels`, since looking would be a host synchronisation.
 """
 import torch
 from torch import Tensor
 
 
 def draw_segments(batch: int, low: int, high: int, generator: torch.Generator) -> Tensor:
-    """Wanted numbers of superpixels (batch,), uniform in low … high, both included."""
+    """Draw `n_segments` (batch,) of `slic`, uniform in low … high, both included."""
     return torch.randint(low, high + 1, (batch,), generator=generator)
 
 
 def draw_chosen(batch: int, num_superpixels: int, p: float, generator: torch.Generator) -> Tensor:
-    """Which superpixels of the second image are pasted: (batch, num_superpixels), each with p."""
+    """Draw which superpixels of the second image are pasted: (batch, num_superpixels) bool."""
     return torch.rand(batch, num_superpixels, generator=generator) < p
 
 
 def bound(labels: Tensor, num: int | None) -> int:
-    """`num`, or one more than the largest label (which waits for the device)."""
+    """Return `num`, or else one more than the largest label (a host synchronisation)."""
     return int(labels.max()) + 1 if num is None else num
 
 
 def paste(images: Tensor, perm: Tensor, mask: Tensor) -> Tensor:
-    """images[perm] where `mask` (B, H, W), images elsewhere."""
+    """Return images[perm] where `mask` (B, H, W), images elsewhere."""
     return torch.where(mask[:, None], images[perm], images)
 
 
@@ -33,7 +32,7 @@ def paste(images: Tensor, perm: Tensor, mask: Tensor) -> Tensor:
 def superpixel_mix(images: Tensor, perm: Tensor, labels_a: Tensor, labels_b: Tensor,
                    chosen: Tensor, *, num_a: int | None = None, trim: bool | None = None
                    ) -> tuple[Tensor, Tensor, Tensor]:
-    """Pastes the chosen superpixels of images[perm] into images (LGCOAMix, SAFuse: section 3).
+    """Paste the chosen superpixels of images[perm] into images (LGCOAMix, SAFuse: section 3).
 
     `images` (B, C, H, W) in any range; `perm` (B,); `labels_a`, `labels_b` (B, H, W) integer
     superpixels of images and of images[perm], from 0; `chosen` (B, S) bool over labels_b < S.
@@ -44,7 +43,7 @@ def superpixel_mix(images: Tensor, perm: Tensor, labels_a: Tensor, labels_b: Ten
     left of the first image's (possibly in pieces), then the pasted ones;
     from_b (B, S') bool: which of them are pasted, False in the padding.
     S' is num_a + S, or with `trim` (default: on a CPU) what the largest image of the batch needs;
-    `num_a` bounds labels_a (default: its maximum + 1, which waits for the device).
+    `num_a` bounds labels_a (default: its maximum + 1, a host synchronisation).
     """
     perm, chosen = (t.to(images.device, non_blocking=True) for t in (perm, chosen))
     num_a = bound(labels_a, num_a)
@@ -62,12 +61,12 @@ def superpixel_mix(images: Tensor, perm: Tensor, labels_a: Tensor, labels_b: Ten
 
 
 def area_ratio(counts: Tensor, from_b: Tensor) -> Tensor:
-    """Share (B,) of the pixels that come from the second image; counts, from_b (B, S)."""
+    """Return the share (B,) of pixels from the second image; counts, from_b (B, S)."""
     return (counts * from_b).sum(1) / counts.sum(1)
 
 
 def attention_ratio(weights: Tensor, counts: Tensor, from_b: Tensor) -> Tensor:
-    """Share (B,) of the second image in the attention: of weight times pixels; no gradient.
+    """Return the second image's share (B,) of the attention (weight times pixels); no gradient.
 
     `weights` (B, S) >= 0 of the fused superpixels, their pixel `counts` (B, S), 0 in the padding;
     `from_b` (B, S). SAFuse takes the mean of this and `area_ratio`, which it is where all weights
@@ -80,11 +79,11 @@ def attention_ratio(weights: Tensor, counts: Tensor, from_b: Tensor) -> Tensor:
 
 def top_superpixels(scores: Tensor, counts: Tensor, ratio: float, *, at_least_one: bool = True
                     ) -> tuple[Tensor, Tensor]:
-    """The int(ratio·n) best of the n superpixels of each image.
+    """Return the int(ratio·n) superpixels with the highest scores of each image's n.
 
-    `scores` and `counts` (B, S), padding having count 0. Where int(ratio·n) is 0, the best one
-    (LGCOAMix), or with at_least_one=False all (SAFuse). Returns index (B, T) in descending
-    order of the scores and kept (B, T) bool: False where an image has fewer than T.
+    `scores` and `counts` (B, S); padding has count 0. Where int(ratio·n) is 0, the best one
+    (LGCOAMix), or with at_least_one=False all (SAFuse). Returns index (B, T), in descending
+    order of the scores, and kept (B, T) bool: False where an image has fewer than T.
     """
     present = counts > 0
     n = present.sum(1)
@@ -99,12 +98,11 @@ def top_superpixels(scores: Tensor, counts: Tensor, ratio: float, *, at_least_on
 @torch.no_grad()
 def attentive_mask(scores: Tensor, labels: Tensor, cells: int = 3, *, num_b: int | None = None
                    ) -> Tensor:
-    """OcCaMix: superpixels of an image that its most attentive cells belong to, (B, H, W) bool.
+    """Return OcCaMix's mask (B, H, W): the superpixels of each image's most attentive cells.
 
-    `scores` (B, h, w) over the grid of cells and `labels` (B, H, W) superpixels of the same images,
-    from 0, below `num_b` (default: the maximum + 1, which waits for the device). For each of the
-    `cells` best cells the superpixel with the largest share of its own area inside the cell is
-    taken, of equal ones the lowest label.
+    `scores` (B, h, w) of the cells; `labels` (B, H, W) superpixels of the same images, from 0,
+    below `num_b` (default: the maximum + 1, a host synchronisation). Each of the `cells` best cells
+    takes the superpixel with the largest share of its own area inside it; of equals, the lowest.
     """
     batch, rows, columns = scores.shape
     height, width = labels.shape[1:]

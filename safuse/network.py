@@ -22,7 +22,7 @@ SCORES = ("post_norm", "pre_norm")
 
 
 def form_of(image_size: int) -> int:
-    """Form of the ResNets for images of this size: 32, 64 or 224."""
+    """Return the form of the ResNets for images of this size: 32, 64 or 224."""
     return 32 if image_size < 64 else 64 if image_size < 128 else 224
 
 
@@ -116,7 +116,7 @@ class Decoder(nn.Module):
 
 
 def make_decoder(arch: str, form: int, encoder: nn.Module, channels: int, kind: str) -> Decoder:
-    """The paper's decoder for an encoder; `kind` as in `build`."""
+    """Return the paper's decoder for an encoder; `kind` as in `build`."""
     c = channels
     chain = {("deit_b16", 224): [(4 * c, 2), (2 * c, 2), (c, 2), (c, 2)]}
     if kind == "local":                                      # LGCOAMix's ResNeXt has no skips
@@ -134,7 +134,7 @@ def make_decoder(arch: str, form: int, encoder: nn.Module, channels: int, kind: 
 
 def superpixel_pool(features: Tensor, fused: Tensor, num_superpixels: int
                     ) -> tuple[Tensor, Tensor]:
-    """Mean features (B, S, C) of each superpixel and its pixels (B, S); S = num_superpixels.
+    """Return each superpixel's mean features (B, S, C) and pixels (B, S); S = num_superpixels.
 
     `features` (B, C, H, W); `fused` (B, H, W) integer labels below S. Labels that an image lacks
     have mean 0 and count 0. Sums are in float32.
@@ -167,7 +167,7 @@ class SuperpixelAttention(nn.Module):
     def forward(self, pooled: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
         """Attended features (B, S, C) and scores (B, S) of pooled (B, S, C), in float32.
 
-        Superpixels with count 0 are padding: nobody attends to them, their score is -inf, their
+        Superpixels with count 0 are padding: masked in the attention, their score is -inf, their
         features are 0. sigmoid(score) is the weight.
         """
         with torch.autocast(pooled.device.type, enabled=False):
@@ -214,7 +214,7 @@ class Network(nn.Module):
         return logits, self.fc_local(attended), scores, counts
 
     def local_parameters(self) -> list[nn.Parameter]:
-        """Those that only a forward pass with superpixels uses."""
+        """Return the parameters that only a forward pass with superpixels uses."""
         if self.decoder is None:
             return []
         parts = [self.attention, self.fc_local] + [self.decoder] * (not self.joint)
@@ -232,13 +232,13 @@ class Network(nn.Module):
 
 
 def activation_maps(features: Tensor, weight: Tensor) -> Tensor:
-    """max(0, weight (K, C) · features (B, C, h, w)) for every class and position."""
+    """Return max(0, weight (K, C) · features (B, C, h, w)), (B, K, h, w)."""
     return torch.einsum("kc,bchw->bkhw", weight, features).relu()
 
 
 @torch.no_grad()
 def attention_scores(net: Network, images: Tensor) -> Tensor:
-    """OcCaMix's attention (B, h, w): the largest class activation at each position.
+    """Return OcCaMix's attention (B, h, w): the largest class activation at each position.
 
     The network is in evaluation mode meanwhile and in its former mode afterwards.
     """
@@ -254,7 +254,7 @@ def attention_scores(net: Network, images: Tensor) -> Tensor:
 def build(arch: str, num_classes: int, image_size: int = 32, *, decoder: str = "joint",
           initial_channels: int = 64, score: str = "post_norm", width: int | None = None
           ) -> Network:
-    """The network `arch` (one of ARCHS) for images of `image_size` pixels (square, or `width`).
+    """Return the network `arch` (one of ARCHS) for images of `image_size` (× `width`) pixels.
 
     `decoder`: joint (SAFuse: also feeds the classifier), local (LGCOAMix: only for superpixels) or
     none (a plain classifier). `initial_channels` scales all widths (64: the papers'). Raises

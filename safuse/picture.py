@@ -11,8 +11,8 @@ SIDE = 224                     # pixels at which borders are drawn
 
 
 def borders(pixels: Tensor, labels: Tensor):
-    """(B, side, side, 3) arrays of images (B, 3, H, W) in [0, 1], enlarged, with the borders of
-    superpixels `labels` (B, H, W) in yellow."""
+    """Return images (B, 3, H, W) in [0, 1] as enlarged (B, side, side, 3) arrays, with the borders
+    of superpixels `labels` (B, H, W) in yellow."""
     factor = max(1, SIDE // pixels.shape[-1])
     pixels, labels = (t.repeat_interleave(factor, -2).repeat_interleave(factor, -1).cpu()
                       for t in (pixels, labels))
@@ -25,7 +25,7 @@ def borders(pixels: Tensor, labels: Tensor):
 
 def draw_mixed(path, title: str, images: Tensor, mixed: Tensor, perm: Tensor, labels: Tensor,
                mask: Tensor, names: list[str], shares: dict[str, Tensor]) -> Path:
-    """Draws what became of `images` (B, 3, H, W) in [0, 1] and images[perm].
+    """Draw `images` (B, 3, H, W) in [0, 1], images[perm], and their mixture; return the path.
 
     `mixed` (B, 3, H, W); `labels` (B, H, W) superpixels of the images; `mask` (B, H, W) where
     images[perm] was pasted; `names` of the images' classes; `shares`: name -> (B,) of the first

@@ -50,7 +50,7 @@ SCHEDULES = {
 
 
 def defaults(method: str, dataset: str, arch: str, image_size: int | None = None) -> dict:
-    """What a method sets on a data set with an architecture, unless the command line does."""
+    """Return the paper's settings for a method, data set and architecture."""
     size = "large" if dataset in LARGE or (image_size or 0) >= 64 else "small"
     chosen = {}
     for for_method, for_data, for_arch, values in ROWS:
@@ -62,8 +62,8 @@ def defaults(method: str, dataset: str, arch: str, image_size: int | None = None
 
 def learning_rate(epoch: int, base: float, schedule: str, milestones=(), gamma: float = 0.1
                   ) -> float:
-    """The rate of an epoch, from 0, under schedule A, B or C of the papers, or "step": `base`
-    times `gamma` from each of the `milestones` on."""
+    """Return the learning rate of an epoch, from 0: schedule A, B or C of the papers, or "step":
+    `base` times `gamma` from each of the `milestones` on."""
     if schedule == "step":
         return base * gamma ** sum(epoch >= start for start in milestones)
     places = SCHEDULES[schedule]
