@@ -13,13 +13,14 @@ from common import distributed
 class Encoder(nn.Module):
     """A backbone with MoCo v2's projection: images -> (middle feature map, embedding (B, dim)).
 
-    backbone: images -> (middle, pooled) features, as in `momentum.Branch`; width: pooled's.
+    backbone: images -> (middle, pooled) features, as in `momentum.Branch`; width: pooled's; neck:
+    the projection's hidden width.
     """
 
-    def __init__(self, backbone: nn.Module, width: int, dim: int = 128):
+    def __init__(self, backbone: nn.Module, width: int, dim: int = 128, neck: int = 2048):
         super().__init__()
         self.backbone = backbone
-        self.projection = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, dim))
+        self.projection = nn.Sequential(nn.Linear(width, neck), nn.ReLU(), nn.Linear(neck, dim))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         middle, pooled = self.backbone(images)
@@ -86,8 +87,8 @@ def info_nce(query: Tensor, key: Tensor, negatives: Tensor, temperature: float =
 
     Only the query gets a gradient.
     """
-    others = crowd(query, negatives, temperature)
-    return F.softplus(others - agreement(query, key, temperature)).mean()
+    others = negatives_logsumexp(query, negatives, temperature)
+    return F.softplus(others - similarity(query, key, temperature)).mean()
 
 
 def mixed_nce(mixed: Tensor, first: Tensor, second: Tensor, lam: float | Tensor,
@@ -97,8 +98,8 @@ def mixed_nce(mixed: Tensor, first: Tensor, second: Tensor, lam: float | Tensor,
     mixed: the mixture's embedding; first, second: keys of its two images; `lam` a scalar. It is
     the encoder's loss and, through the frozen momentum encoder, the MixBlock's.
     """
-    others = crowd(mixed, negatives, temperature)
-    one, two = (F.softplus(others - agreement(mixed, key, temperature)) for key in (first, second))
+    others = negatives_logsumexp(mixed, negatives, temperature)
+    one, two = (F.softplus(others - similarity(mixed, key, temperature)) for key in (first, second))
     return (lam * one + (1 - lam) * two).mean()
 
 
@@ -109,24 +110,28 @@ def mixed_pair(mixed: Tensor, first: Tensor, second: Tensor, lam: float | Tensor
     The two keys are contrasted with each other, without a queue: the local part of the mixing
     objective (section 3.2).
     """
-    difference = agreement(mixed, first, temperature) - agreement(mixed, second, temperature)
+    difference = similarity(mixed, first, temperature) - similarity(mixed, second, temperature)
     return (lam * F.softplus(-difference) + (1 - lam) * F.softplus(difference)).mean()
 
 
-def agreement(query: Tensor, key: Tensor, temperature: float) -> Tensor:
+def similarity(query: Tensor, key: Tensor, temperature: float) -> Tensor:
     """Scalar product / temperature of each pair, (B,); `key` gets no gradient."""
     return (query * key.detach()).float().sum(1) / temperature
 
 
-def crowd(query: Tensor, negatives: Tensor, temperature: float) -> Tensor:
-    """Log of the summed exponentials of the negatives' agreement with each query, (B,)."""
+def negatives_logsumexp(query: Tensor, negatives: Tensor, temperature: float) -> Tensor:
+    """logsumexp over the negatives of query·negative / temperature, (B,)."""
     return ((query @ negatives.detach().T).float() / temperature).logsumexp(1)
 
 
-def draw_extension(shape, extrapolate: bool, generator: torch.Generator) -> Tensor:
-    """Weights of `extend`: Beta(2, 2) for each element, one more for extrapolation."""
+def draw_extension(shape, how: str, generator: torch.Generator) -> Tensor:
+    """Weights of `extend`: Beta(2, 2) for each element; one more to extrapolate.
+
+    how: 'inter' or 'extra'; 'either': one of them with probability 1/2.
+    """
+    extra = how == "extra" or how == "either" and torch.rand((), generator=generator) < 0.5
     pairs = torch.full((*shape, 2), 2.0, dtype=torch.float64)
-    return torch._sample_dirichlet(pairs, generator)[..., 0].float() + extrapolate
+    return torch._sample_dirichlet(pairs, generator)[..., 0].float() + float(extra)
 
 
 def extend(first: Tensor, second: Tensor, weight: Tensor) -> Tensor:

@@ -3,6 +3,7 @@ import copy
 import statistics
 
 import torch
+import torch.nn.functional as F
 
 from common import evaluation, runtime
 from common.data.batches import statistics as on_device
@@ -32,6 +33,35 @@ def measure(net, batches, args, info) -> dict:
         for branch, head in HEADS.values():
             yield getattr(getattr(net, branch), head)(pooled[branch])
     return evaluation.measure(net, batches, args, info, list(HEADS), heads)
+
+
+@torch.no_grad()
+def knn_accuracy(backbone, batches, num_classes: int, args, k: int = 20, temperature: float = 0.07) -> float:
+    """Return the share in % of images whose k nearest others vote for their label.
+
+    backbone: images -> (middle, pooled); neighbours by cosine of the pooled features, weighed by
+    exp(cosine / temperature) (Wu et al. 2018), among the other images of this rank's `batches`.
+    """
+    training, found = backbone.training, []
+    backbone.eval()
+    for step, (images, labels) in enumerate(batches):
+        if args.max_steps and step >= args.max_steps:
+            break
+        with runtime.autocast(args, images.device):
+            found.append((F.normalize(backbone(images)[1].float()), labels))
+    backbone.train(training)
+    features, known = (torch.cat(part) for part in zip(*found, strict=True))
+    place = torch.arange(len(known), device=known.device)
+    right = torch.zeros((), dtype=torch.float64, device=known.device)
+    for part in place.split(1024):
+        cosines = features[part] @ features.T
+        cosines = cosines.masked_fill(place == part[:, None], -torch.inf)
+        cosines, nearest = cosines.topk(min(k, len(known)), 1)
+        votes = torch.zeros(len(part), num_classes, device=known.device)
+        votes.scatter_add_(1, known[nearest], (cosines / temperature).exp())
+        right += (votes.argmax(1) == known[part]).sum()
+    right, count = distributed.total(torch.stack([right, torch.full_like(right, len(known))])).tolist()
+    return 100 * right / count
 
 
 def report(run) -> str:

@@ -35,15 +35,15 @@ from common.run import Run, StepSums, about
 from samix.contrast import (
     Encoder,
     Queue,
-    agreement,
     draw_extension,
     encode_keys,
     extend,
     info_nce,
     mixed_nce,
     mixed_pair,
+    similarity,
 )
-from samix.evaluation import mixtures
+from samix.evaluation import knn_accuracy, mixtures
 from samix.mixblock import (
     MixBlock,
     adjust_mask,
@@ -83,6 +83,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("contrast").add_argument
     add("--queue", type=flags.positive, help="keys that are kept as negatives")
     add("--dim", type=flags.positive, default=128, help="of the embeddings")
+    add("--neck", type=flags.positive, default=2048, help="hidden width of the projection")
     add("--temperature", type=flags.number(above=0), default=0.2)
     add("--ema", type=share, default=0.999, help="momentum of the keys' encoder")
     add_boolean(add, "--sync_bn", False,
@@ -95,12 +96,13 @@ def parse_args(argv=None):
         help="masks whose mean is further from lambda are moved to it")
     add("--block_loss", choices=["infonce", "bce"], default="infonce",
         help="of the MixBlock: with the queue, or its two keys against each other")
-    add("--extend", choices=["inter", "extra"], default="extra",
-        help="the auxiliary loss's positives: between the views' keys, or beyond them")
+    add("--extend", choices=["either", "inter", "extra"], default="either",
+        help="the auxiliary loss's positives: between the views' keys, beyond them, or either")
     add("--moco_weight", type=amount, default=1.0)
     add("--mix_weight", type=amount, default=1.0, help="of the encoder's loss of mixtures")
     add("--block_weight", type=amount, default=1.0)
-    add("--extend_weight", type=amount, default=0.5, help="falls to 0 along a cosine")
+    add("--extend_weight", type=amount, default=0.0,
+        help="of the auxiliary loss (0: none), falls to 0 along a cosine")
     add("--mask_loss", type=amount, default=0.1, help="weight, falls to 0 along a cosine")
     flags.add_flags(parser, data.NAMES, models.ALL, {}, epochs=200, batch_size=256, lr=0.03,
                       weight_decay=1e-4)
@@ -132,10 +134,10 @@ def draw_mixing(n: int, args, generator, shared) -> Draws:
     """Draws for the n images of this rank; `shared`: a generator that all ranks have alike."""
     lam_bb, lam_mb = draw_lambda(args.alpha, generator, 2)
     perm_bb, perm_mb = (draw_partners(n, generator) for _ in range(2))
-    total = n * distributed.world()
+    total = (2 if args.method == "samix" else 1) * n * distributed.world()
     order = torch.arange(total) if args.sync_bn else torch.randperm(total, generator=shared)
     return Draws(lam_bb, lam_mb, perm_bb, perm_mb, order,
-                 draw_extension((n, args.dim), args.extend == "extra", generator))
+                 draw_extension((n, args.dim), args.extend, generator))
 
 
 class Contrast(nn.Module):
@@ -148,34 +150,35 @@ class Contrast(nn.Module):
     def forward(self, view_q, view_k, draws: Draws, negatives):
         """(unweighed losses by name, new keys, queries) of normalised views (B, 3, H, W)."""
         heat = {"negatives": negatives, "temperature": self.args.temperature}
-        features_k, key_k = encode_keys(self.k, view_k, draws.order)
         _, query = self.q(view_q)
-        losses = {"moco": info_nce(query, key_k, **heat)}
         if self.block is None:
-            return losses, key_k, query
+            _, key_k = encode_keys(self.k, view_k, draws.order)
+            return {"moco": info_nce(query, key_k, **heat)}, key_k, query
 
-        features_q, key_q = encode_keys(self.k, view_q, draws.order)
-        scale = view_q.shape[-1] // features_q.shape[-1]
         perm_bb, perm_mb = (perm.to(view_q.device, non_blocking=True)
                             for perm in (draws.perm_bb, draws.perm_mb))
+        features, keys = encode_keys(self.k, torch.cat([view_q, view_k]), draws.order)
+        (features_q, features_k), (key_q, key_k) = features.chunk(2), keys.chunk(2)
+        scale = view_q.shape[-1] // features_q.shape[-1]
         with torch.no_grad():
             mask_bb = self.block(features_q, draws.lam_bb, perm_bb, scale, partners=features_k)
             mask_bb = adjust_mask(mask_bb, draws.lam_bb, margin=self.args.mask_margin)
         mask_mb = self.block(features_q, draws.lam_mb, perm_mb, scale, partners=features_k)
-        # the partners' pixels, features and keys are all of the second view
+        # image i's pixels are of view q, its partner's of view k; each meets the other view's key
         _, mixed_q = self.q(mix(view_q, mask_bb, perm_bb, view_k))
         _, mixed_k = self.k(mix(view_q, mask_mb, perm_mb, view_k))
-        partner_bb, partner_mb = key_k[perm_bb], key_k[perm_mb]
-        more_q, more_k = (extend(*keys, draws.weight) for keys in ((key_q, key_k), (key_k, key_q)))
         pair = {"lam": draws.lam_mb, "temperature": self.args.temperature}
-        losses |= {
-            "mix": mixed_nce(mixed_q, key_q, partner_bb, draws.lam_bb, **heat),     # to q
-            "block": mixed_nce(mixed_k, key_q, partner_mb, draws.lam_mb, **heat)    # to the block
+        losses = {
+            "moco": info_nce(query, key_k, **heat),
+            "mix": mixed_nce(mixed_q, key_k, key_q[perm_bb], draws.lam_bb, **heat),     # to q
+            "block": mixed_nce(mixed_k, key_k, key_q[perm_mb], draws.lam_mb, **heat)    # to block
             if self.args.block_loss == "infonce" else
-            mixed_pair(mixed_k, key_q, partner_mb, **pair),
-            "extend": mixed_pair(mixed_k, more_q, more_k[perm_mb], **pair),
+            mixed_pair(mixed_k, key_k, key_q[perm_mb], **pair),
             "mask": mask_loss(mask_mb, draws.lam_mb),
         }
+        if self.args.extend_weight:
+            more_k, more_q = extend(key_k, key_q, draws.weight), extend(key_q, key_k, draws.weight)
+            losses["extend"] = mixed_pair(mixed_k, more_k, more_q[perm_mb], **pair)
         return losses, key_k, query
 
 
@@ -193,7 +196,7 @@ def two_views(images, args, info, generator):
 def training_step(model, images, queue, args, info, generator, shared, scaler, fall):
     """Leaves the gradients of one step in the parameters; returns loss, logits, and the new keys.
 
-    logits: of each query, its agreement with its own key and with the nearest negative (B, 2).
+    logits: of each query, the similarity to its own key and to the nearest negative (B, 2).
     """
     view_q, view_k = two_views(images, args, info, generator)
     draws = draw_mixing(len(images), args, generator, shared)
@@ -205,7 +208,7 @@ def training_step(model, images, queue, args, info, generator, shared, scaler, f
     scaler.scale(loss).backward()
     with torch.no_grad():
         nearest = (query @ queue.keys.T).max(1).values.float() / args.temperature
-        return loss, torch.stack([agreement(query, keys, args.temperature), nearest], 1), keys
+        return loss, torch.stack([similarity(query, keys, args.temperature), nearest], 1), keys
 
 
 def train_one_epoch(net, model, queue, loader, optimizer, scaler, args, info, run):
@@ -258,7 +261,7 @@ def build(args, info) -> Contrast:
     if args.method == "samix":
         check_masks(backbone, args.arch, info.image_size)
         block = MixBlock(backbone.channels, args.lam_mul_k)
-    net = Contrast(Encoder(backbone, backbone.width, args.dim), block, args)
+    net = Contrast(Encoder(backbone, backbone.width, args.dim, args.neck), block, args)
     if args.sync_bn:
         if not torch.cuda.is_available():
             raise RunError("--sync_bn needs GPUs; without it the keys are shuffled over the "
@@ -274,7 +277,7 @@ def main(argv=None):
 
     # Data: streamed sets come as two views from DALI, or as squares to make views of
     size = args.image_size
-    train, _, info = data.load(
+    train, test, info = data.load(
         args.dataset, args.data_dir, batch_size=args.batch_size, device=device, seed=args.seed,
         loader=args.loader, image_size=size, labels_per_class=args.labels_per_class,
         workers=args.workers, padding=0, flip=False, drop_last=True,
@@ -308,6 +311,7 @@ def main(argv=None):
         sums = train_one_epoch(net, model, queue, train, optimizer, scaler, args, info, run)
         row, timing = {"lr": optimizer.param_groups[0]["lr"]} | sums.result(), run.clock()
         distributed.share_buffers(net)
+        row["knn_accuracy"] = knn_accuracy(net.q.backbone, test, info.num_classes, args)
         run.end_epoch(row | timing, None, sums)
 
     # The report
