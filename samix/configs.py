@@ -2,14 +2,14 @@
 
 Keys are main.py's flags. `batch_size` counts the images of a step over all processes. The MixBlock
 reads the features behind `layer` (a stage, of DeiT a block, counted from 1); its masks are enlarged
-by image size / feature size. Our choice, where the published table is silent: drop_path, and
-AutoMix's upsampling and dropout.
+by image size / feature size. Our choice, where the published table is silent: drop_path.
 """
 import difflib
 
 COMMON = {
     # masks
     "alpha": 2.0,                   # lambda ~ Beta(alpha, alpha)
+    "lam_concat": True,             # automix: lambda is an input channel
     "lam_mul_k": -1.0,              # how lambda scales the features, see mixblock.rescale_lambda
     "mode": ("bilinear",),           # upsampling of the masks; of several, one is drawn each time
     "dropout": 0.1,                 # of the MixBlock's values
@@ -138,13 +138,26 @@ FILES = {
     f"{CIFAR_VITS}convnext_t_l2_a2_bili_val_dp01_lr2e_3_mlr1e_4_bs100_ep200":
         ("cifar100_convnext_t", {}),
     f"{CIFAR_VITS}convnext_t_l2_a2_bili_val_dp01_lr2e_3_mlr1e_4_bs100_ep600":
-        ("cifar100_convnext_t", {"epochs": 600}),
+        ("cifar100_convnext_t", {"epochs": 600, "lr": 2e-3, "block_lr": 1e-3}),
 }
 
-# What --method changes: AutoMix's block, and the Beta parameters of the paper's tables
+# What --method changes: AutoMix's settings, of all and by alias, and the Beta parameters of Mixup
+# and CutMix in the paper's tables
 METHODS = ("samix", "automix", "mixup", "cutmix", "vanilla")
 AUTOMIX = {"variant": "automix", "mask_loss_kind": "l1", "mode": ("nearest",), "dropout": 0.0,
-           "mask_adjust": 0.0}
+           "mask_adjust": 0.0, "label_smoothing": 0.0}
+NO_LAMBDA, VIT_RATES = {"lam_concat": False}, {"lr": 5e-4, "block_lr": 1e-3, "clip_grad": 10.0}
+AUTOMIX_OWN = {
+    "imagenet_r50": {"block_momentum": 0.0},            # as its 100-epoch file
+    "cifar100_r18": NO_LAMBDA, "cifar100_rx50": NO_LAMBDA, "cifar100_wrn28_8": NO_LAMBDA,
+    "tiny_r18": NO_LAMBDA, "tiny_rx50": NO_LAMBDA,
+    "cub_rx50": {"mask_loss_kind": "l1_variance"},
+    "aircraft_r18": {"ema_end": 0.99999},
+    "aircraft_rx50": {"ema_end": 0.99999, "mask_loss_kind": "l1_variance"},
+    "places205_r50": {"block_min_lr": 1e-3},
+    "cifar100_deit_s": {**VIT_RATES, "warmup_epochs": 5}, "cifar100_swin_t": VIT_RATES,
+    "cifar100_convnext_t": {"lr": 2e-3, "block_lr": 1e-3, "clip_grad": 0.0},
+}
 ALPHAS = {                          # mixup, cutmix
     "imagenet": (0.2, 1.0), "cifar100": (1.0, 0.2), "tiny-imagenet-200": (1.0, 1.0),
     "cub200": (0.2, 1.0),
@@ -174,9 +187,11 @@ def find(name: str) -> tuple[str, dict]:
 def config(name: str, method: str = "samix") -> dict:
     """Every value of configuration `name` (see `find`) under `method`, a fresh dict."""
     alias, overrides = find(name)
-    values = {**COMMON, "variant": "samix", **CONFIGS[alias], **overrides}
+    values = {**COMMON, "variant": "samix", **CONFIGS[alias]}
     if method == "automix":
-        values |= AUTOMIX
-    elif method in ("mixup", "cutmix"):
+        values |= AUTOMIX | AUTOMIX_OWN.get(alias, {})
+        overrides = {key: value for key, value in overrides.items() if key != "mask_adjust"}
+    values |= overrides
+    if method in ("mixup", "cutmix"):
         values["alpha"] = ALPHAS[values["dataset"]][method == "cutmix"]
     return values

@@ -36,7 +36,8 @@ def measure(net, batches, args, info) -> dict:
 
 
 @torch.no_grad()
-def knn_accuracy(backbone, batches, num_classes: int, args, k: int = 20, temperature: float = 0.07) -> float:
+def knn_accuracy(backbone, batches, num_classes: int, args, k: int = 20,
+                 temperature: float = 0.07) -> float:
     """Return the share in % of images whose k nearest others vote for their label.
 
     backbone: images -> (middle, pooled); neighbours by cosine of the pooled features, weighed by
@@ -60,8 +61,17 @@ def knn_accuracy(backbone, batches, num_classes: int, args, k: int = 20, tempera
         votes = torch.zeros(len(part), num_classes, device=known.device)
         votes.scatter_add_(1, known[nearest], (cosines / temperature).exp())
         right += (votes.argmax(1) == known[part]).sum()
-    right, count = distributed.total(torch.stack([right, torch.full_like(right, len(known))])).tolist()
+    counts = torch.stack([right, torch.full_like(right, len(known))])
+    right, count = distributed.total(counts).tolist()
     return 100 * right / count
+
+
+def warn_of_collapse(row: dict, run):
+    """Warn when more than half of an epoch's pairs begin to show one image alone."""
+    before = run.column("mask_alone")[-1:] or [0]
+    if before[0] <= 0.5 < row["mask_alone"]:
+        distributed.warn(f"the masks collapse: {100 * row['mask_alone']:.0f} % of the pairs show "
+                         "one image alone (log.csv, mask_alone); try a lower --block_lr")
 
 
 def report(run) -> str:

@@ -32,7 +32,7 @@ from common.models.features import build_backbone
 from common.randaugment import randaugment
 from common.run import Run, StepSums, about
 from samix import configs
-from samix.evaluation import headline, measure, mixtures, report
+from samix.evaluation import headline, measure, mixtures, report, warn_of_collapse
 from samix.losses import head_loss
 from samix.mixblock import (
     MASK_LOSSES,
@@ -40,6 +40,7 @@ from samix.mixblock import (
     adjust_mask,
     check_masks,
     draw_partners,
+    mask_columns,
     mask_loss,
     mix,
     plain_near_ends,
@@ -80,14 +81,15 @@ def parse_args(argv=None):
     add = parser.add_argument_group("mixing").add_argument
     add("--alpha", type=amount, help="lambda ~ Beta(alpha, alpha)")
     add("--variant", choices=["samix", "automix"], help="of the MixBlock")
+    add_boolean(add, "--lam_concat", None, "automix: lambda is an input channel of the MixBlock")
     add("--lam_mul_k", type=float, help="how lambda scales the features: -1 itself, else a cubic")
     add("--mode", choices=["bilinear", "nearest"], nargs="+", help="how masks are enlarged; of "
         "several one is drawn each step")
     add("--dropout", type=share, help="of the MixBlock's values")
     add("--mask_adjust", type=share, help="probability of moving a batch's mean masks to lambda")
     add("--lam_margin", type=share, help="nearer to 0 or 1 branch q sees plain Mixup")
-    add("--switch_off", type=share, help="if given, branch q sees learned masks with this "
-        "probability times a falling cosine, else plain Mixup; 0: always learned masks")
+    add("--switch_off", type=share, help="probability, annealed to 0 by a cosine, that a step has "
+        "mix_k's loss; without it the MixBlock learns from its mask loss alone; 0: every step has")
     add_boolean(add, "--no_repeat", None, "no image is its own partner")
 
     add = parser.add_argument_group("losses").add_argument
@@ -165,13 +167,14 @@ class Draws(NamedTuple):
     perm_mb: Tensor
     modes: tuple = (None, None)     # of the masks' enlargement: mb's, bb's
     adjust: bool = False            # the mean of q's masks to lambda
-    plain: bool = False             # q sees plain Mixup
+    switched_off: bool = False      # the MixBlock learns from its mask loss alone
 
 
-def draw_mixing(n: int, args, generator, fall: float) -> Draws:
-    """Draws for n images; `fall`: from 1 to 0 over the run."""
+def draw_mixing(n: int, args, generator, fall: float, device="cpu") -> Draws:
+    """Draws for n images; `fall`: from 1 to 0 over the run; partners are sent to `device`."""
     lam_mb, lam_bb = draw_lambda(args.alpha, generator, 2)
-    perm_bb, perm_mb = (draw_partners(n, generator, args.no_repeat) for _ in range(2))
+    perms = torch.stack([draw_partners(n, generator, args.no_repeat) for _ in range(2)])
+    perm_bb, perm_mb = perms.to(device, non_blocking=True)
     modes = [args.mode[i] for i in torch.randint(len(args.mode), (2,), generator=generator)]
     adjust, off = torch.rand(2, generator=generator).tolist()
     return Draws(lam_mb, lam_bb, perm_bb, perm_mb, modes, adjust < args.mask_adjust,
@@ -191,10 +194,7 @@ class SAMix(nn.Module):
         self.q, self.k, self.block, self.args = q, momentum_copy(q), block, args
 
     def masks_for_q(self, features, draws: Draws, scale: int):
-        """What branch q's images are mixed by, (B, 2, H, W), or (1, 2, 1, 1) for plain Mixup."""
-        if draws.plain:
-            lam = torch.stack([draws.lam_bb, 1 - draws.lam_bb]).view(1, 2, 1, 1)
-            return lam.to(features.device, non_blocking=True)
+        """Masks (B, 2, H, W) of the images that branch q learns from; they get no gradient."""
         with self.without_graph():
             mask = self.block(features, draws.lam_bb, draws.perm_bb, scale, mode=draws.modes[1])
             if draws.adjust:
@@ -210,6 +210,7 @@ class SAMix(nn.Module):
         scale = images.shape[-1] // features.shape[-1]
         mask_mb = self.block(features, draws.lam_mb, draws.perm_mb, scale, mode=draws.modes[0])
         mask_bb = self.masks_for_q(features, draws, scale)
+        self.columns = mask_columns(mask_mb)                # of the log
         mix_mb, mix_bb = mix(images, mask_mb, draws.perm_mb), mix(images, mask_bb, draws.perm_bb)
         targets_mb, targets_bb = (
             soft_targets(labels, perm, lam, num_classes)
@@ -217,14 +218,15 @@ class SAMix(nn.Module):
         clean = self.q(images, "one")
         losses = {
             # through k, which does not learn, to the MixBlock alone
-            "mix_k": args.mix_k_weight * head_loss(self.k(mix_mb, "mix"), targets_mb,
-                                                   neg_weight=args.neg_weight, **loss),
             "mask": mask_weight * mask_loss(mask_mb, draws.lam_mb, args.mask_margin,
                                             args.mask_loss_kind),
             # to branch q alone
             "one_q": args.one_weight * head_loss(clean, labels, **loss),
             "mix_q": args.mix_q_weight * head_loss(self.q(mix_bb, "mix"), targets_bb, **loss),
         }
+        if not draws.switched_off:
+            losses["mix_k"] = args.mix_k_weight * head_loss(
+                self.k(mix_mb, "mix"), targets_mb, neg_weight=args.neg_weight, **loss)
         return losses, clean, (mix_mb, mix_bb)
 
 
@@ -246,7 +248,7 @@ def training_step(model, images, labels, args, info, generator, scaler, fall):
     """Leaves the gradients of one step in the parameters; returns the loss and the logits."""
     with runtime.autocast(args, images.device):
         if args.method in LEARNED:
-            draws = draw_mixing(len(images), args, generator, fall)
+            draws = draw_mixing(len(images), args, generator, fall, images.device)
             weight = args.mask_loss * (fall if args.mask_anneal else 1)
             losses, logits, _ = model(images, labels, draws, weight)
             loss = sum(losses.values())
@@ -282,7 +284,7 @@ def train_one_epoch(net, model, loader, optimizer, scaler, args, info, run):
         if args.method in LEARNED:
             momentum_update(net.k, net.q, ema_momentum(done, total, args.ema_base, args.ema_end,
                                                        args.ema_start))
-        sums.add(step, loss, logits, labels)
+        sums.add(step, loss, logits, labels, **getattr(net, "columns", {}))
         if run.ends(step, sums, args.print_freq):
             break
     sums.check(run.epoch)
@@ -316,7 +318,7 @@ def build(args, info) -> nn.Module:
     if args.method in LEARNED:
         check_masks(backbone, args.arch, info.image_size, info.width)
         block = MixBlock(backbone.channels, args.lam_mul_k, dropout=args.dropout,
-                         variant=args.variant)
+                         variant=args.variant, lam_concat=args.lam_concat)
         return SAMix(branch, block, args)
     branch.mix = None
     return branch
@@ -385,6 +387,8 @@ def main(argv=None):
         sums = train_one_epoch(net, model, train, optimizer, scaler, args, info, run)
         row = {"lr": optimizer.param_groups[0]["lr"]} | sums.result()
         timing = run.clock()
+        if args.method in LEARNED:
+            warn_of_collapse(row, run)
         distributed.share_buffers(net)
         heads = measure(net, test, args, info)
         row |= evaluation.columns(next(iter(heads.values())))

@@ -39,51 +39,32 @@ def rescale_lambda(lam: Tensor, k: float) -> Tensor:
     return (4 / 3 * lam ** 3 - 2 * lam ** 2 + k * lam) / (k - 2 / 3)
 
 
-class FastELU(torch.autograd.Function):
-    """F.elu three times faster on a CPU, where torch's computes its exponentials one by one."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        out = x.clamp(max=0).exp_().sub_(1).add_(x.clamp(min=0))
-        ctx.save_for_backward(out)
-        return out
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        return torch.ops.aten.elu_backward(grad, 1.0, 1.0, 1.0, True, ctx.saved_tensors[0])
-
-
-class ELU(nn.ELU):
-    """nn.ELU, on a CPU by FastELU."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return FastELU.apply(x) if x.device.type == "cpu" else super().forward(x)
-
-
 class MixBlock(nn.Module):
     """Masks of image pairs from the features of a layer.
 
     in_channels: channels C of the features; lam_mul_k: see `rescale_lambda`; mode: upsampling,
     'bilinear' or 'nearest'; dropout: probability on the values. variant 'samix' multiplies lambda
-    into the features, lets query and key see both images, and has a non-linear value; 'automix'
-    appends lambda as a channel, its query sees the first image and its key, of the same weights,
-    the second, and its value is linear.
+    into the features, lets query and key see both images, and has a non-linear value; 'automix' has
+    a query of the first image, a key, of the same weights, of the second, and a linear value.
+    lam_concat, of 'automix': lambda is one more input channel (False: masks do not see lambda).
     """
 
     def __init__(self, in_channels: int, lam_mul_k: float = -1, mode: str = "bilinear",
-                 dropout: float = 0, variant: str = "samix"):
+                 dropout: float = 0, variant: str = "samix", lam_concat: bool = True):
         super().__init__()
         half = in_channels // 2
         self.lam_mul_k, self.mode, self.variant = lam_mul_k, mode, variant
+        self.lam_concat = lam_concat
         if variant == "samix":
             self.query = nn.Conv2d(2 * in_channels, half, 1)
             self.key = nn.Conv2d(2 * in_channels, half, 1)
             self.value = nn.Sequential(
-                nn.Conv2d(in_channels, half, 1, bias=False), nn.BatchNorm2d(half), ELU(),
+                nn.Conv2d(in_channels, half, 1, bias=False), nn.BatchNorm2d(half), nn.ELU(),
                 nn.Conv2d(half, 1, 1, bias=False), nn.Dropout(dropout))
         else:
-            self.query = self.key = nn.Conv2d(in_channels + 1, half, 1)
-            self.value = nn.Sequential(nn.Conv2d(in_channels + 1, 1, 1), nn.Dropout(dropout))
+            in_channels += lam_concat
+            self.query = self.key = nn.Conv2d(in_channels, half, 1)
+            self.value = nn.Sequential(nn.Conv2d(in_channels, 1, 1), nn.Dropout(dropout))
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.normal_(module.weight, std=0.01)
@@ -109,9 +90,10 @@ class MixBlock(nn.Module):
             first, second = features * (1 + share), second[perm] * (2 - share)
             query, key = self.project(torch.cat([first, second], 1))
         else:
-            size = (-1, -1, *features.shape[2:])
-            first = torch.cat([features, lam.expand(size)], 1)
-            second = torch.cat([second[perm], (1 - lam).expand(size)], 1)
+            first, second = features, second[perm]
+            if self.lam_concat:
+                first, second = (torch.cat([part, share.expand(-1, -1, *part.shape[2:])], 1)
+                                 for part, share in ((first, lam), (second, 1 - lam)))
             query, key = (self.query(x).flatten(2).transpose(1, 2) for x in (first, second))
 
         attention = (query @ key.transpose(1, 2) * query.shape[2] ** -0.5).softmax(2)
@@ -146,6 +128,17 @@ def mask_loss(mask: Tensor, lam: float | Tensor, margin: float = 0.1,
     else:
         loss = (deviation.abs() - margin).clamp(min=0)
     return loss if kind == "l1" else loss - 2 * share.var(unbiased=False)
+
+
+def mask_columns(mask: Tensor) -> dict:
+    """Return the log's columns of masks (B, 2, H, W), tensors without dimensions.
+
+    mask_mean and mask_std: of the first image's share, inside an image, averaged over the batch;
+    mask_alone: share of pairs that show one image alone (mean below 0.05 or above 0.95).
+    """
+    std, mean = torch.std_mean(mask[:, 0].detach(), (1, 2), unbiased=False)
+    return {"mask_mean": mean.mean(), "mask_std": std.mean(),
+            "mask_alone": ((mean - 0.5).abs() > 0.45).float().mean()}
 
 
 def adjust_mask(mask: Tensor, lam: float | Tensor, margin: float = 0.0) -> Tensor:

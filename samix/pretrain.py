@@ -43,12 +43,13 @@ from samix.contrast import (
     mixed_pair,
     similarity,
 )
-from samix.evaluation import knn_accuracy, mixtures
+from samix.evaluation import knn_accuracy, mixtures, warn_of_collapse
 from samix.mixblock import (
     MixBlock,
     adjust_mask,
     check_masks,
     draw_partners,
+    mask_columns,
     mask_loss,
     mix,
 )
@@ -130,10 +131,12 @@ class Draws(NamedTuple):
     weight: Tensor                  # (B, dim), extends the keys
 
 
-def draw_mixing(n: int, args, generator, shared) -> Draws:
-    """Draws for the n images of this rank; `shared`: a generator that all ranks have alike."""
+def draw_mixing(n: int, args, generator, shared, device="cpu") -> Draws:
+    """Draws for the n images of this rank, partners sent to `device`; `shared`: a generator that all
+    ranks have alike."""
     lam_bb, lam_mb = draw_lambda(args.alpha, generator, 2)
-    perm_bb, perm_mb = (draw_partners(n, generator) for _ in range(2))
+    perms = torch.stack([draw_partners(n, generator) for _ in range(2)])
+    perm_bb, perm_mb = perms.to(device, non_blocking=True)
     total = (2 if args.method == "samix" else 1) * n * distributed.world()
     order = torch.arange(total) if args.sync_bn else torch.randperm(total, generator=shared)
     return Draws(lam_bb, lam_mb, perm_bb, perm_mb, order,
@@ -155,8 +158,7 @@ class Contrast(nn.Module):
             _, key_k = encode_keys(self.k, view_k, draws.order)
             return {"moco": info_nce(query, key_k, **heat)}, key_k, query
 
-        perm_bb, perm_mb = (perm.to(view_q.device, non_blocking=True)
-                            for perm in (draws.perm_bb, draws.perm_mb))
+        perm_bb, perm_mb = draws.perm_bb, draws.perm_mb
         features, keys = encode_keys(self.k, torch.cat([view_q, view_k]), draws.order)
         (features_q, features_k), (key_q, key_k) = features.chunk(2), keys.chunk(2)
         scale = view_q.shape[-1] // features_q.shape[-1]
@@ -164,6 +166,7 @@ class Contrast(nn.Module):
             mask_bb = self.block(features_q, draws.lam_bb, perm_bb, scale, partners=features_k)
             mask_bb = adjust_mask(mask_bb, draws.lam_bb, margin=self.args.mask_margin)
         mask_mb = self.block(features_q, draws.lam_mb, perm_mb, scale, partners=features_k)
+        self.columns = mask_columns(mask_mb)                # of the log
         # image i's pixels are of view q, its partner's of view k; each meets the other view's key
         _, mixed_q = self.q(mix(view_q, mask_bb, perm_bb, view_k))
         _, mixed_k = self.k(mix(view_q, mask_mb, perm_mb, view_k))
@@ -199,7 +202,7 @@ def training_step(model, images, queue, args, info, generator, shared, scaler, f
     logits: of each query, the similarity to its own key and to the nearest negative (B, 2).
     """
     view_q, view_k = two_views(images, args, info, generator)
-    draws = draw_mixing(len(images), args, generator, shared)
+    draws = draw_mixing(len(images), args, generator, shared, images.device)
     weights = {"moco": args.moco_weight, "mix": args.mix_weight, "block": args.block_weight,
                "extend": args.extend_weight * fall, "mask": args.mask_loss * fall}
     with runtime.autocast(args, images.device):
@@ -229,8 +232,8 @@ def train_one_epoch(net, model, queue, loader, optimizer, scaler, args, info, ru
         scaler.update()
         momentum_update(net.k, net.q, args.ema)
         queue.enqueue(keys)
-        sums.add(step, loss, logits, torch.zeros(len(logits), dtype=torch.long,
-                                                 device=logits.device))
+        labels = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
+        sums.add(step, loss, logits, labels, **getattr(net, "columns", {}))
         if run.ends(step, sums, args.print_freq):
             break
     sums.check(run.epoch)
@@ -311,6 +314,8 @@ def main(argv=None):
         sums = train_one_epoch(net, model, queue, train, optimizer, scaler, args, info, run)
         row, timing = {"lr": optimizer.param_groups[0]["lr"]} | sums.result(), run.clock()
         distributed.share_buffers(net)
+        if args.method == "samix":
+            warn_of_collapse(row, run)
         row["knn_accuracy"] = knn_accuracy(net.q.backbone, test, info.num_classes, args)
         run.end_epoch(row | timing, None, sums)
 

@@ -28,16 +28,17 @@ from samix.contrast import (
 from samix.losses import head_loss
 from samix.main import Draws, SAMix
 from samix.mixblock import (
-    ELU,
     MixBlock,
     adjust_mask,
     draw_partners,
+    mask_columns,
     mask_loss,
     mix,
     plain_near_ends,
     rescale_lambda,
 )
 from samix.momentum import Branch, cosine, ema_momentum, momentum_copy, momentum_update
+from samix.schedule import parameter_groups
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
@@ -47,7 +48,8 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 def our_name(name: str) -> str:
     """A recorded parameter's name in MixBlock."""
     for theirs, ours in (("value.conv.0.conv", "value.0"), ("value.conv.0.bn", "value.1"),
-                         ("value.conv.1.conv", "value.3"), (".conv.", ".")):
+                         ("value.conv.1.conv", "value.3"), (".conv.", "."),
+                         ("value.weight", "value.0.weight"), ("value.bias", "value.0.bias")):
         name = name.replace(theirs, ours)
     return name
 
@@ -114,6 +116,71 @@ def test_mixblock_gradients_golden(path, device):
     for name, expected in recorded(case, "g__", device).items():
         torch.testing.assert_close(gradients.pop(name).grad, expected, rtol=1e-3, atol=1e-6)
     assert not gradients
+
+
+def automix_block(case: Golden, variant: str, device) -> MixBlock:
+    """AutoMix's MixBlock with the recorded weights of variant "cat" or "nolam"."""
+    block = MixBlock(case["feat"].shape[1], mode="nearest", variant="automix",
+                     lam_concat=variant == "cat").to(device)
+    weights = recorded(case, f"{variant}_w__", device)
+    missing, unexpected = block.load_state_dict(weights, strict=False)
+    assert set(missing) == {"key.weight", "key.bias"} and not unexpected      # query's own
+    return block
+
+
+@pytest.mark.parametrize("variant", ["cat", "nolam"])
+@pytest.mark.parametrize("path", golden_cases("samix", "f_automixblock"))
+def test_automix_block_golden(path, variant, device):
+    """Masks, their means and losses; lambda changes the masks of the one that sees it alone."""
+    case = Golden(path)
+    block, features = automix_block(case, variant, device), case.tensor("feat", device)
+    scale, lams = int(case["scale_factor"]), case.tensor("lams")
+    kinds = {"L1": "l1", "L1_Variance": "l1_variance", "L2_Variance": "l2_variance",
+             "Sparsity": "sparsity"}
+    for mode in ("nearest", "bilinear"):
+        for i, lam in enumerate(lams):
+            name = f"{variant}_mask_{mode}" + f"_l{i}" * (variant == "cat")
+            mask = block(features, lam, case.tensor("index"), scale, mode=mode)
+            for suffix, share in (("", mask[:, 1]), ("_every16", mask[:, 1, ::16, ::16]),
+                                  ("_image0", mask[0, 1]), ("_mean", mask[:, 1].mean((1, 2)))):
+                if name + suffix in case:
+                    torch.testing.assert_close(share, case.tensor(name + suffix, device), **CLOSE)
+            for theirs, kind in kinds.items():
+                expected = case[f"{variant}_maskloss_{theirs}_{mode}_l{i}"]
+                assert mask_loss(mask, lam, kind=kind).item() == pytest.approx(
+                    float(expected), rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("variant", ["cat", "nolam"])
+@pytest.mark.parametrize("path", golden_cases("samix", "f_automixblock"))
+def test_automix_block_gradients_golden(path, variant, device):
+    case = Golden(path)
+    block = automix_block(case, variant, device)
+    features = case.tensor("feat", device).requires_grad_()
+    lam, scale = case.tensor("lams")[2], int(case["scale_factor"])
+    mask = block(features, lam, case.tensor("index"), scale)
+    ramp = torch.linspace(-1, 1, mask.shape[3], device=device)
+    objective = (mask[:, 1] * ramp).sum() / 100 + mask_loss(mask, lam, kind="l1")
+    assert objective.item() == pytest.approx(float(case[f"{variant}_objective"]), rel=1e-3,
+                                             abs=1e-4)    # a sum of 1e5 terms
+    objective.backward()
+    gradients = dict(block.named_parameters())
+    for name, expected in recorded(case, f"{variant}_g__", device).items():
+        torch.testing.assert_close(gradients.pop(name).grad, expected, rtol=1e-3, atol=1e-5)
+    assert not gradients
+    if f"{variant}_g_feat" in case:
+        torch.testing.assert_close(features.grad, case.tensor(f"{variant}_g_feat", device),
+                                   rtol=1e-3, atol=1e-5)
+
+
+def test_mask_columns():
+    """Mean and deviation inside an image; the share of pairs that show one image alone."""
+    first = torch.full((4, 1, 2, 2), 0.5)
+    first[0], first[1], first[2, :, 0] = 0.96, 0.04, 0.0
+    columns = mask_columns(torch.cat([first, 1 - first], 1))
+    expected = {"mask_mean": (0.96 + 0.04 + 0.25 + 0.5) / 4, "mask_std": 0.25 / 4,
+                "mask_alone": 0.5}
+    assert {name: value.item() for name, value in columns.items()} == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("path", golden_cases("samix", "f_mixblock"))
@@ -229,22 +296,13 @@ def test_block_options(variant, device):
     assert all(p.grad.isfinite().all() for p in block.parameters())
 
 
-def test_elu():
-    """The faster ELU has the values and gradients of torch's."""
-    x = torch.linspace(-30, 5, 999, requires_grad=True)
-    ours, theirs = ELU()(x), F.elu(x)
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
-    weight = torch.linspace(0, 1, 999)
-    torch.testing.assert_close(*(torch.autograd.grad((y * weight).sum(), x)[0]
-                                 for y in (ours, theirs)), rtol=0, atol=1e-6)
-
-
 def test_parameter_counts():
     """The recorded originals' numbers of parameters."""
     for channels, count in ((256, 164_480), (384, 369_600), (768, 1_476_480), (1024, 2_624_000)):
         assert sum(p.numel() for p in MixBlock(channels).parameters()) == count
-    block = MixBlock(64, variant="automix")
-    assert sum(p.numel() for p in block.parameters()) == 65 * 32 + 32 + 65 + 1
+    for concat in (True, False):
+        block = MixBlock(64, variant="automix", lam_concat=concat)
+        assert sum(p.numel() for p in block.parameters()) == (64 + concat) * 33 + 32 + 1
     weights = {name: p for name, p in MixBlock(256).named_parameters() if "value.1" not in name}
     assert all(p.std() < 0.012 for p in weights.values())
 
@@ -351,12 +409,14 @@ FLAGS = argparse.Namespace(head="ce", neg_weight=0.5, label_smoothing=0.0, one_w
                            mask_loss_kind="l1_variance")
 
 
-def recorded_step(case: Golden, device):
+def recorded_step(case: Golden, device, block=None, **settings):
     """main.py's network with the recorded state, and the arguments of the recorded step."""
-    step = SAMix(Branch(Tiny(), 32, 10), MixBlock(24, lam_mul_k=0.25), FLAGS).to(device)
+    flags = argparse.Namespace(**vars(FLAGS) | settings)
+    step = SAMix(Branch(Tiny(), 32, 10), block or MixBlock(24, lam_mul_k=0.25), flags).to(device)
     state = state_of(case, "w__", device) | state_of(case, "buf0__", device)
     missing, unexpected = step.load_state_dict(state, strict=False)
-    assert not unexpected and all("num_batches_tracked" in name for name in missing)
+    assert not unexpected and all("num_batches_tracked" in name or block and "block.key" in name
+                                  for name in missing)
     mean, std = (case.tensor(f"norm_{v}", device).float().view(3, 1, 1) for v in ("mean", "std"))
     return step, ((pixels(case, device) - mean) / std, case.tensor("y", device),
                   Draws(case.tensor("lam_mb"), case.tensor("lam_bb"), case.tensor("index_bb"),
@@ -389,6 +449,24 @@ def check_step(case: Golden, device, step, arguments):
 def test_full_step_golden(path, device):
     case = Golden(path)
     check_step(case, device, *recorded_step(case, device))
+
+
+@pytest.mark.parametrize("path", golden_cases("samix", "g_automix_fullstep"))
+def test_automix_full_step_golden(path, device):
+    """AutoMix's whole step, the optimizer's and the momentum branch's update included."""
+    case = Golden(path)
+    block = MixBlock(24, mode="nearest", variant="automix", lam_concat="cat" in path.name)
+    step, arguments = recorded_step(case, device, block, mask_loss_kind="l1")
+    torch.testing.assert_close(step.k.features(arguments[0]), case.tensor("feature_k", device),
+                               **CLOSE)
+    step, arguments = recorded_step(case, device, block, mask_loss_kind="l1")
+    check_step(case, device, step, arguments)
+    flags = argparse.Namespace(momentum=0.9, block_momentum=0.9, weight_decay=1e-4, optimizer="sgd")
+    torch.optim.SGD(parameter_groups(step, flags), 0.1).step()
+    momentum_update(step.k, step.q, 0.999)
+    parameters = step.state_dict()
+    for name, expected in state_of(case, "after__", device).items():
+        torch.testing.assert_close(parameters[name], expected, **CLOSE)
 
 
 def reached(step, loss) -> set:
@@ -548,6 +626,7 @@ def test_config_names():
         for method in configs.METHODS:
             values = configs.config(name, method)
             assert values.keys() == configs.COMMON.keys() | {"dataset", "arch", "variant"}
+            assert values["lam_concat"] or method == "automix"
     for path in configs.FILES:
         assert configs.config(f"configs/classification/{path}.py") == configs.config(path)
     stem = "r18_l2_a2_bili_val_dp01_mul_mb_mlr1e_3_bb_mlr0_4xb64"
@@ -574,6 +653,34 @@ def test_config_methods():
     assert (automix["variant"], automix["mask_loss_kind"]) == ("automix", "l1")
     assert configs.config("cifar100_r18", "cutmix")["alpha"] == 0.2
     assert configs.config("imagenet_r50", "mixup")["alpha"] == 0.2
+    convnext = configs.config("convnext_t_l2_a2_bili_val_dp01_lr2e_3_mlr1e_4_bs100_ep600")
+    assert (convnext["lr"], convnext["block_lr"], convnext["epochs"]) == (2e-3, 1e-3, 600)
+
+
+# What AutoMix has of its own, beside variant, l1, nearest enlargement and no dropout
+VIT_RATES = {"lr": 5e-4, "block_lr": 1e-3, "clip_grad": 10}
+AUTOMIX = {
+    **dict.fromkeys(("imagenet_r18", "imagenet_r34", "imagenet_r101", "imagenet_rx101",
+                     "inat2017_r50", "cub_r18"), {}),
+    "imagenet_r50": {"block_momentum": 0},
+    **dict.fromkeys(("cifar100_r18", "cifar100_rx50", "cifar100_wrn28_8", "tiny_r18", "tiny_rx50"),
+                    {"lam_concat": False}),
+    "cub_rx50": {"mask_loss_kind": "l1_variance"}, "aircraft_r18": {"ema_end": 0.99999},
+    "aircraft_rx50": {"mask_loss_kind": "l1_variance", "ema_end": 0.99999},
+    "places205_r50": {"block_min_lr": 1e-3},
+    "cifar100_deit_s": VIT_RATES | {"warmup_epochs": 5}, "cifar100_swin_t": VIT_RATES,
+    "swin_t_l3_a2_near_bili_val_dp01_sz224_mlr2e_4_bs100_ep600": VIT_RATES | {
+        "block_lr": 7.5e-4, "min_lr": 2e-4, "mode": ("bilinear", "nearest")},
+    "cifar100_convnext_t": {"lr": 2e-3, "block_lr": 1e-3, "clip_grad": 0},
+}
+
+
+@pytest.mark.parametrize("name", AUTOMIX)
+def test_automix_settings(name):
+    assert set(configs.CONFIGS) <= set(AUTOMIX)
+    common = {"variant": "automix", "mask_loss_kind": "l1", "mode": ("nearest",), "dropout": 0,
+              "mask_adjust": 0, "label_smoothing": 0}
+    assert configs.config(name, "automix") == configs.config(name) | common | AUTOMIX[name]
 
 
 # -------------------------------------------------------------------------------- self-supervised
@@ -643,8 +750,10 @@ def test_extended_keys():
     """Interpolated keys lie between the views' keys, extrapolated ones beyond the first."""
     first, second = unit(50, 16, seed=0), unit(50, 16, seed=1)
     generator = torch.Generator().manual_seed(2)
-    for extrapolate in (False, True):
-        weight = draw_extension(first.shape, extrapolate, generator)
+    drawn = [draw_extension((9, 9), "either", generator).max() > 1 for _ in range(200)]
+    assert 0.35 < sum(drawn) / 200 < 0.65
+    for extrapolate, how in ((False, "inter"), (True, "extra")):
+        weight = draw_extension(first.shape, how, generator)
         assert weight.min() > extrapolate and weight.max() < 1 + extrapolate
         assert weight.var() == pytest.approx(0.05, rel=0.2)      # Beta(2, 2)
         key = extend(first, second, weight)
@@ -655,13 +764,13 @@ def test_extended_keys():
 
 def contrast_step(device):
     torch.manual_seed(0)
-    flags = pretrain.parse_args(["--dataset", "digits", "--queue", "256"])
+    flags = pretrain.parse_args("--dataset digits --queue 256 --extend_weight 0.5".split())
     step = pretrain.Contrast(Encoder(Tiny(), 32, 16), MixBlock(24, 0.25), flags).to(device)
     generator = torch.Generator().manual_seed(1)
     views = torch.randn(2, 6, 3, 32, 32, generator=generator).to(device)
     perms = [draw_partners(6, generator, no_repeat=True) for _ in range(2)]
-    weight = draw_extension((6, 16), True, generator)
-    draws = pretrain.Draws(torch.tensor(0.3), torch.tensor(0.6), *perms, torch.randperm(6), weight)
+    weight = draw_extension((6, 16), "extra", generator)
+    draws = pretrain.Draws(torch.tensor(0.3), torch.tensor(0.6), *perms, torch.randperm(12), weight)
     return step, Queue(24, 16).to(device), (*views, draws)
 
 
@@ -693,21 +802,25 @@ def test_contrast_partners_correspond(device):
 
 
 def test_contrast_meets_the_right_keys(device):
-    """A mixture's first image is of view q, its partner of view k, and each meets its own key."""
+    """A mixture's first image is of view q, its partner of view k; each meets the other view's key,
+    in the extended positives too."""
     step, queue, (view_q, view_k, draws) = contrast_step(device)
     step.eval()
     nn.init.normal_(step.k.projection[2].weight)            # keys that are far apart
     losses, keys, _ = step(view_q, view_k, draws, queue.keys)
     (features_q, key_q), (features_k, key_k) = step.k(view_q), step.k(view_k)
-    assert torch.equal(keys, key_k)
+    torch.testing.assert_close(keys, key_k)
     mask = step.block(features_q, draws.lam_mb, draws.perm_mb, 4, partners=features_k)
     _, mixed = step.k(mix(view_q, mask, draws.perm_mb, view_k))
 
     def block(first, second):
         return mixed_nce(mixed, first, second[draws.perm_mb], draws.lam_mb, queue.keys)
-    torch.testing.assert_close(losses["block"], block(key_q, key_k), rtol=1e-5, atol=0)
-    for wrong in ((key_q, key_q), (key_k, key_q), (key_k, key_k)):
+    torch.testing.assert_close(losses["block"], block(key_k, key_q), rtol=1e-5, atol=0)
+    for wrong in ((key_q, key_q), (key_q, key_k), (key_k, key_k)):
         assert (block(*wrong) - losses["block"]).abs() > 1e-4
+    more_k, more_q = extend(key_k, key_q, draws.weight), extend(key_q, key_k, draws.weight)
+    torch.testing.assert_close(losses["extend"], mixed_pair(
+        mixed, more_k, more_q[draws.perm_mb], draws.lam_mb), rtol=1e-5, atol=0)
 
     margin = step.args.mask_margin                          # the encoder's mixtures likewise
     mask = adjust_mask(step.block(features_q, draws.lam_bb, draws.perm_bb, 4, partners=features_k),
@@ -716,9 +829,20 @@ def test_contrast_meets_the_right_keys(device):
 
     def encoder(first, second):
         return mixed_nce(query, first, second[draws.perm_bb], draws.lam_bb, queue.keys)
-    torch.testing.assert_close(losses["mix"], encoder(key_q, key_k), rtol=1e-5, atol=0)
-    for wrong in ((key_q, key_q), (key_k, key_q), (key_k, key_k)):
+    torch.testing.assert_close(losses["mix"], encoder(key_k, key_q), rtol=1e-5, atol=0)
+    for wrong in ((key_q, key_q), (key_q, key_k), (key_k, key_k)):
         assert (encoder(*wrong) - losses["mix"]).abs() > 1e-4
+
+
+def test_at_lambda_one_the_loss_is_mocos(device):
+    """Nothing is mixed at lambda 1: the encoder's loss of mixtures is MoCo's, gradients too."""
+    step, queue, (view_q, view_k, draws) = contrast_step(device)
+    one = torch.tensor(1.0)
+    losses, *_ = step(view_q, view_k, draws._replace(lam_bb=one, lam_mb=one), queue.keys)
+    torch.testing.assert_close(losses["mix"], losses["moco"], rtol=1e-6, atol=0)
+    gradients = (torch.autograd.grad(losses[name], list(step.q.parameters()), retain_graph=True)
+                 for name in ("mix", "moco"))
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
 
 
 def test_contrast_learns(device):

@@ -112,7 +112,7 @@ def test_methods_share_one_network(tmp_path):
     assert arguments(method="mixup").alpha == 1.0 and arguments(method="cutmix").alpha == 0.2
 
 
-FLAGS = ["--alpha 9", "--variant automix", "--lam_mul_k 5", "--mode nearest", "--dropout 0.5",
+FLAGS = ["--alpha 9", "--variant automix", "--variant automix --lam_concat False", "--lam_mul_k 5", "--mode nearest", "--dropout 0.5",
          "--mask_adjust 1", "--lam_margin 0.5", "--switch_off 0.01", "--no_repeat True",
          "--head bce", "--label_smoothing 0.3", "--one_weight 2", "--mix_q_weight 0.2",
          "--mix_k_weight 3", "--mask_loss 3", "--mask_loss_kind sparsity", "--mask_margin 0.45",
@@ -128,6 +128,7 @@ PAIRS = [("--head bce", "--head bce --neg_weight 0.1"),
          ("--milestones 1", "--milestones 1 --gamma 0.5"),
          ("--warmup_epochs 2", "--warmup_epochs 2 --warmup_ratio 0.5"),
          ("--min_lr 0.001", "--min_lr 0.001 --lr_every step"),
+         ("--variant automix", "--variant automix --lam_concat False"),
          ("--ema_start 0", "--ema_start 0 --ema_end 0.3"),
          ("--batch_size 50", "--batch_size 50 --drop_last True")]
 
@@ -160,22 +161,24 @@ def test_the_same_flags_give_the_same_run(ends, tmp_path):
 
 
 def test_switch_off():
-    """Branch q's share of learned masks falls with the cosine; 0 never switches off."""
+    """mix_k's loss is skipped with probability 1 - P·cosine; branch q's learned masks stay."""
     args = arguments("--switch_off 0.8")
     generator = torch.Generator().manual_seed(0)
 
     def share(fall):
-        return sum(samix.draw_mixing(2, args, generator, fall).plain for _ in range(300)) / 300
+        return sum(samix.draw_mixing(2, args, generator, fall).switched_off
+                   for _ in range(300)) / 300
     assert share(1.0) == pytest.approx(0.2, abs=0.07) and share(0.5) == pytest.approx(0.6, abs=0.1)
     assert share(0.0) == 1
     args = arguments()
     assert share(0.0) == 0
     torch.manual_seed(0)
     net, images = samix.build(args, Ten), torch.randn(4, 3, 16, 16)
-    draws = samix.draw_mixing(4, args, generator, 1.0)._replace(plain=True)
-    _, _, (_, mixed) = net(images, torch.arange(4), draws, 0.1)
-    lam = draws.lam_bb
-    torch.testing.assert_close(mixed, lam * images + (1 - lam) * images[draws.perm_bb])
+    draws = samix.draw_mixing(4, args, generator, 1.0)
+    steps = [net(images, torch.arange(4), draws._replace(switched_off=off), 0.1)
+             for off in (False, True)]
+    assert steps[0][0].keys() - steps[1][0].keys() == {"mix_k"} and len(steps[1][0]) == 3
+    assert torch.equal(steps[0][2][1], steps[1][2][1])
 
 
 def test_adjusted_masks_and_drawn_modes():
