@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import distributed
+from common.precision import full_precision
 
 
 class Encoder(nn.Module):
@@ -121,7 +122,8 @@ def similarity(query: Tensor, key: Tensor, temperature: float) -> Tensor:
 
 def negatives_logsumexp(query: Tensor, negatives: Tensor, temperature: float) -> Tensor:
     """logsumexp over the negatives of query·negative / temperature, (B,)."""
-    return ((query @ negatives.detach().T).float() / temperature).logsumexp(1)
+    with full_precision(query.device.type):                 # cosines near 1, divided by 0.2
+        return (query.float() @ negatives.detach().T / temperature).logsumexp(1)
 
 
 def draw_extension(shape, how: str, generator: torch.Generator) -> Tensor:
