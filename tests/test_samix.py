@@ -176,9 +176,9 @@ def test_automix_block_gradients_golden(path, variant, device):
 def test_mask_columns():
     """Mean and deviation inside an image; the share of pairs that show one image alone."""
     first = torch.full((4, 1, 2, 2), 0.5)
-    first[0], first[1], first[2, :, 0] = 0.96, 0.04, 0.0
+    first[0], first[1], first[2, :, 0] = 0.952, 0.048, 0.0
     columns = mask_columns(torch.cat([first, 1 - first], 1))
-    expected = {"mask_mean": (0.96 + 0.04 + 0.25 + 0.5) / 4, "mask_std": 0.25 / 4,
+    expected = {"mask_mean": (0.952 + 0.048 + 0.25 + 0.5) / 4, "mask_std": 0.25 / 4,
                 "mask_alone": 0.5}
     assert {name: value.item() for name, value in columns.items()} == pytest.approx(expected)
 
@@ -466,7 +466,7 @@ def test_automix_full_step_golden(path, device):
     momentum_update(step.k, step.q, 0.999)
     parameters = step.state_dict()
     for name, expected in state_of(case, "after__", device).items():
-        torch.testing.assert_close(parameters[name], expected, **CLOSE)
+        torch.testing.assert_close(parameters[name], expected, rtol=3e-6, atol=3e-7)    # the decay's
 
 
 def reached(step, loss) -> set:
