@@ -5,7 +5,7 @@ import statistics
 import torch
 import torch.nn.functional as F
 
-from common import evaluation, runtime
+from common import distributed, evaluation, runtime
 from common.data.batches import statistics as on_device
 from samix.mixblock import mix
 

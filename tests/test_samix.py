@@ -466,7 +466,7 @@ def test_automix_full_step_golden(path, device):
     momentum_update(step.k, step.q, 0.999)
     parameters = step.state_dict()
     for name, expected in state_of(case, "after__", device).items():
-        torch.testing.assert_close(parameters[name], expected, rtol=3e-6, atol=3e-7)    # the decay's
+        torch.testing.assert_close(parameters[name], expected, rtol=3e-6, atol=3e-7)
 
 
 def reached(step, loss) -> set:

@@ -112,7 +112,8 @@ def test_methods_share_one_network(tmp_path):
     assert arguments(method="mixup").alpha == 1.0 and arguments(method="cutmix").alpha == 0.2
 
 
-FLAGS = ["--alpha 9", "--variant automix", "--variant automix --lam_concat False", "--lam_mul_k 5", "--mode nearest", "--dropout 0.5",
+FLAGS = ["--alpha 9", "--variant automix", "--variant automix --lam_concat False",
+         "--lam_mul_k 5", "--mode nearest", "--dropout 0.5",
          "--mask_adjust 1", "--lam_margin 0.5", "--switch_off 0.01", "--no_repeat True",
          "--head bce", "--label_smoothing 0.3", "--one_weight 2", "--mix_q_weight 0.2",
          "--mix_k_weight 3", "--mask_loss 3", "--mask_loss_kind sparsity", "--mask_margin 0.45",
@@ -451,7 +452,7 @@ def test_four_heads_are_measured_and_reported(tmp_path, capsys):
         class Loader(list):
             device = "cpu"
         labels = torch.arange(8) % 10
-        result = samix.measure(net, Loader([(images, labels)]), args)
+        result = samix.measure(net, Loader([(images, labels)]), args, Ten)
         for name, logits in zip(HEADS, outputs, strict=True):
             assert result[name]["loss"] == pytest.approx(F.cross_entropy(logits, labels).item(),
                                                          rel=1e-5)

@@ -196,7 +196,8 @@ def test_pretrains_and_probes(tmp_path, method, drawn, capsys):  # noqa: F811
 
 
 FLAGS = ["--method moco", "--alpha 9", "--lam_mul_k 5", "--mask_margin 0.5", "--block_loss bce",
-         "--extend_weight 2 --extend inter", "--neck 64", "--moco_weight 0.5", "--mix_weight 0.5", "--block_weight 0.5",
+         "--extend_weight 2 --extend inter", "--neck 64",
+         "--moco_weight 0.5", "--mix_weight 0.5", "--block_weight 0.5",
          "--extend_weight 2", "--mask_loss 2", "--temperature 0.5", "--ema 0.5", "--queue 120",
          "--crop_scale 0.9", "--blur 1", "--lr 0.1", "--momentum 0.5", "--weight_decay 0.1",
          "--seed 1", "--layer 2", "--amp bf16"]
