@@ -132,8 +132,7 @@ class Draws(NamedTuple):
 
 
 def draw_mixing(n: int, args, generator, shared, device="cpu") -> Draws:
-    """Draws for the n images of this rank, partners sent to `device`; `shared`: all ranks' generator.
-    """
+    """Draws for the n images of this rank, partners on `device`; `shared`: all ranks' generator."""
     lam_bb, lam_mb = draw_lambda(args.alpha, generator, 2)
     perms = torch.stack([draw_partners(n, generator) for _ in range(2)])
     perm_bb, perm_mb = perms.to(device, non_blocking=True)
