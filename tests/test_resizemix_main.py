@@ -542,6 +542,20 @@ def test_script_two_ranks_one_killed_and_resumed(photos, tmp_path, capsys):
     assert float(found[2]) == pytest.approx(row["test_loss"], abs=1e-3)
 
 
+@pytest.mark.parametrize("holds, config, expected", [
+    ((), {}, "cifar100_wrs --data_dir data"), (("train", "test"), {}, "cifar100_wrs"),
+    (("train", "val"), {}, "imagenet_res"), (("train.rec", "val.rec"), {}, "imagenet_res"),
+    (("train", "val"), {"CONFIG": "cifar10_ss"}, "cifar10_ss")])
+def test_script_chooses_the_configuration(tmp_path, holds, config, expected):
+    """With nothing set it trains on CIFAR-100; echo stands in for the interpreter."""
+    for name in holds:
+        (tmp_path / "data" / name).mkdir(parents=True)
+    script = ROOT / "resizemix" / "scripts" / "train_dist.sh"
+    found = subprocess.run(["sh", str(script), "--amp", "bf16"], text=True, capture_output=True,
+                           cwd=tmp_path, env=os.environ | config | {"PYTHON": "echo", "NPROC": "1"})
+    assert f"--config {expected}" in found.stdout and found.stdout.endswith("--amp bf16\n")
+
+
 def test_slurm_script_starts_the_ranks(tmp_path, capsys):
     """srun and scontrol are stood in for: two tasks, with the variables that slurm sets.
 
