@@ -216,8 +216,19 @@ def test_configurations_and_overrides():
     assert (args.dataset, args.arch, args.batch_size, args.resume) == (
         "imagenet", "resnet101", 512, "w.pt")
     assert resizemix.parse_args(["--dataset", "tiny-imagenet-200"]).image_size is None
-    config = set(resizemix.configs.get("imagenet_res")) | set(resizemix.configs.get("cifar10_ss"))
-    assert config <= set(vars(args))                        # every entry is a flag
+    for config in resizemix.configs.CONFIGS.values():
+        assert set(config) <= set(vars(args))               # every entry is a flag
+
+
+@pytest.mark.parametrize("method, words", {
+    "baseline": "--resizemix False", "cutout": "--resizemix False --cutout 16",
+    "cutmix": "--resizemix False --cutmix_prob 0.5",
+    "randaugment": "--resizemix f --randaugment t", "autoaugment": "--resizemix f --autoaugment t",
+    "resizemix": "", "resizemix+": "--randaugment True",
+    "cutmix --cutmix_prob 1": "--resizemix False --cutmix_prob 1"}.items())
+def test_methods_are_short_for_flags(method, words):
+    assert resizemix.parse_args(["--method", *method.split()]) == \
+        resizemix.parse_args(words.split())
 
 
 def test_every_command_of_the_readme_is_understood():
@@ -386,7 +397,8 @@ def test_killed_and_resumed_is_the_run_never_killed(tmp_path):
 
 
 @pytest.mark.parametrize("words, code, line", [
-    ("--config nothing", 2, "no configuration 'nothing'; there are cifar10_wrs"),
+    ("--config nothing", 2, "--config: invalid choice: 'nothing'"),
+    ("--method nothing", 2, "--method: invalid choice: 'nothing'"),
     ("--net_name nonet", 2, "invalid choice: 'nonet'"),
     ("--initial_channels 1", 2, "'1' is not an integer of at least 4"),
     ("--randaugment True --autoaugment True", 2, "choose one of them"),
