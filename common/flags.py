@@ -4,8 +4,8 @@ import contextlib
 import math
 from pathlib import Path
 
-BOOLEANS = {"true": True, "yes": True, "y": True, "1": True,
-            "false": False, "no": False, "n": False, "0": False}
+BOOLEANS = {"true": True, "t": True, "yes": True, "y": True, "1": True,
+            "false": False, "f": False, "no": False, "n": False, "0": False}
 
 
 def boolean(text: str) -> bool:
@@ -28,7 +28,7 @@ def number(kind=float, low=None, high=None, above=None):
 
     def check(text: str):
         with contextlib.suppress(ValueError, OverflowError):
-            value = kind(text)
+            value = kind(text.removesuffix(".0") if kind is int else text)
             if ((low is None or value >= low) and (high is None or value <= high)
                     and (above is None or value > above) and math.isfinite(value)):
                 return value
@@ -121,7 +121,7 @@ def add_flags(parser, datasets, archs, names: dict, **defaults):
                 "memory format of the network; on, it measured faster everywhere")
     add("--loader", choices=["auto", "dali", "torch"], default="auto",
         help="who makes the batches; both augment alike, auto: the faster")
-    add("--resume", default="", metavar="auto|PATH",
+    add("--resume", *names.get("resume", ()), default="", metavar="auto|PATH",
         help="auto: go on from the run's newest good checkpoint, if there is one")
     either = group.add_mutually_exclusive_group().add_argument
     either("--evaluate", nargs="?", const="auto", default="", metavar="CHECKPOINT",

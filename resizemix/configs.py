@@ -1,4 +1,4 @@
-"""The paper's configurations and methods: values of main.py's flags, which the command line overrides.
+"""The paper's configurations and methods: values of main.py's flags; the command line wins.
 
 batch_size counts the images of one step over all processes.
 """

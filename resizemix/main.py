@@ -12,6 +12,7 @@ two machines      torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d \\
 --batch_size counts the images of a step over all processes.
 """
 import argparse
+import math
 import os
 import sys
 from pathlib import Path
@@ -39,22 +40,22 @@ from common.run import Run, StepSums, about
 from resizemix import configs, mixing, randaugment
 from resizemix.augment import AutoAugment
 from resizemix.cost import latency, multiply_adds
-from resizemix.schedule import step_rate
 
-METHODS = ["cutout", "randaugment", "autoaugment", "resizemix", "batch_aug"]    # on or off
+SWITCHES = ["cutout", "randaugment", "autoaugment", "resizemix", "batch_aug"]
 CIFAR = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2023, 0.1994, 0.2010)}
 
 
 # ------------------------------------------------------------------------------------------ flags
 
 def parse_args(argv=None):
-    """The flags; usage errors end the program with exit code 2."""
+    """Return the flags; usage errors exit with code 2."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument_group("run").add_argument
-    add("--config", default="cifar100_wrs", metavar="NAME", help=f"{', '.join(configs.CONFIGS)}: "
-        "sets the flags below, unless the command line does")
-    add("--load_path", default="", help="the same as --resume PATH")
+    add("--config", type=lambda name: name.removesuffix(".py"), choices=configs.CONFIGS,
+        default="cifar100_wrs", help="sets data, network and schedule; other flags win")
+    add("--method", choices=configs.METHODS,
+        help="sets the flags of a row of the paper's tables; other flags win")
     add("--tb_path", default="", help="if given, TensorBoard events (in the run's folder)")
     add_boolean(add, "--evaluation", False, "evaluate before training, too")
     add_boolean(add, "--meas_lat", False, "measure the network's latency before training")
@@ -97,21 +98,16 @@ def parse_args(argv=None):
     flags.add_flags(
         parser, data.NAMES, models.ALL,
         {"data_dir": ["--data_path"], "root_dir": ["--save"], "arch": ["--net_name"],
-         "lr": ["--init_lr"], "print_freq": ["--report_freq"]}, pretrained="")
+         "lr": ["--init_lr"], "print_freq": ["--report_freq"], "resume": ["--load_path"]},
+        pretrained="")
 
     first, _ = parser.parse_known_args(argv)
-    try:
-        config = configs.get(first.config)
-    except ValueError as fault:
-        parser.error(f"--config: {fault}")
+    config = configs.CONFIGS[first.config] | configs.METHODS.get(first.method, {})
     if first.dataset not in (None, config["dataset"]):
         del config["image_size"]                            # every data set has its own
     parser.set_defaults(**config)
     args = parser.parse_args(argv)
-    if args.load_path and args.resume:
-        parser.error("--load_path and --resume: choose one of them")
-    args.resume = args.resume or args.load_path
-    del args.load_path                                      # said by --resume
+    del args.method                                         # its flags say it
     args.tensorboard |= bool(args.tb_path)
     if args.randaugment and args.autoaugment:
         parser.error("--randaugment and --autoaugment: choose one of them")
@@ -133,13 +129,13 @@ def parse_args(argv=None):
 
 
 def method_name(args) -> str:
-    """The methods that are on, as in the table: 'cutout', 'resizemix-randaugment', 'baseline'."""
-    names = [name for name in METHODS if getattr(args, name)]
+    """Return the names of what is on, as in 'randaugment-resizemix'; 'baseline' if nothing is."""
+    names = [name for name in SWITCHES if getattr(args, name)]
     return "-".join(["cutmix"] * (args.cutmix_prob > 0) + names) or "baseline"
 
 
 def check_launcher(args):
-    """Raises RunError when --launcher did not start this process; completes its environment."""
+    """Complete the environment of a launched process; RunError if --launcher did not start it."""
     if args.local_rank is not None:
         os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     if args.launcher == "pytorch" and "RANK" not in os.environ:
@@ -155,14 +151,14 @@ def check_launcher(args):
 # ----------------------------------------------------------------------------------------- mixing
 
 class Mixed(NamedTuple):
-    """A batch ready for the network, and what the preview shows of its making."""
+    """A batch for the network, and the partners, for the preview."""
     images: torch.Tensor            # (B, 3, H, W), or (2B, 3, H, W) under --batch_aug
     targets: torch.Tensor           # (B, num_classes), or twice these
     perm: torch.Tensor | None = None
 
 
 def mix_batch(images, labels, args, info, generator) -> Mixed:
-    """Mixes a batch by the methods that are on; every random number comes from `generator`."""
+    """Return the batch mixed by the methods that are on, with draws from `generator`."""
     n, size, perm = len(images), tuple(images.shape[-2:]), None
     targets = probabilities(labels, info.num_classes)
     if args.cutout:
@@ -189,8 +185,31 @@ def mix_batch(images, labels, args, info, generator) -> Mixed:
 
 # --------------------------------------------------------------------------------------- training
 
+def step_rate(args, step: int, epoch_steps: int) -> float:
+    """Return the learning rate of training step `step`, counted from 0 over all epochs.
+
+    Linear from --warmup_start_lr to --lr in --warmup_epochs, then a half cosine to --min_lr, which
+    it keeps. --restart_epochs: a cosine cycle from --lr for each length (Loshchilov & Hutter 2017).
+    --lr_schedule step: times --gamma at each of the --milestones.
+    """
+    warmup = args.warmup_epochs * epoch_steps
+    if step < warmup:
+        return args.warmup_start_lr + (args.lr - args.warmup_start_lr) * step / warmup
+    if args.lr_schedule == "step":
+        return args.lr * args.gamma ** sum(step // epoch_steps >= e for e in args.milestones)
+    start, length = warmup, args.epochs * epoch_steps - warmup
+    if args.restart_epochs:
+        start = end = 0
+        for cycle in args.restart_epochs:
+            if end <= step:
+                start, length = end, cycle * epoch_steps
+                end += length
+    progress = (step - start) / length if step - start < length else 1.0
+    return args.min_lr + (args.lr - args.min_lr) * (1 + math.cos(math.pi * progress)) / 2
+
+
 def training_step(model, images, labels, args, info, generator, scaler):
-    """Leaves the gradients of one step in the parameters; returns the loss and the logits."""
+    """Leave the gradients of one step in the parameters; return the loss and the logits."""
     mixed = mix_batch(images, labels, args, info, generator)
     with runtime.autocast(args, images.device):
         logits = model(mixed.images)
@@ -200,7 +219,7 @@ def training_step(model, images, labels, args, info, generator, scaler):
 
 
 def train_one_epoch(net, model, loader, optimizer, scaler, args, info, run):
-    """The rest of the epoch that `run` stands in; returns its sums of loss and hits."""
+    """Train to the end of the run's epoch; return its sums of loss and hits."""
     net.train()
     sums = StepSums(len(loader), run.device, run.sums)
     for step, (images, labels) in run.steps(loader):
@@ -222,7 +241,7 @@ def train_one_epoch(net, model, loader, optimizer, scaler, args, info, run):
 
 
 def draw_preview(path, train, args, info):
-    """A picture of the first training batch, mixed by the method."""
+    """Draw the first training batch, mixed; return the path."""
     train.set_epoch(0)
     images, labels = next(iter(train))
     mixed = mix_batch(images, labels, args, info, distributed.step_generator(args.seed, 0, 0))
@@ -232,7 +251,7 @@ def draw_preview(path, train, args, info):
 
 
 def main(argv=None):
-    """Trains (or evaluates, or draws a picture) as the flags say; returns the network."""
+    """Train, evaluate or draw as the flags say; return the network."""
     args = parse_args(argv)
     check_launcher(args)
     device = runtime.setup(args)

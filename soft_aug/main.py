@@ -43,7 +43,6 @@ from soft_aug.losses import (
     smooth_cross_entropy,
     soft_target_loss,
 )
-from soft_aug.schedule import fine_tuning, step_rate
 from soft_aug.softcrop import (
     confidence,
     draw_background,
@@ -54,7 +53,10 @@ from soft_aug.softcrop import (
 )
 
 DATASETS = [name for name in data.NAMES if name not in STREAMED]
-NETS = ["resnet18", "resnet50", "resnet101", "wideresnet28", "pyramidnet272", "pyramid272"]
+METHODS = {"standard": {"da": 0, "loss": "ce"}, "cutout": {"da": 1, "loss": "ce", "l": 16.0},
+           "hard": {"da": 2, "loss": "ce"}, "soft": {"da": 2, "loss": "st"},
+           "weighted": {"da": 2, "loss": "st", "no_soften": True}}
+METHODS |= {f"{name}+ra": values | {"ra": True} for name, values in METHODS.items()}
 STATISTICS = {"cifar100": ((0.5070751592371323, 0.48654887331495095, 0.4409178433670343),
                            (0.2673342858792401, 0.2564384629170883, 0.27615047132568404))}
 
@@ -62,7 +64,7 @@ STATISTICS = {"cifar100": ((0.5070751592371323, 0.48654887331495095, 0.440917843
 # ------------------------------------------------------------------------------------------ flags
 
 def parse_args(argv=None):
-    """The flags; usage errors end the program with exit code 2."""
+    """Return the flags; usage errors exit with code 2."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument_group("schedule and run").add_argument
@@ -70,19 +72,21 @@ def parse_args(argv=None):
         help="length of training where --epochs is not given, in 200 epochs")
     add("--optimizer", choices=["sgd"], default="sgd")
     add_boolean(add, "--no-nag", False, "momentum that is not Nesterov's")
-    add("--decay", choices=["c", "l", "s"], default="c", help="LR: cosine, linear or in steps")
+    add("--decay", type=lambda text: {"cosine": "c", "linear": "l", "step": "s"}.get(text, text),
+        choices=["c", "l", "s"], default="c", help="learning rate: cosine, linear, step")
     add("--gamma", type=amount, default=0.2, help="LR factor of a step (--decay s)")
     add("--milestones", type=count, nargs="*", default=None,
         help="epochs of the steps (default: at 1/2, 3/4 and 9/10 of the epochs)")
     add("--warm", type=count, default=0, help="epochs of linear warm-up")
     add("--ft", type=count, default=20,
-        help="closing epochs of weak augmentation (but never the first 5 %% of all)")
+        help="last epochs, with weak augmentation (but never the first 5 %% of all)")
     add("--r", type=number(above=0), default=1000.0,
         help="divides the augmentations' strength there")
     add("--eval_every", type=positive, default=5, help="epochs from test to test")
     add_boolean(add, "--nogpu", False, "the same as --device cpu")
 
     add = parser.add_argument_group("augmentation").add_argument
+    add("--method", choices=METHODS, help="sets --da, --loss, --ra; these and other flags win")
     add("--da", type=int, choices=[-1, 0, 1, 2], default=0,
         help="-1: none; 0: flip, crop of 4 pixels; 1: these and Cutout; 2: flip, SoftCrop")
     add_boolean(add, "--ra", False, "RandAugment")
@@ -106,13 +110,16 @@ def parse_args(argv=None):
     add_boolean(add, "--no-soften", False, "st: hard targets, only reweighted")
     add_boolean(add, "--other", False, "st: the rest goes to a class of its own")
     flags.add_flags(
-        parser, DATASETS, NETS,
+        parser, DATASETS, [*models.ALL, "pyramid272"],
         {"dataset": ["--task"], "arch": ["--net"], "batch_size": ["--b"], "workers": ["--n"],
          "lr": ["--learning_rate"], "weight_decay": ["--wd"], "job_name": ["--prefix"]},
         dataset="cifar10", arch="resnet18", batch_size=128, lr=0.1, weight_decay=5e-4, seed=-1,
         workers=16, pretrained="")
 
+    first, _ = parser.parse_known_args(argv)
+    parser.set_defaults(**METHODS.get(first.method, {}))
     args = parser.parse_args(argv)
+    del args.method                                         # its flags say it
     args.epochs = args.epochs or int(200 * args.sch)
     if args.epochs < 1:
         parser.error(f"--sch {args.sch} is less than one epoch")
@@ -134,14 +141,14 @@ def parse_args(argv=None):
 
 
 def run_name(args) -> list[str]:
-    """Parts of the name of the run's folder."""
+    """Return the parts of the run folder's name."""
     return [f"da{args.da}", args.loss, "ra" * args.ra, "mixup" * args.mixup]
 
 
 def choose_seed(args, device) -> int:
-    """--seed; for -1 that of the run to resume or to evaluate, else drawn, the same on all ranks.
+    """Return --seed or, for -1, that of the run to resume or evaluate, else a random one.
 
-    Raises RunError for a --resume that is no checkpoint.
+    The same on all ranks. Raises RunError for a --resume that is no checkpoint.
     """
     if args.seed != -1:
         return args.seed
@@ -164,19 +171,24 @@ def choose_seed(args, device) -> int:
 # ----------------------------------------------------------------------------------------- mixing
 
 class Mixed(NamedTuple):
-    """A batch ready for the network."""
+    """A batch for the network."""
     images: torch.Tensor            # (B, 3, H, W)
     confidence: torch.Tensor        # (B,), in the label of each image
     perm: torch.Tensor | None = None    # Mixup: partners, and the share of the first image
     lam: torch.Tensor | None = None
 
 
+def fine_tuning(epoch: int, epochs: int, ft: int = 20) -> bool:
+    """Whether `epoch` (from 0) is one of the last `ft`, but not of the first 5 %: weak crops."""
+    return epoch >= max(0.05 * epochs, epochs - ft)
+
+
 def mix_batch(images, args, info, epoch, generator) -> Mixed:
-    """Augments a normalised batch by --da, --noise and --mixup; all draws from `generator`."""
+    """Return the normalised batch after --da, --noise and --mixup, with draws from `generator`."""
     n, size = len(images), images.shape[-2:]
     weak = fine_tuning(epoch, args.epochs, args.ft)
     shrink = args.r if weak else 1.0
-    sure = torch.ones(n, device=images.device)
+    p = torch.ones(n, device=images.device)                 # confidence in the label
 
     if args.da == 1:
         images = cutout(images, draw_pixels(n, size, generator), args.l / shrink)
@@ -184,24 +196,24 @@ def mix_batch(images, args, info, epoch, generator) -> Mixed:
         background = draw_background(n, 3, args.bgcrop, generator)
         offsets = draw_offsets(n, size, args.crop / shrink, generator)
         images, visible = soft_crop(images, offsets, background)
-        sure = confidence(visible, info.num_classes, power=args.pcrop, max_p=args.max_p)
+        p = confidence(visible, info.num_classes, power=args.pcrop, max_p=args.max_p)
 
     if args.noise:
         images, visible = soft_noise(images, *draw_noise(
             images.shape, args.noise / shrink, args.bgnoise, generator, images.device))
         ceiling = 1.0 if args.da == 2 else args.max_p       # once, whatever augments
-        sure = (sure * confidence(visible, info.num_classes, power=args.pnoise, max_p=ceiling)
-                ).clamp(min=1 / info.num_classes)
+        p = (p * confidence(visible, info.num_classes, power=args.pnoise, max_p=ceiling)
+             ).clamp(min=1 / info.num_classes)
 
     if not args.mixup:
-        return Mixed(images, sure)
+        return Mixed(images, p)
     perm = draw_perm(n, generator)
     lam = draw_lambda(0.0 if weak else args.a, generator)
-    return Mixed(mixup(images, perm, lam)[0], sure, perm, lam)
+    return Mixed(mixup(images, perm, lam)[0], p, perm, lam)
 
 
 def mixed_loss(logits, labels, mixed, args):
-    """--loss of a mixed batch, a float32 scalar."""
+    """Return the --loss of a mixed batch, a float32 scalar."""
     loss = {"ce": cross_entropy,
             "st": partial(soft_target_loss, reweight=None if args.rw == "off" else args.rw,
                           other=args.other, soften=not args.no_soften),
@@ -212,24 +224,37 @@ def mixed_loss(logits, labels, mixed, args):
     return mixup_loss(loss, logits, labels, mixed.confidence, mixed.perm, mixed.lam)
 
 
-def target_shares(labels, mixed, args, outputs):
-    """The probabilities (B, outputs) that the loss of a mixed batch asks for, to look at."""
-    sure = torch.ones_like(mixed.confidence)
+def implied_targets(labels, mixed, args, outputs):
+    """Return the soft targets (B, outputs) implied by --loss, for the preview."""
+    p = torch.ones_like(mixed.confidence)
     if args.loss == "st" and not args.no_soften:
-        sure = mixed.confidence
+        p = mixed.confidence
     elif args.loss == "sce":
-        sure = sure * args.max_p
-    sure, label = sure[:, None], F.one_hot(labels, outputs).float()
+        p = p * args.max_p
+    p, label = p[:, None], F.one_hot(labels, outputs).float()
     rest = F.one_hot(torch.full_like(labels, outputs - 1), outputs) if args.other else \
         (1 - label) / (outputs - 1)
-    shares = label * sure + rest * (1 - sure)
-    return shares if mixed.perm is None else mixup(shares, mixed.perm, mixed.lam)[0]
+    targets = label * p + rest * (1 - p)
+    return targets if mixed.perm is None else mixup(targets, mixed.perm, mixed.lam)[0]
 
 
 # --------------------------------------------------------------------------------------- training
 
+def step_rate(args, step: int, epoch_steps: int) -> float:
+    """Return the learning rate of training step `step`, counted from 0 over all epochs.
+
+    --decay c: a half cosine from --lr to 0; l: linear to 0; s: times --gamma at each of the
+    --milestones. Multiplied by a linear warm-up over the first --warm epochs.
+    """
+    done, epoch = (step + 1) / (args.epochs * epoch_steps + 1), step // epoch_steps
+    rate = args.lr * {"c": (1 + math.cos(math.pi * done)) / 2, "l": 1 - done,
+                      "s": args.gamma ** sum(epoch >= start for start in args.milestones)
+                      }[args.decay]
+    return rate * min(1, (step + 1) / (args.warm * epoch_steps)) if args.warm else rate
+
+
 def training_step(model, images, labels, args, info, epoch, generator, scaler):
-    """Leaves the gradients of one step in the parameters; returns the loss and the logits."""
+    """Leave the gradients of one step in the parameters; return the loss and the logits."""
     mixed = mix_batch(images, args, info, epoch, generator)
     with runtime.autocast(args, images.device):
         logits = model(mixed.images)
@@ -239,7 +264,7 @@ def training_step(model, images, labels, args, info, epoch, generator, scaler):
 
 
 def train_one_epoch(net, model, loader, optimizer, scaler, args, info, run):
-    """The rest of the epoch that `run` stands in; returns its sums of loss and hits."""
+    """Train to the end of the run's epoch; return its sums of loss and hits."""
     net.train()
     sums = StepSums(len(loader), run.device, run.sums)
     for step, (images, labels) in run.steps(loader):
@@ -259,7 +284,7 @@ def train_one_epoch(net, model, loader, optimizer, scaler, args, info, run):
 
 
 def draw_preview(path, train, args, info):
-    """A picture of the first training batch, augmented as the flags say."""
+    """Draw the first training batch, augmented; return the path."""
     train.set_epoch(0)
     images, labels = next(iter(train))
     generator = distributed.step_generator(args.seed, 0, 0)
@@ -269,11 +294,11 @@ def draw_preview(path, train, args, info):
     info = dataclasses.replace(info, classes=[*info.classes, *["other"] * args.other])
     return plots.preview(path, f"--da {args.da} --loss {args.loss} on {info.name}",
                         {name: batch for name, batch in rows.items() if batch is not None},
-                        target_shares(labels, mixed, args, len(info.classes)), info)
+                        implied_targets(labels, mixed, args, len(info.classes)), info)
 
 
 def main(argv=None):
-    """Trains (or evaluates, or draws a preview) as the flags say; returns the network."""
+    """Train, evaluate or draw as the flags say; return the network."""
     args = parse_args(argv)
     device = runtime.setup(args)
     args.seed = choose_seed(args, device)

@@ -190,9 +190,9 @@ def test_precision(amp):
     args, seen = arguments(f"--amp {amp} --max_steps 1"), []
     resizemix.training_step(Spy(3, 10), *batch(), args, Ten, torch.Generator(),
                             torch.amp.GradScaler("cpu", enabled=False))
-    _, test, _ = resizemix.data.load("digits", "", batch_size=50, image_size=16,
-                                     device=torch.device("cpu"))
-    resizemix.measure(Spy(3, 10), test, args)
+    _, test, info = resizemix.data.load("digits", "", batch_size=50, image_size=16,
+                                        device=torch.device("cpu"))
+    resizemix.evaluation.evaluate(Spy(3, 10), test, args, info)
     assert seen == [amp == "bf16"] * 2
 
 
@@ -402,7 +402,6 @@ def test_killed_and_resumed_is_the_run_never_killed(tmp_path):
     ("--net_name nonet", 2, "invalid choice: 'nonet'"),
     ("--initial_channels 1", 2, "'1' is not an integer of at least 4"),
     ("--randaugment True --autoaugment True", 2, "choose one of them"),
-    ("--load_path x.pt --resume auto", 2, "--load_path and --resume: choose one of them"),
     ("--resizemix_low 0.9", 2, "--resizemix_low 0.9 is above --resizemix_high 0.8"),
     ("--resizemix_high 2", 2, "--resizemix_high: '2'"), ("--cutmix_prob 2", 2, "cutmix_prob: '2'"),
     ("--cutmix_beta 0", 2, "--cutmix_beta: '0' is not a number above 0"),

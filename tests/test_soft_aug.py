@@ -15,7 +15,7 @@ from torchvision.transforms.v2 import functional as TF
 from common.evaluation import expected_calibration_error, reliability_bins
 from common.mixing import cutout, mixup
 from common.randaugment import OPERATIONS, draw_randaugment, rand_augment
-from soft_aug import schedule
+from soft_aug import main as schedule
 from soft_aug.losses import (
     cross_entropy,
     focal_loss,
