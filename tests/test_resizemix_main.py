@@ -366,7 +366,7 @@ def test_previews_evaluation_and_grad_cam(tmp_path, capsys):
     assert float(accuracy[1]) == pytest.approx(best, abs=0.01) and float(accuracy[2]) > best
     for crop_test in (False, True):                         # the centre is 24 pixels wide
         train(tmp_path / "runs", *words, "--image_size", 32, "--evaluate", "--crop_test", crop_test)
-    assert len(set(re.findall(r"test: accuracy .*", capsys.readouterr().out))) == 2
+    assert len(set(re.findall(r"clean: accuracy .*", capsys.readouterr().out))) == 2
     train(tmp_path / "runs", *words, "--cam", tmp_path / "cam.png", "--target_layer", "layer2.0")
     assert "best.pt" in capsys.readouterr().out
     with Image.open(tmp_path / "cam.png") as picture:
