@@ -3,13 +3,15 @@
 The encoder is a ResNet or ViT; the decoder brings its features back to the size of the images,
 where they are averaged over superpixels, which attend to each other and are classified one by one.
 """
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torchvision import models
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from common.errors import RunError
-from common.models.parts import PreActBlock, conv, post_act_block
+from common.models.parts import PreActBlock, conv, make_stages, post_act_block
 
 # block, depths, options of the block
 RESNETS = {
@@ -44,16 +46,10 @@ class ResNet(nn.Module):
         self.relu = nn.Identity() if preact else nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, 2, 1) if form == 224 else nn.Identity()
         self.widths = [channels, *(channels * 2 ** i * kind.expansion for i in range(4))]
-        strides = (1, 2, 2, 1 if form == 224 else 2)
-        before = channels
-        for stage, (width, depth) in enumerate(zip(self.widths[1:], depths, strict=True)):
-            blocks = []
-            for number in range(depth):
-                stride = 1 if number else strides[stage]
-                blocks.append(PreActBlock(before, width, stride, kind is Bottleneck) if preact
-                              else post_act_block(kind, before, width, stride, **options))
-                before = width
-            self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
+        block = partial(PreActBlock, bottleneck=kind is Bottleneck) if preact else \
+            partial(post_act_block, kind, **options)
+        self.layer1, self.layer2, self.layer3, self.layer4 = make_stages(
+            block, channels, self.widths[1:], depths, (1, 2, 2, 1 if form == 224 else 2))
 
     def forward(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
         """Stages [x0, …, x4] and the mean (B, features) of the last."""

@@ -8,7 +8,7 @@ from common.mixing import mixup
 
 
 def stem_stride(image_size: int) -> int:
-    """1 for 32-pixel images; 2 from 64 pixels on, so that the stages see the same sizes."""
+    """Return 1 for 32-pixel images, 2 from 64 pixels on: the stages see the same sizes."""
     return 1 if image_size < 64 else 2
 
 
@@ -25,18 +25,18 @@ def norm_relu(channels: int, momentum: float = 0.1) -> list[nn.Module]:
 
 
 def make_stages(block: Callable[[int, int, int], nn.Module], in_channels: int,
-                widths: Sequence[int], depths: Sequence[int]) -> list[nn.Sequential]:
-    """Stages of `depths` blocks, made by block(in_channels, out_channels, stride).
+                widths: Sequence[int], depths: Sequence[int],
+                strides: Sequence[int] = (1, 2, 2, 2)) -> list[nn.Sequential]:
+    """Return stages of `depths` blocks, made by block(in_channels, out_channels, stride).
 
-    The first block of every stage but the first halves the resolution.
+    `strides`: of each stage's first block.
     """
     stages = []
-    for stage, (width, depth) in enumerate(zip(widths, depths, strict=True)):
-        blocks = []
-        for number in range(depth):
-            blocks.append(block(in_channels, width, 2 if stage and not number else 1))
-            in_channels = width
+    for width, depth, stride in zip(widths, depths, strides, strict=False):
+        blocks = [block(in_channels, width, stride)]
+        blocks += [block(width, width, 1) for _ in range(depth - 1)]
         stages.append(nn.Sequential(*blocks))
+        in_channels = width
     return stages
 
 
