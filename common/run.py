@@ -131,6 +131,7 @@ class Run:
         on_gpu = self.device.type == "cuda"
         facts |= {
             "parameters": parameters(self.parts["model"]), "data": str(self.info),
+            "fingerprint": self.info.fingerprint,
             "command": " ".join([Path(sys.executable).name, *sys.argv]), "args": vars(self.args),
             "device": str(self.device), "processes": distributed.world(), "commit": commit(),
             "gpu": torch.cuda.get_device_name(self.device) if on_gpu else None,

@@ -1,37 +1,39 @@
 #!/usr/bin/env python3
-"""All methods on one small data set with one network, by one protocol: a table, a CSV, a chart.
+"""All methods on one small data set with one network, by one protocol; then compare.py over them.
 
     python tests/bench/compare_methods.py --data s20.npz --out runs/p20 --seeds 1 2 3
     python tests/bench/compare_methods.py --data s20.npz --out runs/p100 --protocol p100 --amp bf16
 
 Protocol P20: batch 100, flip and random crop with padding 2, SGD with Nesterov momentum 0.9,
 weight decay 1e-4, learning rate 0.2 (methods with binary cross-entropy) or 0.05 (cross-entropy)
-times 0.1 after epochs 10 and 15 of 20; reported is the median test accuracy (and calibration
-error, where a method logs it) of the last five epochs. P100: 100 epochs, times 0.1 after 50 and
-75. softaug_*: ResNet-18, a crop with padding 4 (standard) or of SoftCrop's strength. Stopped at
-any moment, the same command goes on where it was. Finished runs are not repeated: their results
-and logs are kept in tests/bench/logs/PROTOCOL (--keep).
+times 0.1 after epochs 10 and 15 of 20; reported is the median test accuracy of the last five
+epochs. P100: 100 epochs, times 0.1 after 50 and 75. softaug_*: ResNet-18, a crop with padding 4
+(standard) or of SoftCrop's strength. make_s20.py makes the data.
+
+A run belongs to its command and to the data's fingerprint. Stopped at any moment, the same command
+goes on where it was; with one of the two changed it begins anew. --keep DIR copies what compare.py
+reads of finished runs to DIR, and takes those that DIR holds of the same command and data, saying
+so.
 """
 import argparse
-import csv
-import io
+import hashlib
 import json
-import math
+import os
+import shlex
 import shutil
-import statistics
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from common.plots import BLUE, GRID, INK, save_figure, write_atomic
+import compare
 
 ROOT = Path(__file__).resolve().parents[2]
-GREY = "#8d8c86"
-
 PROTOCOLS = {"p20": (20, "10 15"), "p100": (100, "50 75")}
 SAGE = ("sage/main.py --dataset npz --data_dir {data} --arch preactresnet18 --initial_channels 16 "
         "--epochs {epochs} --schedule {schedule} --gammas 0.1 0.1 --learning_rate 0.2 --decay 1e-4 "
@@ -69,123 +71,104 @@ SAMIX = ("samix/main.py --config cifar100_r18 --dataset npz --data_dir {data} "
          "--ema_base 0.99 --ema_end 0.99 --seed {seed} ")
 COMMANDS |= {name: SAMIX + f"--method {name.removeprefix('samix_')}" for name in
              ("samix_vanilla", "samix_mixup", "samix_cutmix", "automix", "samix")}
+ONCE = ("softaug_standard_ra", "softaug_hard_ra", "softaug_soft_ra", "softaug_hard",    # P20 alone
+        "resizemix_cutmix", "safuse_cutmix", "safuse_pre_norm", "samix_mixup", "samix_cutmix")
 
 
-def run(method: str, seed: int, args) -> dict:
-    """Trains one method with one seed, unless its log is complete; returns its table line."""
+def fingerprint(file: Path) -> str:
+    """A digest of the images and labels in an .npz. Raises OSError, ValueError, KeyError."""
+    digest = hashlib.blake2b(digest_size=8)
+    with np.load(file, allow_pickle=False) as arrays:
+        for name in ("train_images", "train_labels", "test_images", "test_labels"):
+            digest.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode())
+            digest.update(np.ascontiguousarray(arrays[name]))
+    return digest.hexdigest()
+
+
+def finished(folder: Path, epochs: int) -> bool:
+    """Whether a run's folder holds all epochs and the evaluation at their end."""
+    log = folder / "log.csv"
+    return (folder / "evaluation.csv").exists() and len(log.read_text().splitlines()) > epochs
+
+
+def run(method: str, seed: int, args) -> Path:
+    """Train one method with one seed, unless that is done; return the folder to compare."""
     epochs, schedule = PROTOCOLS[args.protocol]
-    root = args.out / method / f"seed{seed}"
-    command = COMMANDS[method].format(data=args.data, epochs=epochs, schedule=schedule, seed=seed)
-    command += f" --amp {args.amp}"
+    command = COMMANDS[method].format(data="{data}", epochs=epochs, schedule=schedule, seed=seed)
+    command = f"{command} --amp {args.amp} {args.flags}".strip()
+    key = hashlib.blake2b(f"{command} {args.fingerprint}".encode(), digest_size=6).hexdigest()
+    kept = args.keep / method / f"seed{seed}" if args.keep else None
+    if kept and (kept / "args.json").exists():
+        facts = json.loads((kept / "args.json").read_text())
+        if facts.get("key") == key:
+            tqdm.write(f"{method}, seed {seed}: kept in {kept}, not run here "
+                       f"({facts['gpu'] or 'CPU'}, commit {facts['commit']})")
+            return kept
+    root = args.out / method / f"seed{seed}_{key}"
     root.mkdir(parents=True, exist_ok=True)
-    logs = list(root.glob("*/log.csv"))
-    if not logs or len(logs[0].read_text().splitlines()) <= epochs:
+    if not any(finished(file.parent, epochs) for file in root.glob("*/log.csv")):
         with open(root / "output.txt", "a") as output:
-            subprocess.run([sys.executable, *command.split(), "--root_dir", str(root), "--resume",
-                            "auto"], cwd=ROOT, stdout=output, stderr=output, check=True)
-    log = next(root.glob("*/log.csv"))
-    with open(log) as file:
-        rows = list(csv.DictReader(file))
-    facts = json.loads(log.with_name("args.json").read_text())
-    for name, part in (("log.csv", ""), ("occlusion.csv", "_occlusion")):
-        if (log.parent / name).exists():
-            shutil.copy(log.parent / name, args.keep / f"{method}_seed{seed}{part}.csv")
-    return {"method": method, "seed": seed,
-            "accuracy": statistics.median(float(row["test_accuracy"]) for row in rows[-5:]),
-            "best": max(float(row["test_accuracy"]) for row in rows),
-            "ece": statistics.median(float(row["test_ece"]) for row in rows[-5:])
-            if "test_ece" in rows[0] else "",
-            "seconds_per_epoch": statistics.median(float(row["seconds"]) for row in rows),
-            "device": facts["gpu"] or f"cpu, {facts['threads']} threads",
-            "commit": facts["commit"],
-            "command": f"python {command}".replace(args.data, Path(args.data).name)}
+            subprocess.run([sys.executable, *(word.replace("{data}", str(args.data)) for word in
+                                              shlex.split(command)),
+                            "--root_dir", str(root), "--resume", "auto"], cwd=ROOT, stdout=output,
+                           stderr=output, check=True,
+                           env=os.environ | {"OMP_NUM_THREADS": str(args.threads)})
+    folder = next(root.glob("*/log.csv")).parent
+    if kept:
+        kept.mkdir(parents=True, exist_ok=True)
+        for name in ("log.csv", "evaluation.csv"):
+            shutil.copy(folder / name, kept / name)
+        text = (folder / "args.json").read_text()       # without the places of this machine
+        for place, name in ((str(args.data), args.data.name), (f"{root}/", ""), (str(root), ".")):
+            text = text.replace(place, name)
+        (kept / "args.json").write_text(json.dumps({"key": key} | json.loads(text), indent=1)
+                                        + "\n")
+    return kept or folder
 
 
-def read(file: Path) -> dict:
-    """Table lines of finished runs, by (method, seed)."""
-    with open(file) as lines:
-        rows = list(csv.DictReader(lines))
-    for row in rows:
-        row |= {name: float(row[name]) for name in
-                ("accuracy", "best", "ece", "seconds_per_epoch") if row[name]}
-    return {(row["method"], int(row["seed"])): row for row in rows}
-
-
-def table(results: list[dict]) -> str:
-    """Markdown: a line a method, mean and spread over its seeds."""
-    lines = ["| method | seeds | test accuracy, % | spread | ECE, % |", "|---|---|---|---|---|"]
-    for method in dict.fromkeys(row["method"] for row in results):
-        rows = [row for row in results if row["method"] == method]
-        values = [row["accuracy"] for row in rows]
-        spread = f"± {(max(values) - min(values)) / 2:.2f}" if len(values) > 1 else "–"
-        errors = [row["ece"] for row in rows if row["ece"] != ""]
-        error = f"{100 * statistics.mean(errors):.2f}" if errors else "–"
-        lines.append(f"| {method} | {len(values)} | {statistics.mean(values):.2f} | {spread} | "
-                     f"{error} |")
-    return "\n".join(lines)
-
-
-def chart(results: list[dict], path: Path, title: str):
-    """A horizontal bar a method, with the range over its seeds; plain training in grey."""
-    from matplotlib.figure import Figure
-    methods = list(dict.fromkeys(row["method"] for row in results))
-    values = [[row["accuracy"] for row in results if row["method"] == m] for m in methods]
-    means = [statistics.mean(v) for v in values]
-    error = [[mean - min(v) if v[1:] else math.nan for mean, v in zip(means, values, strict=True)],
-             [max(v) - mean if v[1:] else math.nan for mean, v in zip(means, values, strict=True)]]
-    plain = ("vanilla", "baseline", "standard")
-    colours = [GREY if m.endswith(plain) else BLUE for m in methods]
-    figure = Figure(figsize=(7, 0.25 * len(methods) + 0.9), layout="constrained")
-    axis = figure.subplots()
-    axis.barh(methods, means, xerr=error, color=colours, height=0.7, ecolor=INK, capsize=2)
-    axis.margins(y=0.01)
-    axis.tick_params(axis="y", length=0, labelsize=9)
-    for i, mean in enumerate(means):
-        axis.text(0.6, i, f"{mean:.1f}", va="center", color="white", fontsize=8)
-    axis.invert_yaxis()
-    axis.set_xlabel("test accuracy, %", color=INK)
-    axis.grid(axis="x", color=GRID)
-    axis.set_axisbelow(True)
-    axis.spines[["top", "right", "left"]].set_visible(False)
-    axis.set_title(title, loc="left", fontsize=10, color=INK)
-    save_figure(figure, path)
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data", required=True, type=lambda text: str(Path(text).resolve()),
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, type=lambda text: Path(text).resolve(),
                         help=".npz of train_images, train_labels, test_images, test_labels")
-    parser.add_argument("--out", required=True, type=Path, help="folder of the runs and results")
+    parser.add_argument("--out", required=True, type=lambda text: Path(text).resolve(),
+                        help="folder of the runs, the table and the picture")
     parser.add_argument("--protocol", choices=PROTOCOLS, default="p20")
-    parser.add_argument("--keep", type=Path, help="folder of finished runs' logs and results.csv")
-    parser.add_argument("--methods", nargs="+", choices=COMMANDS, default=list(COMMANDS))
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="see above")
+    parser.add_argument("--methods", nargs="+", choices=COMMANDS, metavar="METHOD",
+                        help=f"of {', '.join(COMMANDS)}; p100: by default without "
+                             + ", ".join(ONCE))
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--amp", choices=["off", "bf16"], default="off")
-    args = parser.parse_args()
-    args.out = args.out.resolve()
-    args.keep = args.keep or ROOT / "tests" / "bench" / "logs" / args.protocol
-    args.keep.mkdir(parents=True, exist_ok=True)
-    kept, names = args.keep / "results.csv", list(COMMANDS)
-    results = read(kept) if kept.exists() else {}
-    wanted = [(m, s) for s in args.seeds for m in args.methods]
-    for method, seed in tqdm(wanted, desc="runs"):
+    parser.add_argument("--threads", type=int, default=1, help="of each run")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--flags", default="", metavar="'--lr 0.1'",
+                        help="further flags of every command")
+    args = parser.parse_args(argv)
+    if min(args.threads, args.jobs) < 1:
+        parser.error("--threads and --jobs are at least 1")
+    args.methods = args.methods or [name for name in COMMANDS
+                                    if args.protocol == "p20" or name not in ONCE]
+    try:
+        args.fingerprint = fingerprint(args.data)
+    except (OSError, ValueError, KeyError) as fault:
+        parser.exit(1, f"error: {args.data}: no .npz of the data ({fault}); "
+                       "tests/bench/make_s20.py makes one\n")
+    folders = {}
+    with ThreadPoolExecutor(args.jobs) as pool:
+        wanted = {pool.submit(run, method, seed, args): (method, seed)
+                  for seed in args.seeds for method in args.methods}
         try:
-            if (method, seed) not in results:
-                results[method, seed] = run(method, seed, args)
+            for done in tqdm(as_completed(wanted), total=len(wanted), desc="runs"):
+                folders[wanted[done]] = str(done.result())
         except subprocess.CalledProcessError as fault:
-            parser.exit(1, f"error: {method}, seed {seed} ended with {fault.returncode}; see "
-                           f"{args.out / method / f'seed{seed}' / 'output.txt'}\n")
-        lines = sorted(results.items(), key=lambda item: (names.index(item[0][0]), item[0][1]))
-        text = io.StringIO()
-        writer = csv.DictWriter(text, lines[0][1], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(row for _, row in lines)
-        write_atomic(kept, text.getvalue())
-    results = [results[key] for key in sorted(wanted, key=lambda key: names.index(key[0]))]
-    print(table(results))
-    chart(results, args.out / "chart.png",
-          f"{args.protocol.upper()} on {Path(args.data).stem}; grey: plain training")
-    print(f"{kept}\n{args.out / 'chart.png'}")
+            pool.shutdown(cancel_futures=True)
+            parser.exit(1, f"error: {' '.join(fault.cmd[:2])} … ended with {fault.returncode}; see "
+                           f"{Path(fault.cmd[-3]) / 'output.txt'}\n")
+    order = [folders[method, seed] for method in COMMANDS for seed in args.seeds
+             if (method, seed) in folders]
+    compare.main([*order, "--csv", str(args.out / "table.csv"), "--markdown", "--picture",
+                  str(args.out / "compare.png")])
 
 
 if __name__ == "__main__":

@@ -1,0 +1,125 @@
+"""compare.py on hand-made runs, and the driver of all programs on a tiny set."""
+import csv
+import json
+
+import numpy as np
+import pytest
+from bench import compare_methods
+from PIL import Image
+
+import compare
+from common.data import sets
+
+CONDITIONS = {"clean": 60, "visible 82 %": 50, "visible 47 %": 30, "fgsm 4/255": 20,
+              "fgsm 8/255": 10, "fog 1": 40, "fog 2": 20}
+
+
+def make_run(root, name, accuracies, program="sage", evaluation=True, **flags):
+    folder = root / name
+    folder.mkdir()
+    args = {"method": "vanilla", "lr": 0.1, "seed": 1, "epochs": len(accuracies), "amp": "off",
+            "data_dir": name, "milestones": [1, 2]} | flags
+    (folder / "args.json").write_text(json.dumps(
+        {"args": args, "command": f"python {program}/main.py", "gpu": None, "threads": 1,
+         "data": "d", "torch": "2"}))
+    (folder / "log.csv").write_text("epoch,test_accuracy,seconds\n" + "".join(
+        f"{n},{value},{n + 1}\n" for n, value in enumerate(accuracies)))
+    if evaluation:
+        (folder / "evaluation.csv").write_text("condition,accuracy,top5,loss,ece,count\n" + "".join(
+            f"{name},{value},90,1,0.05,100\n" for name, value in CONDITIONS.items()))
+    return str(folder)
+
+
+def rows_of(path):
+    with open(path) as file:
+        return list(csv.DictReader(file))
+
+
+def test_table_and_picture_by_hand(tmp_path, capsys):
+    runs = [make_run(tmp_path, "a1", [10, 50, 60, 62]),
+            make_run(tmp_path, "a2", [10, 52, 64, 66], seed=2),
+            make_run(tmp_path, "b1", [10, 70, 80, 90], method="sage"),
+            make_run(tmp_path, "b2", [10, 70, 80, 92], method="sage", seed=2),
+            make_run(tmp_path, "c1", [5, 5, 5, 40], method="sage", lr=0.2, evaluation=False),
+            make_run(tmp_path, "d1", [5, 5, 5, 30], program="safuse", method="baseline", beta=1)]
+    out, picture = tmp_path / "table.csv", tmp_path / "compare.png"
+    compare.main([*runs, "--last", "3", "--csv", str(out), "--picture", str(picture), "--markdown"])
+    printed = capsys.readouterr().out
+    rows = {row["run"]: row for row in rows_of(out)}
+    assert list(rows) == ["sage: vanilla", "sage: sage, lr 0.1", "sage: sage, lr 0.2",
+                          "safuse: baseline"]
+    plain, mixed, faster, other = rows.values()
+    assert (float(plain["accuracy"]), float(plain["accuracy spread"])) == (62, 2)
+    assert (float(mixed["gain"]), float(mixed["gain spread"])) == (18, 2)   # 20 and 16 by seed
+    assert mixed["seeds"] == "2" and plain["gain"] == other["gain"] == ""
+    assert faster["ECE"] == "" and float(plain["ECE"]) == 5 and float(plain["mCE"]) == 70
+    assert float(plain["visible 47 %"]) == 30 and float(plain["FGSM 8/255"]) == 10
+    assert float(plain["s/epoch"]) == 2.5
+    assert "| sage: sage, lr 0.1 | 2 | 80.00 ± 0.00 | +18.00 ± 2.00 | 5.00 ± 0.00 |" in printed
+    with Image.open(picture) as drawn:
+        assert drawn.width > 1200 and len(drawn.convert("RGB").getcolors(1 << 20)) > 50
+
+
+def test_what_is_no_run_or_differs_is_said(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_run(tmp_path, "a", [10, 20], epochs=3)
+    make_run(tmp_path, "b", [10, 20, 30], method="sage", amp="bf16")
+    compare.main([str(tmp_path)])                           # a folder of runs
+    said = capsys.readouterr()
+    assert "a: 2 of 3 epochs" in said.err and "differ in precision: bf16; off" in said.err
+    assert "sage: vanilla" in said.out and "sage: sage" in said.out
+    (tmp_path / "a" / "log.csv").write_text("epoch\n0\n")
+    for place, words in ((tmp_path / "a", "a: no run, or a damaged one"), (tmp_path / "no", "no")):
+        with pytest.raises(SystemExit, match="1"):
+            compare.main([str(place)])
+        assert words in capsys.readouterr().err
+
+
+@pytest.fixture
+def driver(tmp_path, monkeypatch):
+    """The driver with a protocol of one epoch, and a data set of a few digits."""
+    monkeypatch.setitem(compare_methods.PROTOCOLS, "p20", (1, "5 6"))
+    train, test, _ = sets.read("digits", "", 16, 1)
+    np.savez(tmp_path / "few.npz", train_images=train.images[:200], test_images=test.images[:50],
+             train_labels=train.labels[:200], test_labels=test.labels[:50])
+
+    def run(*words, data="few.npz"):
+        compare_methods.main(["--data", str(tmp_path / data), "--out", str(tmp_path / "out"),
+                              "--seeds", "1", "--methods", "vanilla", *words])
+    return run
+
+
+def test_driver_runs_keeps_and_never_repeats_another_experiment(driver, tmp_path, capsys):
+    kept = tmp_path / "kept"
+    driver("--keep", str(kept))
+    first = capsys.readouterr().out
+    assert "| sage: vanilla | 1 |" in first and "not run here" not in first
+    assert {file.name for file in (kept / "vanilla" / "seed1").iterdir()} == {
+        "args.json", "log.csv", "evaluation.csv"}
+    assert str(tmp_path) not in (kept / "vanilla" / "seed1" / "args.json").read_text()
+    assert "FGSM 8/255" in rows_of(tmp_path / "out" / "table.csv")[0]
+    compare.main([str(kept), "--picture", str(tmp_path / "p.png"), "--markdown"])
+    assert capsys.readouterr().out.splitlines()[2] == first.splitlines()[2]
+    run, = (tmp_path / "out" / "vanilla").iterdir()
+    output = (run / "output.txt").read_text()
+    driver()                                                # done: nothing runs
+    assert (run / "output.txt").read_text() == output
+    capsys.readouterr()
+    driver("--keep", str(kept))
+    assert "vanilla, seed 1: kept in" in capsys.readouterr().out
+    with np.load(tmp_path / "few.npz") as arrays:           # other data: another run
+        other = dict(arrays)
+    other["test_labels"] = other["test_labels"][::-1]
+    np.savez(tmp_path / "other.npz", **other)
+    driver("--keep", str(kept), data="other.npz")
+    assert "not run here" not in capsys.readouterr().out
+    assert len(list((tmp_path / "out" / "vanilla").iterdir())) == 2
+
+
+def test_driver_needs_the_data_and_names_a_run_that_fails(driver, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="1"):
+        driver(data="none.npz")
+    assert "none.npz: no .npz of the data" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="1"):
+        driver("--flags=--lr -1")
+    assert "ended with 2; see" in capsys.readouterr().err
