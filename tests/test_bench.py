@@ -2,8 +2,10 @@
 import subprocess
 import sys
 
+import numpy as np
 import pytest
-from conftest import ROOT
+from bench import make_s20
+from conftest import ROOT, SHARED
 
 
 @pytest.mark.parametrize("words, line", [
@@ -18,3 +20,50 @@ def test_benches_run(words, line):
     result = subprocess.run([sys.executable, str(ROOT / "tests" / "bench" / script), *flags],
                             capture_output=True, text=True, timeout=300)
     assert result.returncode == 0 and line in result.stdout, result.stderr
+
+
+# ----------------------------------------------------------------------------------- make_s20.py
+
+ARRAYS = ("train_images", "train_labels", "test_images", "test_labels", "classes")
+
+
+@pytest.fixture(scope="module")
+def cifar(tmp_path_factory):
+    """All of CIFAR-100 in another order, as arrays; skips where it is absent."""
+    tool = SHARED / "tools" / "unpack_cifar100.py"
+    if not tool.exists():
+        pytest.skip("CIFAR-100 lies outside the project")
+    file = tmp_path_factory.mktemp("cifar") / "cifar100.npz"
+    subprocess.run([sys.executable, str(tool), str(file)], check=True, capture_output=True)
+    with np.load(file) as stored:
+        arrays = dict(stored)
+    for part, seed in (("train", 0), ("test", 1)):
+        order = np.random.default_rng(seed).permutation(len(arrays[f"{part}_labels"]))
+        for what in ("images", "labels"):
+            arrays[f"{part}_{what}"] = arrays[f"{part}_{what}"][order]
+    return arrays
+
+
+def test_s20_from_a_shuffled_cifar(cifar, s20, tmp_path, capsys):
+    np.savez(tmp_path / "cifar100.npz", **cifar)
+    make_s20.main([str(tmp_path / "cifar100.npz"), str(tmp_path / "s20.npz")])
+    assert "4000 training and 2000 test images of 20 classes" in capsys.readouterr().out
+    with np.load(s20) as ours, np.load(tmp_path / "s20.npz") as made:
+        assert set(made.files) == set(ARRAYS)
+        for name in ARRAYS:
+            assert made[name].dtype == ours[name].dtype
+            assert made[name].tobytes() == ours[name].tobytes(), name
+
+
+def test_s20_refuses_a_changed_pixel(cifar, s20, tmp_path, capsys):
+    with np.load(s20) as ours:
+        wanted = ours["test_images"][250]
+    place, = np.flatnonzero((cifar["test_images"] == wanted).all((1, 2, 3)))
+    images = cifar["test_images"].copy()
+    images[place, 31, 31, 2] ^= 1
+    np.savez(tmp_path / "cifar100.npz", **cifar | {"test_images": images})
+    with pytest.raises(SystemExit, match="1"):
+        make_s20.main([str(tmp_path / "cifar100.npz"), str(tmp_path / "s20.npz")])
+    assert "1 of S20's 6000 images are not there pixel by pixel, first a test image of baby" in \
+        capsys.readouterr().err
+    assert not (tmp_path / "s20.npz").exists()
