@@ -71,6 +71,7 @@ SAMIX = ("samix/main.py --config cifar100_r18 --dataset npz --data_dir {data} "
          "--ema_base 0.99 --ema_end 0.99 --seed {seed} ")
 COMMANDS |= {name: SAMIX + f"--method {name.removeprefix('samix_')}" for name in
              ("samix_vanilla", "samix_mixup", "samix_cutmix", "automix", "samix")}
+COMMANDS["automix"] += " --lam_concat False"           # as published for CIFAR-100
 ONCE = ("softaug_standard_ra", "softaug_hard_ra", "softaug_soft_ra", "softaug_hard",    # P20 alone
         "resizemix_cutmix", "safuse_cutmix", "safuse_pre_norm", "samix_mixup", "samix_cutmix")
 
