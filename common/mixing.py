@@ -1,19 +1,26 @@
 """Mixup, CutMix, Cutout, soft targets and their losses; the random draws they share.
 
-Draws come from a CPU `torch.Generator` and are arguments of the mixing functions, which are pure:
-the same draws give the same result on every device. Nothing here waits for the device.
+Draws are arguments of the mixing functions, which are pure: the same draws give the same result on
+every device, without host synchronisation. They come from a CPU `torch.Generator`, or by default
+from torch's own: in the workers of a DataLoader that one differs by worker and by epoch, while a
+seeded generator made before the workers start repeats itself each epoch.
 """
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+PAGEABLE = 2**16                       # larger copies from pageable memory wait for the device
 
 
-def draw_perm(n: int, generator: torch.Generator) -> Tensor:
-    """Partners: a random permutation (n,); image i is mixed with image perm[i]."""
+def draw_perm(n: int, generator: torch.Generator | None = None) -> Tensor:
+    """Return the partners, a random permutation (n,): image i is mixed with image perm[i]."""
     return torch.randperm(n, generator=generator)
 
 
-def draw_lambda(alpha: float, generator: torch.Generator, n: int | None = None) -> Tensor:
+def draw_lambda(alpha: float, generator: torch.Generator | None = None, n: int | None = None
+                ) -> Tensor:
     """Share of the first image, Beta(alpha, alpha): a float32 scalar, or (n,) with `n` given.
 
     `alpha` <= 0 means no mixing: 1.
@@ -29,21 +36,42 @@ def draw_lambda(alpha: float, generator: torch.Generator, n: int | None = None) 
     return (first - second).sigmoid().float()
 
 
-def draw_centre(height: int, width: int, generator: torch.Generator, n: int | None = None
-                ) -> Tensor:
+def draw_centre(height: int, width: int, generator: torch.Generator | None = None,
+                n: int | None = None) -> Tensor:
     """Centres (y, x) of CutMix boxes in pixels, uniform over the image: (2,), or (n, 2)."""
     shape = (2,) if n is None else (n, 2)
     return torch.rand(shape, generator=generator) * torch.tensor([height, width])
 
 
-def draw_pixels(n: int, size: tuple[int, int], generator: torch.Generator) -> Tensor:
+def draw_pixels(n: int, size: tuple[int, int], generator: torch.Generator | None = None
+                ) -> Tensor:
     """(n, 2) int64 pixels, y and x, uniform over images of `size` (H, W)."""
     return torch.stack([torch.randint(length, (n,), generator=generator) for length in size], 1)
 
 
+def send(values: Tensor, device: torch.device) -> Tensor:
+    """Return `values` on the device, without host synchronisation whatever their size."""
+    if device.type == "cpu" or values.nbytes <= PAGEABLE:
+        return values.to(device, non_blocking=True)
+    parts = values.flatten().split(PAGEABLE // values.element_size())
+    return torch.cat([part.to(device, non_blocking=True) for part in parts]).view(values.shape)
+
+
+def check_floats(images: Tensor):
+    """Raise TypeError unless the images are floating point, as blends of bytes are wrong."""
+    if not images.is_floating_point():
+        raise TypeError(f"images must be floating point, not {images.dtype}")
+
+
 def per_image(values: float | Tensor, images: Tensor) -> Tensor:
-    """A number, scalar tensor or (B,) tensor as float32 (B,) on the images' device."""
+    """Return shares, a number, scalar tensor or (B,) tensor, as float32 (B,) on images' device.
+
+    Raises ValueError for shares outside [0, 1], where that needs no host synchronisation.
+    """
     values = torch.as_tensor(values)
+    if values.device.type == "cpu" and not torch.compiler.is_compiling() \
+            and not ((values >= 0) & (values <= 1)).all():
+        raise ValueError(f"shares must lie in [0, 1], not {values.tolist()}")
     if values.ndim:                # a CPU scalar multiplies device tensors without a copy
         values = values.to(images.device, non_blocking=True)
     return torch.ones(len(images), device=images.device) * values.float()
@@ -64,9 +92,10 @@ def box_mask(edges, size: tuple[int, int]) -> Tensor:
 def mixup(images: Tensor, perm: Tensor, lam: float | Tensor) -> tuple[Tensor, Tensor]:
     """Mixup (Zhang et al. 2018): lam·x + (1 - lam)·x[perm].
 
-    `images` (B, ...) in any range, also hidden activations; `perm` (B,); `lam` in [0, 1], a scalar
-    or (B,). Returns the mixed images and ratio (B,), the weight of the first image's label.
+    `images` (B, ...), floats in any range, also hidden activations; `perm` (B,); `lam` in [0, 1],
+    a scalar or (B,). Returns the mixed images and ratio (B,), the weight of the first label.
     """
+    check_floats(images)
     perm = perm.to(images.device, non_blocking=True)
     ratio = per_image(lam, images)
     weight = ratio.to(images.dtype).view(-1, *[1] * (images.ndim - 1))
@@ -105,16 +134,52 @@ def cutout(images: Tensor, centres: Tensor, side: float) -> Tensor:
 
 
 def probabilities(labels: Tensor, num_classes: int) -> Tensor:
-    """Targets (B, num_classes) of class indices (B,); probabilities of that shape stay."""
-    return labels if labels.is_floating_point() else F.one_hot(labels, num_classes).float()
+    """Return targets (B, num_classes) of class indices (B,); probabilities of that shape stay.
+
+    Raises ValueError for probabilities of another shape.
+    """
+    if not labels.is_floating_point():
+        return F.one_hot(labels, num_classes).float()
+    if labels.shape[1:] != (num_classes,):
+        raise ValueError(f"probabilities {tuple(labels.shape)} are not of {num_classes} classes")
+    return labels.float()
 
 
 def soft_targets(labels: Tensor, perm: Tensor, ratio: Tensor, num_classes: int) -> Tensor:
-    """Targets (B, num_classes): `ratio` (B,) on `labels`, the rest on `labels[perm]`.
+    """Return targets (B, num_classes): `ratio` (B,) of the labels', the rest of `labels[perm]`'s.
 
-    labels: class indices (B,), or probabilities (B, num_classes), of label smoothing for instance.
+    `labels`: class indices (B,), or probabilities (B, num_classes), such as smoothed or mixed ones.
     """
     return mixup(probabilities(labels, num_classes), perm, ratio)[0]
+
+
+def input_gradient(model: nn.Module, images: Tensor, labels: Tensor, *,
+                   loss: Callable[[Tensor, Tensor], Tensor] | None = None, train: bool = False
+                   ) -> Tensor:
+    """Return the gradient (B, C, H, W) of the loss with respect to the images.
+
+    `loss` of outputs and labels: by default the mean cross-entropy, of class indices or
+    probabilities. The pass is in evaluation mode; with `train` it is in training mode, and
+    BatchNorm's running statistics follow. Gradients of the parameters are neither computed nor
+    touched, modes come back. Inside DistributedDataParallel, DataParallel and torch.compile the
+    plain module is used.
+    """
+    check_floats(images)
+    wrappers = nn.DataParallel, nn.parallel.DistributedDataParallel
+    while hasattr(model, "_orig_mod") or isinstance(model, wrappers):
+        model = model.module if isinstance(model, wrappers) else model._orig_mod
+    modes = [(part, part.training) for part in model.modules()]
+    images = images.detach().requires_grad_()
+    try:
+        model.train(train)
+        with torch.enable_grad():
+            outputs = model(images)
+            value = loss(outputs, labels) if loss else F.cross_entropy(outputs.float(), labels)
+        with torch.autocast(images.device.type, enabled=False):
+            return torch.autograd.grad(value, images)[0]
+    finally:
+        for part, training in modes:
+            part.training = training
 
 
 def softmax_bce(logits: Tensor, targets: Tensor) -> Tensor:

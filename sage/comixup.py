@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from gco import GCO
 from torch import Tensor
 
+from common.mixing import check_floats
 from common.precision import full_precision
 
 HALF_BONUS = 5e-4                    # what a half-and-half block is cheaper than its parents' mean
@@ -23,7 +24,7 @@ HALF_BONUS = 5e-4                    # what a half-and-half block is cheaper tha
 UNARY_SCALE, EDGE_SCALE, TABLE_SCALE = 100_000, 1000, 100
 MAX_TERM = 10_000_000                # gco ends the process at terms above this
 # Temperatures of the mean field, in units of the labels' smoothness; 2 × 2 blocks need more
-TEMPERATURES, SLOWER = (0.5, 0.1, 0.01), (1, 0.6, 0.4, 0.25, 0.15, 0.08, 0.03, 0.01)
+TEMPERATURES, SLOWER = (0.5, 0.05, 0.01), (1, 0.6, 0.4, 0.25, 0.15, 0.08, 0.03, 0.01)
 
 
 # ---- draws and preparation
@@ -40,8 +41,8 @@ def part_sizes(batch: int, m_part: int) -> list[int]:
     return [m_part] * (batch // m_part) + [batch % m_part] * (batch % m_part > 0)
 
 
-def draw_comix(batch: int, generator: torch.Generator, *, m_part: int = 20, block_num: int = 4,
-               mixup_alpha: float = 2.0) -> CoMixDraws:
+def draw_comix(batch: int, generator: torch.Generator | None = None, *, m_part: int = 20,
+               block_num: int = 4, mixup_alpha: float = 2.0) -> CoMixDraws:
     """Dirichlet(mixup_alpha) prior and uniform initial labels for each part, on the CPU.
 
     `block_num` -1 draws 2, 4, 8 or 16.
@@ -227,6 +228,8 @@ def _label_device(cost: Tensor, compatibility: Tensor, labels0: Tensor, *, beta:
     site, inputs = torch.arange(size, device=device), torch.arange(n, device=device)
     y, x = site // side, site % side
     edges = ((y[:, None] - y).abs() + (x[:, None] - x).abs() == 1).float().expand(parts, -1, -1)
+    # At first a block heeds the whole grid as well, so that one label can win it at once
+    wide = (edges + edges.mean(2, keepdim=True)) / 2
     ones, eye = torch.ones_like(edges), torch.eye(n + min(3, n), device=device)
     unit = max(beta, 1e-4)
     first, *falling = (unit * t for t in (TEMPERATURES if side > 2 else SLOWER))
@@ -254,9 +257,9 @@ def _label_device(cost: Tensor, compatibility: Tensor, labels0: Tensor, *, beta:
             over = blocks * (load > tau) if hard else (load - tau).clamp(min=0)
             logits = torch.baddbmm(costs[:, j], over, weigh[:, j].mT)
             q = logits.softmax(2)
-            for t in falling:
+            for t, near in zip(falling, [wide, *[edges] * len(falling)], strict=False):
                 field = q @ alike[:, j] if sweep else q
-                q = torch.baddbmm(logits, edges, field, beta=first / t, alpha=beta / t).softmax(2)
+                q = torch.baddbmm(logits, near, field, beta=first / t, alpha=beta / t).softmax(2)
             total = torch.baddbmm(others, ones @ q, adds[:, j])
             found.append(q)
         q = torch.stack(found, 1)
@@ -300,6 +303,7 @@ def label_parts(cost: Tensor, compatibility: Tensor, prior: Tensor, labels0: Ten
 @torch.no_grad()
 def blend(images: Tensor, targets: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Mixed images (P, N, C, H, W) and targets (P, N, classes): blocks and their shares."""
+    check_floats(images)
     _, n, _, height, width = images.shape
     side = labels.shape[2]
     rows, columns = ((torch.arange(length, device=images.device) * side).div(

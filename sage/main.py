@@ -34,6 +34,7 @@ from common.mixing import (
     draw_centre,
     draw_lambda,
     draw_perm,
+    input_gradient,
     mixup,
     probabilities,
     soft_targets,
@@ -191,24 +192,24 @@ def saliency_gradient(net, images, labels, args, scaler, part):
     the parameters stay, weighed by these images' `part` of the batch, and the mixed loss's are
     added to them; else they are not computed.
     """
-    if args.method == "sage":
-        keep, train_mode = args.update_ratio != 1, not args.eval_mode
-    else:
-        keep = train_mode = args.clean_lam > 0
-    net.train(train_mode)
-    images = images.detach().requires_grad_()
+    sage = args.method == "sage"
+    weight = 1 - args.update_ratio if sage else args.clean_lam
+    train = not args.eval_mode if sage else weight > 0
+
+    def clean_loss(logits, labels):
+        loss = (softmax_bce(logits, probabilities(labels, logits.shape[1])) if sage else
+                F.cross_entropy(logits.float(), labels))
+        return scaler.scale(loss)
+
     with runtime.autocast(args, images.device):
+        if not weight:
+            return input_gradient(net, images, labels, loss=clean_loss, train=train)
+        images = images.detach().requires_grad_()
+        net.train(train)
         logits = net(images)
-    if args.method == "sage":
-        loss = softmax_bce(logits, probabilities(labels, logits.shape[1]))
-        loss = loss * (1 - args.update_ratio) if keep else loss
-    else:
-        loss = F.cross_entropy(logits.float(), labels)
-        loss = loss * (2 * args.clean_lam / logits.shape[1]) if keep else loss
-    net.train()
-    if not keep:
-        return torch.autograd.grad(scaler.scale(loss), images)[0]
-    scaler.scale(loss * part).backward()
+        net.train()
+    weight = weight if sage else 2 * weight / logits.shape[1]
+    (clean_loss(logits, labels) * weight * part).backward()
     return images.grad
 
 

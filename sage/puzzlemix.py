@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common.mixing import check_floats, send
 from sage import graphcut
 
 SLACK = 1e-6         # rounding in comparisons of saliencies that sum to 1
@@ -22,7 +23,7 @@ def gradient_magnitude(grad: Tensor) -> Tensor:
 
 # ------------------------------------------------------------------------------------- draws
 
-def draw_block_num(generator: torch.Generator, sides: tuple[int, ...] = ()) -> int:
+def draw_block_num(generator: torch.Generator | None = None, sides: tuple[int, ...] = ()) -> int:
     """Blocks a side: 2, 4, 8 or 16, of these what divides all `sides` (pixels)."""
     choices = [n for n in (2, 4, 8, 16) if not any(side % n for side in sides)]
     if not choices:
@@ -30,8 +31,9 @@ def draw_block_num(generator: torch.Generator, sides: tuple[int, ...] = ()) -> i
     return choices[int(torch.randint(len(choices), (), generator=generator))]
 
 
-def draw_noise(images: Tensor, adv_p: float, adv_eps: float, generator: torch.Generator, *, mean,
-               std) -> tuple[Tensor, Callable[[Tensor], dict]]:
+def draw_noise(images: Tensor, adv_p: float, adv_eps: float,
+               generator: torch.Generator | None = None, *, mean, std
+               ) -> tuple[Tensor, Callable[[Tensor], dict]]:
     """Noise of stochastic adversarial Puzzle Mix, for the first and for the second images with
     probability adv_p each.
 
@@ -47,7 +49,7 @@ def draw_noise(images: Tensor, adv_p: float, adv_eps: float, generator: torch.Ge
     length = float(torch.rand((), generator=generator))
     mean, std = _per_channel(mean, images), _per_channel(std, images)
     pixels = images * std + mean
-    attacked = (pixels + start.to(images.device, non_blocking=True)).clamp(0, 1)
+    attacked = (pixels + send(start, images.device)).clamp(0, 1)
 
     def adversary(grad: Tensor) -> dict:
         step = (adv_eps + 2) / 255 * grad.sign()
@@ -111,7 +113,7 @@ def apply_mask(images: Tensor, saliency: Tensor, perm: Tensor, mask: Tensor, *,
     second = second[perm]
     if transport:
         blocks = [side // mask.shape[1] for side in images.shape[-2:]]
-        cells = [math.gcd(block, min(t_size, block)) if t_size > 0 else block for block in blocks]
+        cells = [_gcd(block, min(t_size, block)) if t_size > 0 else block for block in blocks]
         mass = _block_saliency(saliency, cells)
         fine = _upsample(mask, mass.shape[1:])
         plans = transport_plan(torch.cat([fine, 1 - fine]), torch.cat([mass, mass[perm]]), t_eps)
@@ -131,12 +133,13 @@ def graph_terms(images: Tensor, saliency: Tensor, perm: Tensor, block_num: int, 
     Colour steps that would arise along the border of two blocks depend on both owners; they are
     split into costs of the blocks and a weight of their disagreement.
     """
+    check_floats(images)
     height, width = images.shape[-2:]
     if block_num < 2 or height % block_num or width % block_num:
         raise ValueError(f"block_num {block_num} does not divide images of {height}x{width} pixels")
     perm = perm.to(images.device, non_blocking=True)
     blocks = height // block_num, width // block_num
-    cells = [math.gcd(min(neigh_size, block), block) for block in blocks]
+    cells = [_gcd(min(neigh_size, block), block) for block in blocks]
     mass = _block_saliency(saliency, blocks)
     costs = torch.stack([mass[perm], mass])              # taking one image loses the other's mass
     scale = beta * gamma / (block_num * 16)
@@ -273,6 +276,12 @@ def _move(images: Tensor, plan: Tensor, cells) -> Tensor:
     source = (source[:, :, None, :, None] + inside[:, None]).flatten(1)
     return images.flatten(2).gather(2, source.unsqueeze(1).expand(-1, images.shape[1], -1)
                                     ).view_as(images)
+
+
+def _gcd(a: int, b: int) -> int:
+    while b:                                     # dynamo does not trace math.gcd of changing sizes
+        a, b = b, a % b
+    return a
 
 
 def _upsample(mask: Tensor, size) -> Tensor:

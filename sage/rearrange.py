@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2.functional import gaussian_blur
 
-from common.mixing import per_image
+from common.mixing import check_floats, per_image, send
 
 # Elements (candidates × images × pixels) compared at once: what a CPU's cache, a GPU's memory holds
 CPU_CHUNK, GPU_CHUNK = 2 ** 19, 2 ** 26
@@ -22,7 +22,8 @@ def gradient_saliency(grad: Tensor, kernel_size: int = 5, sigma: float = 1.0) ->
     return gaussian_blur(grad.detach().abs().mean(1, keepdim=True), [kernel_size] * 2, [sigma] * 2)
 
 
-def draw_offsets(height: int, width: int, fraction: float, generator: torch.Generator) -> Tensor:
+def draw_offsets(height: int, width: int, fraction: float,
+                 generator: torch.Generator | None = None) -> Tensor:
     """Candidate shifts (K, 2) of (dy, dx) in pixels, on the CPU, without repetition.
 
     K = int((2·height - 1)(2·width - 1)·fraction), at least 1, of all shifts that leave an overlap.
@@ -74,7 +75,8 @@ def sage_mix(images: Tensor, saliency: Tensor, perm: Tensor, offsets: Tensor,
     ratio (B,), the mean of the mask.
     """
     batch, _, height, width = images.shape
-    perm, offsets = (t.to(images.device, non_blocking=True) for t in (perm, offsets))
+    check_floats(images)
+    perm, offsets = send(perm, images.device), send(offsets, images.device)
     saliency = saliency[:, 0].float()
     total = saliency.sum((1, 2), keepdim=True)
     share = torch.where((total > 0) & total.isfinite(), saliency / total, 1 / (height * width))

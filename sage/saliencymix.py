@@ -91,7 +91,7 @@ def saliency_mix(images: Tensor, perm: Tensor, lam: Tensor | float, saliency: Te
     return torch.where(box, partners, images), (1 - box.float().mean()).expand(len(images))
 
 
-def draw_box_lambda(generator: torch.Generator, probability: float = 0.5) -> Tensor:
+def draw_box_lambda(generator: torch.Generator | None = None, probability: float = 0.5) -> Tensor:
     """Beta(1, 1) with the given probability, else 1: no box, a batch left as it is."""
     mixes = torch.rand((), generator=generator) < probability
     return torch.where(mixes, draw_lambda(1.0, generator), 1.0)

@@ -60,7 +60,6 @@ STEPS = [
 ALLOWED = {"fp16": "(grad_scaler.py)", "gco": " sage/", "skimage": " safuse/superpixels.py"}
 # Steps that wait today, by their flags, and why; whoever mends one takes it out
 WAITING = {
-    "--adv_p": "adversarial noise is drawn on the host",
 }
 
 

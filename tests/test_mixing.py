@@ -141,3 +141,114 @@ def test_draw_centre():
     centre = mixing.draw_centre(10, 40, torch.Generator().manual_seed(0), 5000)
     assert (centre.amax(0) <= torch.tensor([10, 40])).all() and (centre >= 0).all()
     torch.testing.assert_close(centre.mean(0), torch.tensor([5.0, 20.0]), rtol=0.03, atol=0)
+
+
+def test_draws_take_torchs_own_generator():
+    draws = (mixing.draw_perm, 9), (mixing.draw_lambda, 1.0), (mixing.draw_centre, 9, 9), \
+        (mixing.draw_pixels, 9, (30, 30))
+    for draw, *words in draws:
+        torch.manual_seed(5)
+        one, two = draw(*words), draw(*words)
+        assert not torch.equal(one, two)
+        torch.manual_seed(5)
+        assert torch.equal(draw(*words), one)
+
+
+def test_soft_targets_chain(device):
+    """Of probabilities: smoothed labels, or those of another mixing."""
+    labels, perm = torch.arange(4, device=device), torch.tensor([1, 2, 3, 0])
+    first = mixing.soft_targets(labels, perm, torch.tensor(0.7), 5)
+    again = mixing.soft_targets(first, perm, torch.tensor(0.6), 5)
+    torch.testing.assert_close(again, 0.6 * first + 0.4 * first[perm])
+    assert again.dtype == torch.float32 and torch.allclose(again.sum(1), torch.ones(4).to(device))
+    with pytest.raises(ValueError, match="not of 6 classes"):
+        mixing.soft_targets(first, perm, torch.tensor(0.7), 6)
+
+
+def test_bytes_and_impossible_shares_are_refused(device):
+    perm, pixels = torch.tensor([1, 0]), torch.zeros(2, 3, 8, 8, dtype=torch.uint8, device=device)
+    with pytest.raises(TypeError, match="floating point, not torch.uint8"):
+        mixing.mixup(pixels, perm, 0.5)
+    for lam in (1.7, -0.1, torch.tensor([0.5, float("nan")])):
+        with pytest.raises(ValueError, match=r"shares must lie in \[0, 1\]"):
+            mixing.mixup(pixels.float(), perm, lam)
+        with pytest.raises(ValueError, match="shares"):
+            mixing.cutmix(pixels, perm, torch.tensor([4.0, 4.0]), lam)
+
+
+class Tiny(torch.nn.Sequential):
+    def __init__(self):
+        super().__init__(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU(),
+                         torch.nn.Dropout(0.5), torch.nn.Flatten(), torch.nn.Linear(8 * 36, 5))
+
+
+def state(net):
+    return {name: value.clone() for name, value in net.state_dict().items()}
+
+
+def test_input_gradient_leaves_the_model_as_it_was(device):
+    """The gradient in evaluation mode; modes, statistics, gradients, frozen parameters stay."""
+    torch.manual_seed(0)
+    net = Tiny().to(device)
+    net[1].eval()
+    net[0].weight.requires_grad_(False)
+    net[5].bias.grad = torch.ones(5, device=device)
+    before, images = state(net), torch.randn(6, 3, 8, 8, device=device)
+    labels = torch.arange(6, device=device) % 5
+    with torch.no_grad():
+        found = mixing.input_gradient(net, images, labels)
+    assert not images.requires_grad and not found.requires_grad
+    assert [part.training for part in net] == [True, False, True, True, True, True]
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert [p.grad is None for p in net.parameters()] == [True] * 5 + [False]
+    assert torch.equal(net[5].bias.grad, torch.ones(5, device=device))
+    assert not net[0].weight.requires_grad and net[5].weight.requires_grad
+    leaf = images.clone().requires_grad_()
+    F.cross_entropy(net.eval()(leaf), labels).backward()
+    torch.testing.assert_close(found, leaf.grad)
+    one_hot = F.one_hot(labels, 5).float()
+    torch.testing.assert_close(mixing.input_gradient(net, images, one_hot), found)
+    doubled = mixing.input_gradient(net, images, labels,
+                                    loss=lambda out, y: 2 * F.cross_entropy(out, y))
+    torch.testing.assert_close(doubled, 2 * found)
+    net.train()
+    mixing.input_gradient(net, images, labels, train=True)
+    assert not torch.equal(net[1].running_mean, before["1.running_mean"])
+
+
+def test_input_gradient_in_other_peoples_wrappers(device):
+    """Under autocast (then training goes on), DataParallel and torch.compile."""
+    torch.manual_seed(0)
+    net, images = Tiny().to(device), torch.randn(6, 3, 8, 8, device=device)
+    labels = torch.arange(6, device=device) % 5
+    plain = mixing.input_gradient(net, images, labels)
+    for wrapped in (torch.nn.DataParallel(net), torch.compile(net, backend="eager"),
+                    torch.compile(torch.nn.DataParallel(net), backend="eager")):
+        assert torch.equal(mixing.input_gradient(wrapped, images, labels), plain)
+    with torch.autocast(device.type, torch.bfloat16):
+        half = mixing.input_gradient(net, images, labels)
+        loss = F.cross_entropy(net(images), labels)
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half, plain, rtol=0.1, atol=0.01)
+    loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
+    with pytest.raises(TypeError, match="floating point"):
+        mixing.input_gradient(net, images.byte(), labels)
+
+
+def test_large_tensors_are_sent_in_pieces(device):
+    for values in (torch.randn(3, 50_000), torch.arange(10), torch.arange(40_001).short()):
+        assert torch.equal(mixing.send(values, device).cpu(), values)
+    pieces = mixing.send(torch.zeros(3, 50_000), torch.device("meta"))
+    assert pieces.shape == (3, 50_000) and pieces.is_meta
+
+
+def test_dynamo_takes_mixing_whole():
+    """No graph break in Mixup, CutMix and Cutout."""
+    images, perm = torch.randn(4, 3, 8, 8), torch.tensor([1, 2, 3, 0])
+    centre, pixels = torch.tensor([3.0, 4.0]), torch.tensor([[1, 2], [3, 4], [5, 6], [7, 7]])
+    for mix, *words in ((mixing.mixup, perm, torch.tensor(0.3)),
+                        (mixing.cutmix, perm, centre, torch.tensor(0.3)),
+                        (mixing.cutout, pixels, 4)):
+        compiled = torch.compile(mix, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(images, *words), mix(images, *words))

@@ -111,6 +111,19 @@ def test_mean_field_is_as_good_as_graph_cuts(side, thres_type, device):
     assert (value["device"] < value["gco"] + 4 * torch.hypot(*spread.values())).all()
 
 
+def test_mean_field_prefers_whole_images_where_saliency_is_flat(device):
+    """Then smoothness rules: few inputs an output, few blocks of two (graph cuts: 1 and none)."""
+    generator = torch.Generator().manual_seed(3)
+    saliency = torch.rand(8, 20, 32, 32, generator=generator)
+    draws = draw_comix(160, generator, m_part=20, block_num=4)
+    labels = label_parts(*(t.to(device) for t in (
+        *cost_and_compatibility(saliency, 4), draws.prior.view(8, 20),
+        draws.labels0.view(8, 20, 4, 4))), solver="device")
+    counts = block_masks(labels, 20).sum((2, 3))
+    assert (counts > 0).sum(2).float().mean() < 1.35
+    assert (labels[..., 0] != labels[..., 1]).float().mean() < 0.2
+
+
 def test_mean_field_never_waits_for_the_device():
     """On tensors without data any look at a value raises."""
     problem = [t.to("meta") for t in random_parts(2, 5, 4)]
@@ -178,9 +191,11 @@ def test_outputs_of_the_same_inputs_are_parted(solver, device):
 
 
 def test_half_precision_keeps_whole_blocks(device):
-    draws = draw_comix(20, torch.Generator().manual_seed(3))
-    images = torch.randn(20, 3, 32, 32, device=device).bfloat16()
-    saliency = torch.rand(20, 32, 32, device=device)
+    generator = torch.Generator().manual_seed(3)
+    draws = draw_comix(20, generator)
+    images = torch.randn(20, 3, 32, 32, generator=generator).bfloat16().to(device)
+    saliency = torch.rand(20, 1, 6, 6, generator=generator).to(device)
+    saliency = F.interpolate(saliency, 32, mode="bilinear")[:, 0] ** 3
     with torch.autocast(device.type, torch.bfloat16):
         mixed, soft = co_mix_batch(images, torch.eye(20, device=device), saliency, draws)
     assert mixed.dtype == torch.bfloat16 and soft.dtype == torch.float32
@@ -209,3 +224,12 @@ def test_unknown_names_are_refused():
         label_parts(*problem, solver="cuda")
     with pytest.raises(ValueError, match="thres_type"):
         label_parts(*problem, thres_type="firm")
+    with pytest.raises(TypeError, match="floating point"):
+        co_mix(torch.zeros(4, 3, 8, 8).byte(), torch.eye(4), *(t[0] for t in problem))
+
+
+def test_dynamo_takes_it_whole():
+    problem = [t[0] for t in random_parts(1, 5, 4)]
+    images, targets = torch.randn(5, 3, 16, 16), torch.eye(5)
+    whole = torch.compile(co_mix, fullgraph=True, backend="eager")
+    torch.testing.assert_close(whole(images, targets, *problem), co_mix(images, targets, *problem))

@@ -254,6 +254,8 @@ def test_bad_arguments():
     images, saliency, perm = batch()
     with pytest.raises(ValueError, match="block_num 5"):
         puzzlemix.puzzle_mix(images, saliency, perm, 0.5, 5, **CIFAR100)
+    with pytest.raises(TypeError, match="floating point"):
+        puzzlemix.puzzle_mix(images.byte(), saliency, perm, 0.5, 4, **CIFAR100)
     with pytest.raises(ValueError, match="solver"):
         puzzlemix.puzzle_mix(images, saliency, perm, 0.5, 4, solver="magic", **CIFAR100)
 
@@ -262,3 +264,15 @@ def test_gradient_magnitude(device):
     grad = torch.tensor([3.0, 4.0, 0.0], device=device).view(1, 3, 1, 1).expand(2, 3, 4, 5)
     torch.testing.assert_close(puzzlemix.gradient_magnitude(grad),
                                torch.full((2, 4, 5), (25 / 3) ** 0.5, device=device))
+
+
+@pytest.mark.parametrize("block_num", [2, 4])
+def test_dynamo_takes_it_whole(block_num):
+    images, saliency, perm = batch()
+
+    def mix(images, saliency, perm, lam):
+        return puzzlemix.puzzle_mix(images, saliency, perm, lam, block_num, solver="device",
+                                    **CIFAR100)
+    words = images, saliency, perm, torch.tensor(0.4)
+    whole = torch.compile(mix, fullgraph=True, backend="eager")
+    torch.testing.assert_close(whole(*words), mix(*words))

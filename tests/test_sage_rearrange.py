@@ -118,3 +118,19 @@ def test_draw_offsets(size, fraction, count):
     assert (offsets.abs() <= torch.tensor(size) - 1).all()
     if fraction == 1:
         assert (offsets.abs().amax(0) == torch.tensor(size) - 1).all()
+
+
+def test_bytes_are_refused(device):
+    images = torch.zeros(2, 3, 8, 8, dtype=torch.uint8, device=device)
+    with pytest.raises(TypeError, match="floating point, not torch.uint8"):
+        sage_mix(images, torch.rand(2, 1, 8, 8, device=device), torch.tensor([1, 0]),
+                 torch.tensor([[0, 1]]), 0.5)
+
+
+def test_dynamo_takes_it_whole():
+    torch.manual_seed(0)
+    words = (torch.randn(4, 3, 8, 8), torch.rand(4, 1, 8, 8), torch.tensor([1, 2, 3, 0]),
+             draw_offsets(8, 8, 0.1), torch.tensor(0.4))
+    for function, args in ((sage_mix, words), (gradient_saliency, words[:1])):
+        whole = torch.compile(function, fullgraph=True, backend="eager")
+        torch.testing.assert_close(whole(*args), function(*args))

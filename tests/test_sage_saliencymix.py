@@ -70,3 +70,13 @@ def test_tiny_images(size, device):
 def test_only_bytes_have_this_saliency():
     with pytest.raises(TypeError, match="uint8 images, not torch.float32"):
         fine_grained_saliency(torch.rand(1, 3, 8, 8))
+
+
+def test_dynamo_takes_it_whole():
+    image, images = torch.randint(256, (1, 3, 16, 16)).byte(), torch.randn(3, 3, 16, 16)
+
+    def mix(image, images, perm, lam):
+        return saliency_mix(images, perm, lam, fine_grained_saliency(image)[0])
+    words = image, images, torch.tensor([1, 2, 0]), torch.tensor(0.4)
+    whole = torch.compile(mix, fullgraph=True, backend="eager")
+    torch.testing.assert_close(whole(*words), mix(*words))
