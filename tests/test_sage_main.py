@@ -33,6 +33,7 @@ def test_every_method_trains_and_closes(tmp_path, method, capsys):
     assert "median of the last 1 epochs" in printed and str(folder / "mixed.png") in printed
     assert {f.name for f in folder.iterdir()} == {
         "args.json", "log.csv", "curves.png", "mixed.png", "checkpoint.pt", "best.pt", ".lock",
+        "evaluation.csv", "evaluation.png",
         "tensorboard"}
     facts = json.loads((folder / "args.json").read_text())
     assert facts["args"]["method"] == method and facts["torch"] == torch.__version__
