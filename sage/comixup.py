@@ -88,8 +88,6 @@ def prior_cost(cost: Tensor, prior: Tensor, eta: float) -> Tensor:
     return cost.float() - eta / cost.shape[-1] ** 2 * (prior + 1e-8).log()[..., None, None]
 
 
-# ---- the labelling's value
-
 def block_masks(labels: Tensor, inputs: int) -> Tensor:
     """Masks (..., N, n, n, inputs), 0, 0.5 or 1, of labels (..., N, n, n, 2)."""
     one_hot = torch.zeros(*labels.shape[:-1], inputs, device=labels.device)
@@ -246,8 +244,7 @@ def _label_device(cost: Tensor, compatibility: Tensor, labels0: Tensor, *, beta:
         if sweep == niter - 1 and sweep and set_resolve:
             extra = _resolve(counts * (counts > 0.25))[..., None]
             costs = costs - gamma / first * (shares @ extra).mT
-        adds, weigh = (shares.flatten(1, 2) @ tables).view(parts, n, -1, 3 * n).split(
-            [2 * n, n], 3)
+        adds, weigh = (shares.flatten(1, 2) @ tables).view(parts, n, -1, 3 * n).split(2 * n, 3)
         # The blocks, and A times the blocks, of each output and of all; a row for each block
         own = (counts @ tables[..., :2 * n])[:, :, None].expand(-1, -1, size, -1)
         total, found = own.sum(1), []
@@ -322,10 +319,9 @@ def co_mix(images: Tensor, targets: Tensor, cost: Tensor, compatibility: Tensor,
     `cost` (B, n, n), `compatibility` (B, B), `prior` (B,), `labels0` (B, n, n) and the options as
     in `label_parts`. Returns mixed images and soft targets (B, classes).
     """
-    part = [t.to(images.device, non_blocking=True)[None]
-            for t in (cost, compatibility, prior, labels0)]
-    mixed, soft = blend(images[None], targets[None], label_parts(*part, **options))
-    return mixed[0], soft[0]
+    terms = cost, compatibility, prior, labels0
+    labels = label_parts(*(t.to(images.device, non_blocking=True)[None] for t in terms), **options)
+    return tuple(result[0] for result in blend(images[None], targets[None], labels))
 
 
 def co_mix_batch(images: Tensor, targets: Tensor, saliency: Tensor, draws: CoMixDraws, *,
@@ -351,5 +347,4 @@ def co_mix_batch(images: Tensor, targets: Tensor, saliency: Tensor, draws: CoMix
         cost, compatibility = cost_and_compatibility(sal, draws.block_num, omega)
         labels = label_parts(cost, compatibility, prior, labels0, **options)
         results.append([t.flatten(0, 1) for t in blend(image, target, labels)])
-    mixed, soft = (torch.cat(parts) for parts in zip(*results, strict=True))
-    return mixed, soft
+    return tuple(torch.cat(parts) for parts in zip(*results, strict=True))
