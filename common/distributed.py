@@ -1,6 +1,8 @@
 """The processes of a run: rank, log lines of rank 0, reductions, gathers, seeds of a step."""
 import hashlib
+import os
 import sys
+import time
 
 import torch
 import torch.distributed as dist
@@ -8,32 +10,86 @@ from tqdm import tqdm
 
 from common.errors import RunError
 
+SLURM = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID",
+         "WORLD_SIZE": "SLURM_STEP_NUM_TASKS"}
+
+
+def read_launcher() -> tuple[int, int]:
+    """Return (local rank, processes of this machine) by torchrun's or srun's environment.
+
+    Raises RunError naming a variable that is missing, or is no number.
+    """
+    env = os.environ
+    if env.get("SLURM_STEP_NUM_TASKS", "1") != "1" and "RANK" not in env:   # srun, no torchrun
+        env.update({ours: env[theirs] for ours, theirs in SLURM.items() if theirs in env})
+    missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+               if name not in env]
+    if missing and ("RANK" in env or env.get("WORLD_SIZE", "1") != "1"):
+        raise RunError(f"a run of several processes needs {' and '.join(missing)} in its "
+                       "environment: start it with torchrun, or set them as "
+                       "resizemix/scripts/train_slurm.sh does")
+    for name in (*SLURM, "LOCAL_WORLD_SIZE", "MASTER_PORT"):
+        if not env.get(name, "0").isdecimal():
+            raise RunError(f"{name}={env[name]} in the environment is not a number: unset it, or "
+                           "start with torchrun")
+    return int(env.get("LOCAL_RANK", 0)), int(env.get("LOCAL_WORLD_SIZE", 1))
+
+
+def join(device: torch.device):
+    """Join the other processes, if a launcher started several. Raises RunError if that fails."""
+    if "RANK" not in os.environ or dist.is_initialized():
+        return
+    on_gpu = device.type == "cuda"
+    try:
+        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
+    except (RuntimeError, ValueError) as fault:
+        raise RunError("the processes cannot meet at MASTER_ADDR:MASTER_PORT "
+                       f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}: "
+                       f"{str(fault).splitlines()[0]}") from None
+
 
 def rank() -> int:
-    """Number of this process among all (0 without torchrun)."""
+    """Return the number of this process among all (0 without torchrun)."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world() -> int:
-    """Number of processes (1 without torchrun)."""
+    """Return the number of processes (1 without torchrun)."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def log(message: str):
-    """Prints on the first process only, above a progress bar if there is one."""
+    """Print on rank 0, above a progress bar if there is one."""
     if rank() == 0:
         tqdm.write(message)
         sys.stdout.flush()
 
 
 def warn(message: str):
-    """One line on stderr, from the first process only."""
+    """Print a warning on stderr, on rank 0."""
     if rank() == 0:
         print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
+def print_once(line: str):
+    """Print one line on stderr, unless another process of the run has printed the same.
+
+    Before the processes are joined, the first of each machine prints it.
+    """
+    try:
+        if dist.is_initialized():
+            told = dist.distributed_c10d._get_default_store().add(line, 1) > 1
+        else:
+            told = os.environ.get("LOCAL_RANK", "0").strip("0").isdecimal()
+            time.sleep(5 * told)                            # torchrun ends all when one has ended
+    except RuntimeError:                                    # the store's process is gone
+        told = False
+    if not told:
+        print(line, file=sys.stderr, flush=True)
+
+
 def total(values: torch.Tensor) -> torch.Tensor:
-    """Sum of a tensor over all processes (the tensor itself when there is one)."""
+    """Return the sum of a tensor over all processes (the tensor itself when there is one)."""
     if world() > 1:
         values = values.clone()
         dist.all_reduce(values)
@@ -41,7 +97,7 @@ def total(values: torch.Tensor) -> torch.Tensor:
 
 
 def gather(value) -> list:
-    """What each process has for `value` (anything that pickles), in the order of ranks."""
+    """Return every process's `value` (anything that pickles), in the order of ranks."""
     values = [value] * world()
     if world() > 1:
         dist.all_gather_object(values, value)
@@ -49,7 +105,7 @@ def gather(value) -> list:
 
 
 def gather_rows(rows: torch.Tensor) -> torch.Tensor:
-    """The processes' tensors (B, ...), all of one shape, in one; only our own carry a gradient."""
+    """Return all processes' rows (B, ...), equal shapes, as one; only our own carry a gradient."""
     if world() == 1:
         return rows
     parts = [torch.empty_like(rows, memory_format=torch.contiguous_format) for _ in range(world())]
@@ -59,14 +115,14 @@ def gather_rows(rows: torch.Tensor) -> torch.Tensor:
 
 
 def share_buffers(net):
-    """Every rank takes rank 0's BatchNorm statistics, so that all evaluate the same network."""
+    """Copy rank 0's BatchNorm statistics to all, so that they evaluate the same network."""
     if world() > 1:
         for buffer in net.buffers():
             dist.broadcast(buffer, 0)
 
 
 def per_rank(batch_size: int) -> int:
-    """Images of this process in one step of `batch_size` images over all processes."""
+    """Return the images of this process in a step of `batch_size` over all processes."""
     if batch_size % world():
         raise RunError(f"--batch_size {batch_size} cannot be shared by {world()} processes: "
                        f"take a multiple of {world()}")
@@ -74,13 +130,13 @@ def per_rank(batch_size: int) -> int:
 
 
 def seed_of(*numbers) -> int:
-    """A 63-bit seed that depends on all numbers (seed, epoch, step, rank, …) and nothing else."""
+    """Return a 63-bit seed made of all numbers (seed, epoch, step, rank, …)."""
     digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
 def step_generator(seed: int, epoch: int, step: int) -> torch.Generator:
-    """The source of one training step's draws on this rank; dropout is seeded alike.
+    """Return the generator of a training step's draws on this rank; seed torch (dropout) alike.
 
     Because a step's randomness is a function of its number alone, a resumed run continues
     exactly where a run that was never stopped would be.

@@ -1,11 +1,50 @@
-"""argparse types, and the flags shared by all training scripts."""
+"""The parser of all programs, argparse types, and the flags shared by all training scripts."""
 import argparse
 import contextlib
-import math
+import difflib
+import os
+import struct
+import sys
 from pathlib import Path
+
+from common.distributed import print_once
 
 BOOLEANS = {"true": True, "t": True, "yes": True, "y": True, "1": True,
             "false": False, "f": False, "no": False, "n": False, "0": False}
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the default of every flag that has one, also of flags without a help text."""
+
+    def add_argument(self, action):
+        if action.help is None and action.default is not None:
+            action.help = "(default: %(default)s)"
+        super().add_argument(action)
+
+    def _get_help_string(self, action):
+        plain = action.default is None or action.default in ("", [], argparse.SUPPRESS)
+        return action.help if plain else super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with a main.py's docstring, usage errors of two lines, and "did you mean"."""
+
+    def __init__(self, doc: str | None):
+        super().__init__(description=(doc or "").split("\n\n")[0], formatter_class=Help,
+                         usage="%(prog)s [flags]")
+
+    def peek(self, argv=None) -> argparse.Namespace:
+        """Return the flags given, before a configuration among them sets the others' defaults."""
+        words = sys.argv[1:] if argv is None else argv
+        return self.parse_known_args([word for word in words if word not in ("-h", "--help")])[0]
+
+    def error(self, message: str):
+        """Exit with code 2 and two lines."""
+        for word in message.split() if message.startswith("unrecognized") else ():
+            near = difflib.get_close_matches(word.split("=")[0], self._option_string_actions, 1)
+            message += f"; did you mean {near[0]}?" if near and word.startswith("--") else ""
+        print_once(f"usage: {self.prog} [flags]; --help lists them\n{self.prog}: error: {message}")
+        sys.exit(2)
 
 
 def boolean(text: str) -> bool:
@@ -22,19 +61,28 @@ def add_boolean(add, name: str, default: bool, help: str):
 
 
 def number(kind=float, low=None, high=None, above=None):
-    """argparse type: an int or float within its bounds (`above` excludes the bound itself)."""
+    """argparse type: an int64 or float32 within bounds (`above` excludes the bound itself)."""
     bounds = [f"{word} {bound}" for word, bound in
               (("of at least", low), ("at most", high), ("above", above)) if bound is not None]
 
     def check(text: str):
-        with contextlib.suppress(ValueError, OverflowError):
+        with contextlib.suppress(ValueError, OverflowError, struct.error):
             value = kind(text.removesuffix(".0") if kind is int else text)
+            stored, = struct.unpack("q" if kind is int else "f",
+                                    struct.pack("q" if kind is int else "f", value))
             if ((low is None or value >= low) and (high is None or value <= high)
-                    and (above is None or value > above) and math.isfinite(value)):
+                    and (above is None or stored > above) and abs(stored) < float("inf")):
                 return value
         what = "an integer" if kind is int else "a number"
-        raise argparse.ArgumentTypeError(f"'{text}' is not {what} {' and '.join(bounds)}")
+        raise argparse.ArgumentTypeError(f"'{text}' is not {what} {' and '.join(bounds)}".rstrip())
     return check
+
+
+def path(text: str) -> str:
+    """argparse type: a path, with ~ expanded."""
+    if not text:
+        raise argparse.ArgumentTypeError("an empty string is no path")
+    return os.path.expanduser(text)
 
 
 def part_of_a_name(text: str) -> str:
@@ -67,13 +115,13 @@ class Picture(argparse.Action):
 
 def folder(text: str) -> str:
     """argparse type: a folder that is there."""
-    if not Path(text).expanduser().is_dir():
+    if not Path(path(text)).is_dir():
         raise argparse.ArgumentTypeError(f"'{text}' is no folder")
-    return text
+    return path(text)
 
 
 def add_flags(parser, datasets, archs, names: dict, **defaults):
-    """The flags that every main.py has beside its paper's own.
+    """Add the flags shared by all training scripts.
 
     datasets, archs: the choices; names: a paper's own names for some of these flags, by ours;
     defaults: values by flag (none: None, unless a configuration sets it).
@@ -87,8 +135,8 @@ def add_flags(parser, datasets, archs, names: dict, **defaults):
     defaults = {"data_dir": "data", "root_dir": "experiments", "initial_channels": 64, "seed": 0,
                 "workers": 4, "print_freq": 100, "momentum": 0.9, "job_name": ""} | defaults
     ours("dataset", "which data", choices=datasets)
-    ours("data_dir", "folder (or .npz file) of the data set")
-    ours("root_dir", "where the run's folder is made")
+    ours("data_dir", "folder (or .npz file) of the data set", type=path)
+    ours("root_dir", "where the run's folder is made", type=path)
     ours("job_name", "suffix of the run's folder", type=part_of_a_name)
     ours("labels_per_class", "training images of each class, if not all", type=positive)
     ours("image_size", "side of the square images in pixels, if not the data set's",
@@ -100,12 +148,12 @@ def add_flags(parser, datasets, archs, names: dict, **defaults):
         ours("pretrained", "begin with ImageNet weights: torchvision's (downloaded; the meaning of "
              "the flag alone), a file's, or none", type=weights, nargs="?", const="torchvision",
              metavar="FILE")
-    ours("epochs", type=positive)
-    ours("batch_size", "over all processes", type=positive)
+    ours("epochs", "passes over the training images", type=positive)
+    ours("batch_size", "images of a step, over all processes", type=positive)
     ours("lr", "learning rate", type=amount)
-    ours("momentum", type=share)
-    ours("weight_decay", type=amount)
-    ours("seed", "of all that is random; a default of -1 draws one",
+    ours("momentum", "of SGD", type=share)
+    ours("weight_decay", "L2 penalty of the optimizer", type=amount)
+    ours("seed", "random seed (-1: pick one)",
          type=number(int, low=-2**63, high=2**63 - 1))
     ours("workers", "threads that decode image files or run DALI", type=count)
     ours("print_freq", "steps between log lines", type=positive)
@@ -116,24 +164,25 @@ def add_flags(parser, datasets, archs, names: dict, **defaults):
         help="auto: the GPU where there is one")
     add("--amp", choices=["off", "bf16", "fp16"], default="off",
         help="autocast precision; fp16 scales the loss and needs a GPU")
-    add_boolean(add, "--compile", False, "torch.compile the network")
+    add_boolean(add, "--compile", False, "torch.compile the network and the mixing")
     add_boolean(add, "--channels_last", True,
                 "memory format of the network; on, it measured faster everywhere")
     add("--loader", choices=["auto", "dali", "torch"], default="auto",
         help="who makes the batches; both augment alike, auto: the faster")
-    add("--resume", *names.get("resume", ()), default="", metavar="auto|PATH",
-        help="auto: go on from the run's newest good checkpoint, if there is one")
+    add("--resume", *names.get("resume", ()), type=path, metavar="auto|PATH",
+        help="continue from this checkpoint; auto: from the run's newest valid one, if any")
     either = group.add_mutually_exclusive_group().add_argument
-    either("--evaluate", nargs="?", const="auto", default="", metavar="CHECKPOINT",
+    either("--evaluate", nargs="?", const="auto", type=path, metavar="CHECKPOINT",
            help="evaluate and exit: this file, or --resume's, or the run's best.pt")
-    either("--preview", default="", metavar="FILE.png", action=Picture,
+    either("--preview", type=path, metavar="FILE.png", action=Picture,
            help="draw a mixed batch with its label shares (by --resume's network), and exit")
     add("--corruptions", metavar="DIR", type=folder, help="CIFAR-10-C, CIFAR-100-C or "
         "Tiny-ImageNet-C: evaluate on these too, with --evaluate or after training")
-    add("--cam", default="", metavar="FILE.png", action=Picture,
+    add("--cam", type=path, metavar="FILE.png", action=Picture,
         help="draw what --target_layer looks at (Grad-CAM) in test images, and exit")
     add("--target_layer", metavar="layerN.M", help="--cam: block M of stage N, or a module's name "
         "(default: the last with a feature map)")
-    add("--max_steps", type=positive, default=None, metavar="N",
-        help="a trial: N training steps, N evaluation batches, then all the closing motions")
+    add("--max_steps", type=positive, metavar="N", help="a trial: stop after N training steps and "
+        "N evaluation batches; evaluation, plots and checkpoint follow")
     add_boolean(add, "--tensorboard", False, "write TensorBoard events into the run folder")
+    add("--debug", action="store_true", help="show the traceback of an unforeseen error")

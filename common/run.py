@@ -1,16 +1,22 @@
 """A run: its folder, resume, the epoch's steps, log lines, sums of a training epoch."""
 import contextlib
 import csv
-import fcntl
 import io
 import json
 import math
+import os
 import platform
 import statistics
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:                     # Windows: folders are not locked
+    fcntl = None
 
 import torch
 import torchvision
@@ -24,9 +30,9 @@ from common.plots import write_atomic
 NOT_SAVED = "nothing was saved after the last good checkpoint; a lower learning rate may help"
 
 # Flags that a run may change when it goes on, without a word
-NOT_TRAINING = ("data_dir", "root_dir", "workers", "print_freq", "device", "loader", "resume",
-                "evaluate", "preview", "corruptions", "cam", "target_layer", "max_steps",
-                "tensorboard")
+NOT_TRAINING = ("data_dir", "root_dir", "workers", "print_freq", "device", "resume", "evaluate",
+                "preview", "corruptions", "cam", "target_layer", "max_steps", "tensorboard",
+                "debug")
 
 
 
@@ -116,16 +122,19 @@ class Run:
             raise RunError(f"{self.folder}: the processes find different checkpoints there; "
                            "--root_dir must be on a disk that all machines share")
         self.resumed = state is not None
-        changed = {name: f"{before} -> {getattr(self.args, name)}"
-                   for name, before in (state or {}).get("args", {}).items()
-                   if name not in NOT_TRAINING and before != vars(self.args).get(name, before)}
+        before, now = (state or {}).get("args", {}), self.settings()
+        changed = {name: f"{value} -> {now[name]}" for name, value in before.items()
+                   if name not in NOT_TRAINING and value != now.get(name, value)}
         if changed:
-            distributed.warn("going on with other flags than before: " + ", ".join(
-                f"--{name} {change}" for name, change in changed.items()))
+            distributed.warn("going on with other settings than before: " + ", ".join(
+                f"{'--' * hasattr(self.args, name)}{name} {change}"
+                for name, change in changed.items()))
         if start_epoch is not None:
             self.epoch, self.step, self.sums = start_epoch, 0, None
             self.history = [row for row in self.history if row["epoch"] < start_epoch]
         self.stop = runtime.StopSignal()
+        if self.keeps_files:
+            runtime.traceback_folder = self.folder
         if not self.writes:
             return
         on_gpu = self.device.type == "cuda"
@@ -147,13 +156,22 @@ class Run:
         """Makes the run's folder and holds it until the process ends."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.lock = open(self.folder / ".lock", "w")
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if fcntl:
+                self.lock = open(self.folder / ".lock", "w")
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock = weakref.ref(self.lock)                   # workers may outlive us
+                os.register_at_fork(after_in_child=lambda: lock() and lock().close())
         except BlockingIOError:
             raise RunError(f"{self.folder}: another run is writing there; choose another "
                            "--root_dir or wait for its end") from None
         except OSError as fault:
             raise RunError(f"{self.folder} cannot be written: {fault.strerror}") from None
+
+    def settings(self) -> dict:
+        """Return the flags, and what else the exact numbers of a run depend on."""
+        return vars(self.args) | {
+            "hardware": self.device.type, "processes": distributed.world(),
+            "threads": torch.get_num_threads() if self.device.type == "cpu" else None}
 
     def restore(self, state: dict):
         """Takes over a checkpoint. Raises RunError for one that this run cannot go on from."""
@@ -241,7 +259,7 @@ class Run:
             checkpoint.save(self.folder, {
                 **{name: part.state_dict() for name, part in self.parts.items()},
                 "epoch": self.epoch, "step": self.step, "sums": sums, "history": self.history,
-                "best": self.best, "identity": self.identity, "args": vars(self.args)})
+                "best": self.best, "identity": self.identity, "args": self.settings()})
 
     # ---- the end of an epoch
 

@@ -1,74 +1,95 @@
 """Device, memory format, precision, compilation, signals, and the start and end of a program."""
 import contextlib
 import ctypes
+import functools
 import importlib.util
 import os
-import re
+import platform
+import shutil
 import signal
 import sys
 import traceback
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from common.distributed import log, warn, world
+from common import distributed
+from common.distributed import log, print_once, rank, warn, world
 from common.errors import RunError, Stopped
 
-MEMORY_FULL = "error: the memory is full: lower --batch_size, or the sizes that the flags ask for"
+COMPILERS = {"darwin": "clang++", "win32": "cl"}            # what torch.compile calls on a CPU
+traceback_folder = Path()                                   # of unforeseen faults; a run's own
 
+
+# ----------------------------------------------------------------------------------- the machine
 
 def setup(args) -> torch.device:
-    """Chooses the device, joins torchrun's or srun's processes, seeds, and tunes the CPU.
+    """Return the device, with the processes joined, seeds set and the CPU's memory tuned.
 
-    Raises RunError when the device asked for is not there. Prints what it chose, once.
+    Raises RunError when what the flags or the launcher ask for is missing here.
     """
-    if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1 and "RANK" not in os.environ:
-        os.environ.update(RANK=os.environ["SLURM_PROCID"], LOCAL_RANK=os.environ["SLURM_LOCALID"],
-                          WORLD_SIZE=os.environ["SLURM_STEP_NUM_TASKS"])     # srun, no torchrun
-    missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-               if "RANK" in os.environ and name not in os.environ]
-    if missing:
-        raise RunError(f"a run of several processes needs {' and '.join(missing)} in its "
-                       "environment: start it with torchrun, or set them as "
-                       "resizemix/scripts/train_slurm.sh does")
-    if args.loader == "dali" and not (importlib.util.find_spec("nvidia")
-                                      and importlib.util.find_spec("nvidia.dali")):
-        raise RunError("--loader dali: DALI is not installed (pip install nvidia-dali-cuda120, on "
-                       "Linux); --loader torch does without it")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise RunError("--device cuda: torch sees no GPU here; use --device cpu or auto")
-    use_cuda = torch.cuda.is_available() and args.device != "cpu"
-    if args.amp == "fp16" and not use_cuda:
-        raise RunError("--amp fp16 needs a GPU; use --amp bf16 or off on a CPU")
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    if use_cuda and local_rank >= torch.cuda.device_count():
-        raise RunError(f"process {local_rank} of this machine has no GPU of its own: "
-                       f"{torch.cuda.device_count()} are there; lower --nproc_per_node")
-    device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
-    if use_cuda:
+    local_rank, local_world = distributed.read_launcher()
+    on_gpu = torch.cuda.is_available() and args.device != "cpu"
+    check_machine(args, on_gpu, max(local_rank + 1, local_world))
+    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    if on_gpu:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")          # TF32, as cuDNN's convolutions
         torch.backends.cudnn.benchmark = True
     else:
         tune_cpu_memory()
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        if local > 1:                                       # torchrun would leave one thread each
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
-    if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if use_cuda else "gloo",
-                                device_id=device if use_cuda else None)
+        if local_world > 1:                                 # torchrun would leave one thread each
+            torch.set_num_threads(max(1, cores() // local_world))
+    distributed.join(device)
     torch.manual_seed(args.seed)
-    name = torch.cuda.get_device_name(device) if use_cuda else \
+    name = torch.cuda.get_device_name(device) if on_gpu else \
         f"CPU, {torch.get_num_threads()} threads"
     log(f"device: {name}" + (f", {world()} processes" if world() > 1 else "")
         + f"; precision {'fp32' if args.amp == 'off' else args.amp}"
-        + ("; channels last" if args.channels_last else "") + ("; compiled" if args.compile else "")
-        + ("" if use_cuda or args.device == "cpu" else " (no GPU found)"))
+        + ("" if on_gpu or args.device == "cpu" else " (no GPU found)"))
+    if args.amp == "bf16" and not on_gpu and not has_bf16():
+        warn("this processor has no bf16 instructions: --amp bf16 is emulated and many times "
+             "slower than --amp off")
     return device
 
 
+def check_machine(args, on_gpu: bool, processes: int):
+    """Raise RunError naming a flag that this machine cannot follow; `processes` run on it."""
+    if args.loader == "dali" and not (importlib.util.find_spec("nvidia")
+                                      and importlib.util.find_spec("nvidia.dali")):
+        raise RunError("--loader dali: DALI is not installed (pip install nvidia-dali-cuda120, on "
+                       "Linux); --loader torch does without it")
+    if args.device == "cuda" and not on_gpu:
+        raise RunError("--device cuda: torch sees no GPU here; use --device cpu or auto")
+    if args.amp == "fp16" and not on_gpu:
+        raise RunError("--amp fp16 needs a GPU; use --amp off (or bf16) on a CPU")
+    if on_gpu and processes > torch.cuda.device_count():
+        raise RunError(f"{processes} processes need a GPU each and {torch.cuda.device_count()} are "
+                       "there; lower --nproc_per_node")
+    compiler = os.environ.get("CXX") or COMPILERS.get(sys.platform, "g++")
+    if args.compile and not shutil.which(compiler):
+        raise RunError(f"--compile needs a C++ compiler, and '{compiler}' is not on the PATH: "
+                       "install it, name another in CXX, or leave out --compile")
+
+
+def has_bf16() -> bool:
+    """Return whether the processor computes in bf16, by what torch knows of it."""
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+            and (not x86 or torch.cpu._is_avx512_bf16_supported()
+                 or torch.cpu._is_amx_tile_supported()))
+
+
+def cores() -> int:
+    """Return the number of processor cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def use_gpus(count: int):
-    """Restarts this program under torchrun on `count` GPUs of this machine, if count is above 1.
+    """Restart this program under torchrun on `count` GPUs of this machine, if count is above 1.
 
     Does nothing under torchrun, or (with a warning) without a GPU. Raises RunError if there are
     fewer GPUs.
@@ -84,7 +105,7 @@ def use_gpus(count: int):
 
 
 def tune_cpu_memory():
-    """Keeps freed buffers in the process: glibc's page faults cost more than the arithmetic.
+    """Keep freed buffers in the process: glibc's page faults cost more than the arithmetic.
 
     With mmap off and trimming off, plain training of the trial network runs about 1.2 times
     and saliency methods up to 2 times faster. Does nothing where there is no glibc.
@@ -96,27 +117,35 @@ def tune_cpu_memory():
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
+# ----------------------------------------------------------------------------------- the network
+
 def autocast(args, device: torch.device):
-    """Context of the forward passes under --amp."""
+    """Return the context of the forward passes under --amp."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.amp)
     return torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
 
 
 def prepare(model, args, device: torch.device):
-    """Moves the network to the device, in the wished memory format, compiled if wished.
+    """Return (net, model) on the device, in the memory format of --channels_last, compiled or not.
 
-    Returns (net, model): `net` is the bare module, for checkpoints, evaluation and saliency
-    passes; `model` is the same network as the training step calls it: under torchrun wrapped
-    in DistributedDataParallel, which averages over ranks what the step's last backward pass
-    leaves in the gradients (also what passes through `net` left there before).
+    `net` is the bare module, for checkpoints, evaluation and saliency passes; `model` is the same
+    network as the training step calls it: under torchrun wrapped in DistributedDataParallel, which
+    averages over ranks what the step's last backward pass leaves in the gradients (also what
+    passes through `net` left there before). Where the network is not channels last, its
+    convolutions make their inputs contiguous: else the strides of a batch choose the kernel.
     """
     net = model.to(device)
-    # torch's channels-last convolutions on the CPU crash with fewer than 16 channels
-    narrow = device.type == "cpu" and any(
-        isinstance(part, torch.nn.Conv2d) and part.kernel_size != (1, 1) and part.out_channels < 16
-        for part in net.modules())
+    narrow = device.type == "cpu" and any(map(is_narrow, net.modules()))
     if args.channels_last and not narrow:
         net = net.to(memory_format=torch.channels_last)
+    else:
+        for part in net.modules():
+            if isinstance(part, torch.nn.Conv2d):
+                part.register_forward_pre_hook(make_contiguous)
+    log(("memory format: channels last" if args.channels_last and not narrow else
+         "memory format: contiguous")
+        + (" (channels last is unsafe for fewer than 16 channels on a CPU)"
+           if args.channels_last and narrow else "") + ("; compiled" if args.compile else ""))
     if args.compile:
         net.compile()                                       # in place: names in checkpoints stay
     if world() == 1:
@@ -124,6 +153,34 @@ def prepare(model, args, device: torch.device):
     ids = [device.index] if device.type == "cuda" else None
     return net, torch.nn.parallel.DistributedDataParallel(net, device_ids=ids)
 
+
+def is_narrow(part) -> bool:
+    """Return whether oneDNN's channels-last kernels of this module write beyond their buffers.
+
+    Seen with AVX2 in strided 1×1 convolutions of fewer than 8 channels, with AVX-512 in 3×3 ones of
+    up to 8; plain 1×1 products and stems on RGB are safe.
+    """
+    if not isinstance(part, torch.nn.Conv2d) or part.kernel_size == part.stride == (1, 1):
+        return False
+    return part.out_channels < 16 or (part.in_channels < 16 and part.in_channels != 3)
+
+
+def make_contiguous(_, inputs):
+    """Return a convolution's inputs (a forward pre-hook) in contiguous memory format."""
+    return tuple(value.contiguous() for value in inputs)
+
+
+@functools.cache
+def _compile(function):
+    return torch.compile(function)
+
+
+def compiled(function, args):
+    """Return `function`, compiled under --compile (once a program)."""
+    return _compile(function) if args.compile else function
+
+
+# ---------------------------------------------------------------------------------- start and end
 
 class StopSignal:
     """Notes SIGTERM and Ctrl-C; the training loop asks after each step. A second one kills."""
@@ -140,7 +197,7 @@ class StopSignal:
         signal.signal(number, signal.SIG_DFL)
 
     def arrived(self, step: int, last: bool = False) -> bool:
-        """Whether to stop after this step; all ranks get the same answer at the same step."""
+        """Return whether to stop after this step; all ranks get the same answer."""
         if world() == 1:
             return self.number != 0
         if (step + 1) % self.CHECK_EVERY and not last:
@@ -152,12 +209,22 @@ class StopSignal:
         return self.number != 0
 
     def leave(self, message: str):
-        """Ends the program with a clear line and the signal's exit code."""
+        """End the program with one line and the signal's exit code."""
         raise Stopped(f"{signal.Signals(self.number).name}: {message}", 128 + self.number)
 
 
 def launch(main):
-    """Runs a main() as a program: known faults become one line on stderr and exit code 1."""
+    """Run main() as a program: faults print one line and exit with code 1.
+
+    What nothing foresaw leaves its traceback in a file (the run's folder, or the working folder);
+    with --debug it is raised.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)    # which imports had switched off
+    os.environ["MPLBACKEND"] = "agg"                            # pictures go into files
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:                          # closed by the shell
+            setattr(sys, name, open(os.devnull, "w"))
+        getattr(sys, name).reconfigure(errors="backslashreplace")
     code = 1
     try:
         main()
@@ -166,33 +233,41 @@ def launch(main):
         log(str(stop))
         code = stop.code
     except KeyboardInterrupt:
-        print("stopped before training began; nothing was written", file=sys.stderr)
+        print_once("stopped by Ctrl-C; nothing more was written")
         code = 130
     except RunError as fault:
-        print(f"error: {fault}", file=sys.stderr)
+        print_once(f"error: {fault}")
     except torch.OutOfMemoryError:
-        print("error: the GPU's memory is full: lower --batch_size or use --amp bf16",
-              file=sys.stderr)
+        print_once("error: the GPU's memory is full: lower --batch_size or use --amp bf16")
     except MemoryError:
-        print(MEMORY_FULL, file=sys.stderr)
+        print_once("error: the memory is full: lower --batch_size, or the sizes that the flags set")
     except OSError as fault:
         place = f"{fault.filename}: " if fault.filename else ""
-        print(f"error: {place}{fault.strerror or fault}", file=sys.stderr)
+        print_once(f"error: {place}{fault.strerror or fault}")
     except Exception as fault:
-        if world() > 1 and re.search("gloo|nccl|connection|peer", str(fault), re.IGNORECASE):
-            print("error: another process of this run is gone; start again with --resume auto "
-                  f"({str(fault).splitlines()[0][:120]})", file=sys.stderr)
-        elif "can't allocate memory" in str(fault):         # torch's word on a CPU
-            print(MEMORY_FULL, file=sys.stderr)
-        elif "more than 1 value per channel" in str(fault):
-            print("error: BatchNorm cannot learn from a batch of one image: choose another "
-                  "--batch_size", file=sys.stderr)
-        else:                                               # a defect of ours: show where
-            traceback.print_exc()
-    sys.stdout.flush()
-    sys.stderr.flush()
+        if "--debug" in sys.argv:
+            raise
+        print_once(describe(fault))
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:                                         # Python would flush again and fail
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     if code and world() > 1:
-        os._exit(code)                                      # never wait for ranks that hang
+        os._exit(code)                                          # never wait for ranks that hang
     if dist.is_initialized():
         dist.destroy_process_group()
     sys.exit(code)
+
+
+def describe(fault: Exception) -> str:
+    """Return one line about an unforeseen fault; write its traceback into a file."""
+    words = (str(fault).strip().splitlines() or [""])[0][:300]
+    path = traceback_folder / (f"error-{rank()}.txt" if world() > 1 else "error.txt")
+    try:
+        path.write_text("".join(traceback.format_exception(fault)), errors="backslashreplace")
+        where = f"details in {path}"
+    except OSError:
+        where = "--debug shows where"
+    gone = " (was another process stopped? then go on with --resume auto)" if world() > 1 else ""
+    return f"error: {type(fault).__name__}: {words}{gone}; {where}"

@@ -11,14 +11,16 @@ two machines      torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d \\
 
 --batch_size counts the images of a step over all processes.
 """
-import argparse
 import math
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)        # no traceback of Ctrl-C while importing
 
 import torch
 
@@ -49,21 +51,20 @@ CIFAR = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2023, 0.1994, 0.2010)}
 
 def parse_args(argv=None):
     """Return the flags; usage errors exit with code 2."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = flags.Parser(__doc__)
     add = parser.add_argument_group("run").add_argument
     add("--config", type=lambda name: name.removesuffix(".py"), choices=configs.CONFIGS,
         default="cifar100_wrs", help="sets data, network and schedule; other flags win")
     add("--method", choices=configs.METHODS,
         help="sets the flags of a row of the paper's tables; other flags win")
-    add("--tb_path", default="", help="if given, TensorBoard events (in the run's folder)")
+    add("--tb_path", type=flags.path, help="if given, TensorBoard events (in the run's folder)")
     add_boolean(add, "--evaluation", False, "evaluate before training, too")
     add_boolean(add, "--meas_lat", False, "measure the network's latency before training")
     add("--launcher", choices=["none", "pytorch", "slurm"], default="none",
         help="who must have started the processes: torchrun, srun; none: whoever did")
     add("--port", type=number(int, low=1, high=65535), default=23333,
         help="MASTER_PORT under slurm")
-    add("--local_rank", "--local-rank", type=int, default=None,
+    add("--local_rank", "--local-rank", type=count,
         help="GPU of this process, from launchers that set no LOCAL_RANK")
 
     add = parser.add_argument_group("data and schedule").add_argument
@@ -101,7 +102,7 @@ def parse_args(argv=None):
          "lr": ["--init_lr"], "print_freq": ["--report_freq"], "resume": ["--load_path"]},
         pretrained="")
 
-    first, _ = parser.parse_known_args(argv)
+    first = parser.peek(argv)
     config = configs.CONFIGS[first.config] | configs.METHODS.get(first.method, {})
     if first.dataset not in (None, config["dataset"]):
         del config["image_size"]                            # every data set has its own

@@ -18,10 +18,13 @@ import itertools
 import json
 import os
 import re
+import signal
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)        # no traceback of Ctrl-C while importing
 
 import torch
 from PIL import Image
@@ -55,7 +58,7 @@ def parse_args(argv=None):
     parser.add_argument("--seed", type=flags.number(int, low=0, high=2**63 - 1), default=0,
                         help="of the shuffle")
     parser.add_argument("--workers", type=flags.positive, metavar="N",
-                        default=len(os.sched_getaffinity(0)), help="processes (default: cores)")
+                        default=runtime.cores(), help="processes (default: cores)")
     args = parser.parse_args(argv)
     if not args.images.is_dir():
         parser.error(f"{args.images} is no folder")

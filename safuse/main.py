@@ -15,11 +15,14 @@ two machines      torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d \\
 import argparse
 import os
 import re
+import signal
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)        # no traceback of Ctrl-C while importing
 
 import torch
 import torch.nn.functional as F
@@ -59,8 +62,7 @@ def gpu_list(text: str) -> list[int]:
 
 def parse_args(argv=None):
     """Return the flags; usage errors end the program with exit code 2."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = flags.Parser(__doc__)
     add = parser.add_argument_group("data and schedule").add_argument
     add("--method", choices=METHODS, default="safuse")
     add("--NUM_CLASS", type=positive, default=None, help="if given, the data must have so many")
@@ -112,7 +114,7 @@ def parse_args(argv=None):
          "batch_size": ["--BATCH_SIZE", "-b"]},
         dataset="cifar100", arch="resnet18", weight_decay=5e-4, workers=2, pretrained=None)
 
-    first, _ = parser.parse_known_args(argv)
+    first = parser.peek(argv)
     parser.set_defaults(**defaults(first.method, first.dataset, first.arch, first.image_size))
     args = parser.parse_args(argv)
     args.resume = args.resume or ("auto" if args.RESUME else "")

@@ -12,14 +12,16 @@ two machines      torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d \\
 
 --batch_size counts the images of a step over all processes, and is a multiple of their number.
 """
-import argparse
 import copy
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)        # no traceback of Ctrl-C while importing
 
 import torch
 import torch.nn.functional as F
@@ -67,8 +69,7 @@ def method_defaults(method: str, dataset: str) -> dict:
 
 def parse_args(argv=None):
     """The flags; usage errors end the program with exit code 2."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = flags.Parser(__doc__)
     add = parser.add_argument_group("schedule and run").add_argument
     add("--schedule", "--milestones", type=count, nargs="+", default=[150, 225],
         help="epochs of the LR changes")
@@ -118,13 +119,15 @@ def parse_args(argv=None):
     add("--eta", type=amount, default=0.2, help="prior weight")
     add_boolean(add, "--transport", True, "move the blocks")
     add("--t_eps", type=amount, default=0.8, help="cost of moving")
-    add("--t_size", type=int, default=-1, help="side of a moved block, pixels; -1: the mask's")
+    add("--t_size", type=number(int, low=-1), default=-1,
+        help="side of a moved block, pixels; -1: the mask's")
     add("--adv_p", type=share, default=0.0, help="probability of adversarial noise")
     add("--adv_eps", type=amount, default=10.0, help="noise ball, in 1/255")
     add("--clean_lam", type=amount, default=0.0, help="weight of the clean loss (also comix)")
 
     add = parser.add_argument_group("comix").add_argument
-    add("--m_block_num", type=int, default=4, help="blocks a side, -1: 2, 4, 8 or 16 at random")
+    add("--m_block_num", type=number(int, low=-1), default=4,
+        help="blocks a side, -1: 2, 4, 8 or 16 at random")
     add("--m_part", type=positive, default=20, help="images mixed with one another")
     add("--m_beta", type=amount, default=0.32, help="label smoothness")
     add("--m_gamma", type=amount, default=1.0, help="diversity")
@@ -142,7 +145,7 @@ def parse_args(argv=None):
         dataset="cifar10", arch="wrn28_10", epochs=300, batch_size=100, lr=0.1, weight_decay=1e-4,
         workers=2, pretrained="")
 
-    first, _ = parser.parse_known_args(argv)
+    first = parser.peek(argv)
     implied = ("comix" if first.comix else "puzzle" if first.graph else "cutmix" if first.box else
                {"mixup": "input", "mixup_hidden": "manifold", None: None}.get(first.train,
                                                                              first.train))
@@ -153,7 +156,7 @@ def parse_args(argv=None):
     if method == "comix":
         parser.set_defaults(dataset="cifar100")
     parser.set_defaults(method=method)
-    parser.set_defaults(**method_defaults(method, parser.parse_known_args(argv)[0].dataset))
+    parser.set_defaults(**method_defaults(method, parser.peek(argv).dataset))
     args = parser.parse_args(argv)
     args.method = method
     if len(args.schedule) != len(args.gammas):
@@ -162,8 +165,8 @@ def parse_args(argv=None):
     if args.kernel_size % 2 == 0:
         parser.error(f"--kernel_size {args.kernel_size} is not odd")
     for name in ("t_size", "m_block_num"):
-        if getattr(args, name) < 1 and getattr(args, name) != -1:
-            parser.error(f"--{name} {getattr(args, name)} is neither -1 nor at least 1")
+        if getattr(args, name) == 0:
+            parser.error(f"--{name} 0 is neither -1 nor at least 1")
     if method == "comix" and args.mixup_alpha <= 0:
         parser.error(f"--mixup_alpha {args.mixup_alpha}: Co-Mixup's must be above 0")
     if args.start_epoch is not None and args.start_epoch >= args.epochs:

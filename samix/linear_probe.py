@@ -9,12 +9,14 @@ Network and data set are those of the checkpoint. `random` probes an untrained n
 that a pretrained one has to beat. Features are standardised before the layer, so that one learning
 rate serves all.
 """
-import argparse
 import hashlib
+import signal
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)        # no traceback of Ctrl-C while importing
 
 import torch
 import torch.nn.functional as F
@@ -30,13 +32,12 @@ from samix.momentum import cosine
 
 def parse_args(argv=None):
     """The flags; usage errors end the program with exit code 2."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = flags.Parser(__doc__)
     add = parser.add_argument_group("run").add_argument
-    add("--weights", required=True, metavar="CHECKPOINT|random",
+    add("--weights", required=True, type=flags.path, metavar="CHECKPOINT|random",
         help="of pretrain.py (or of another run of the probe's network)")
     flags.add_flags(parser, data.NAMES, models.ALL, {}, initial_channels=None, epochs=100,
-                      batch_size=256, lr=0.1, weight_decay=0.0)
+                    batch_size=256, lr=0.1, weight_decay=0.0)
     args = parser.parse_args(argv)
     if args.preview:
         parser.error("--preview: nothing is mixed here")

@@ -11,13 +11,15 @@ two machines      torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d \\
 
 --batch_size counts the images of a step over all processes.
 """
-import argparse
+import signal
 import sys
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)        # no traceback of Ctrl-C while importing
 
 import torch
 from torch import Tensor, nn
@@ -55,8 +57,7 @@ LEARNED = ("samix", "automix")          # methods with a MixBlock
 
 def parse_args(argv=None):
     """The flags; usage errors end the program with exit code 2."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = flags.Parser(__doc__)
     amount, share, count = flags.amount, flags.share, flags.count
     add = parser.add_argument_group("run").add_argument
     add("--config", default="cifar100_r18", metavar="NAME", help="sets the flags below, unless the "
@@ -71,7 +72,7 @@ def parse_args(argv=None):
     add_boolean(add, "--resize_first", None,
                 "sets read from disk: first the shorter side becomes 256/224 of image_size")
     add_boolean(add, "--randaugment", None, "two random operations, magnitude 7 ± 0.5 of 10")
-    add("--mean", type=float, nargs=3, metavar="R", help="of pixels in [0, 1]")
+    add("--mean", type=flags.number(), nargs=3, metavar="R", help="of pixels in [0, 1]")
     add("--std", type=flags.number(above=0), nargs=3, metavar="R")
     add_boolean(add, "--drop_last", None, "no partial batch at an epoch's end")
     add("--layer", type=flags.positive, help="stage (of DeiT: block) whose features the MixBlock "
@@ -82,7 +83,7 @@ def parse_args(argv=None):
     add("--alpha", type=amount, help="lambda ~ Beta(alpha, alpha)")
     add("--variant", choices=["samix", "automix"], help="of the MixBlock")
     add_boolean(add, "--lam_concat", None, "automix: lambda is an input channel of the MixBlock")
-    add("--lam_mul_k", type=float, help="how lambda scales the features: -1 itself, else a cubic")
+    add("--lam_mul_k", type=flags.number(), help="how lambda scales the features: -1 itself, else a cubic")
     add("--mode", choices=["bilinear", "nearest"], nargs="+", help="how masks are enlarged; of "
         "several one is drawn each step")
     add("--dropout", type=share, help="of the MixBlock's values")
@@ -124,7 +125,7 @@ def parse_args(argv=None):
     flags.add_flags(parser, data.NAMES, models.ALL, {"lr": ["--learning_rate"]}, momentum=None,
                     pretrained=None)
 
-    first, _ = parser.parse_known_args(argv)
+    first = parser.peek(argv)
     try:
         config = configs.config(first.config, first.method)
     except ValueError as fault:

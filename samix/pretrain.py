@@ -13,12 +13,14 @@ two machines      torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d \\
 
 --batch_size counts the images of a step over all processes.
 """
-import argparse
+import signal
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)        # no traceback of Ctrl-C while importing
 
 import torch
 from torch import Tensor, nn
@@ -67,8 +69,7 @@ CONFIGS = {                             # the blur is for large images alone
 
 def parse_args(argv=None):
     """The flags; usage errors end the program with exit code 2."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = flags.Parser(__doc__)
     amount, share = flags.amount, flags.share
     add = parser.add_argument_group("run").add_argument
     add("--config", choices=CONFIGS, default="cifar100_r18",
@@ -92,7 +93,7 @@ def parse_args(argv=None):
 
     add = parser.add_argument_group("mixing").add_argument
     add("--alpha", type=flags.number(above=0), default=2.0, help="lambda ~ Beta(alpha, alpha)")
-    add("--lam_mul_k", type=float, default=-1.0, help="how lambda scales the features")
+    add("--lam_mul_k", type=flags.number(), default=-1.0, help="how lambda scales the features")
     add("--mask_margin", type=share, default=0.1,
         help="masks whose mean is further from lambda are moved to it")
     add("--block_loss", choices=["infonce", "bce"], default="infonce",
@@ -106,9 +107,9 @@ def parse_args(argv=None):
         help="of the auxiliary loss (0: none), falls to 0 along a cosine")
     add("--mask_loss", type=amount, default=0.1, help="weight, falls to 0 along a cosine")
     flags.add_flags(parser, data.NAMES, models.ALL, {}, epochs=200, batch_size=256, lr=0.03,
-                      weight_decay=1e-4)
+                    weight_decay=1e-4)
 
-    first, _ = parser.parse_known_args(argv)
+    first = parser.peek(argv)
     parser.set_defaults(**CONFIGS[first.config])
     args = parser.parse_args(argv)
     if args.queue < args.batch_size:

@@ -11,17 +11,19 @@ two machines      torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d \\
 
 --batch_size counts the images of a step over all processes.
 """
-import argparse
 import dataclasses
 import math
 import random
 import re
+import signal
 import sys
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)        # no traceback of Ctrl-C while importing
 
 import torch
 import torch.nn.functional as F
@@ -65,8 +67,7 @@ STATISTICS = {"cifar100": ((0.5070751592371323, 0.48654887331495095, 0.440917843
 
 def parse_args(argv=None):
     """Return the flags; usage errors exit with code 2."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = flags.Parser(__doc__)
     add = parser.add_argument_group("schedule and run").add_argument
     add("--sch", type=number(above=0, high=1e4), default=2.5,
         help="length of training where --epochs is not given, in 200 epochs")
@@ -116,7 +117,7 @@ def parse_args(argv=None):
         dataset="cifar10", arch="resnet18", batch_size=128, lr=0.1, weight_decay=5e-4, seed=-1,
         workers=16, pretrained="")
 
-    first, _ = parser.parse_known_args(argv)
+    first = parser.peek(argv)
     parser.set_defaults(**METHODS.get(first.method, {}))
     args = parser.parse_args(argv)
     del args.method                                         # its flags say it

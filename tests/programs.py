@@ -22,7 +22,7 @@ class Program:
     def run(self, *words, root, **options):
         """In a process of its own."""
         return subprocess.run(self.command(*words, root=root), capture_output=True, text=True,
-                              timeout=300, **options)
+                              timeout=3600, **options)
 
     def train(self, root, *words):
         """In this process; returns the run's folder."""

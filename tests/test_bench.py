@@ -18,7 +18,7 @@ from conftest import ROOT, SHARED
 def test_benches_run(words, line):
     script, *flags = words.split()
     result = subprocess.run([sys.executable, str(ROOT / "tests" / "bench" / script), *flags],
-                            capture_output=True, text=True, timeout=300)
+                            capture_output=True, text=True, timeout=3600)
     assert result.returncode == 0 and line in result.stdout, result.stderr
 
 

@@ -3,6 +3,7 @@ import builtins
 import errno
 import fcntl
 import json
+import os
 import signal
 from types import SimpleNamespace
 
@@ -125,8 +126,33 @@ def test_flags_that_changed_are_named(tmp_path, capsys):
     run = make_run(tmp_path, lr=0.2, workers=3, resume="auto", new_flag=1)
     run.start()
     assert capsys.readouterr().err == \
-        "warning: going on with other flags than before: --lr 0.1 -> 0.2\n"
+        "warning: going on with other settings than before: --lr 0.1 -> 0.2\n"
     assert json.loads((run.folder / "args.json").read_text())["changed"] == {"lr": "0.1 -> 0.2"}
+
+
+def test_other_threads_and_processes_are_named(tmp_path, capsys, monkeypatch):
+    run = make_run(tmp_path, loader="dali")
+    run.start()
+    end_epoch(run, 50.0)
+    fcntl.flock(run.lock, fcntl.LOCK_UN)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    monkeypatch.setattr(distributed, "world", lambda: 2)
+    monkeypatch.setattr(distributed, "gather", lambda value: [value, value])
+    make_run(tmp_path, resume="auto", loader="torch").start()
+    error = capsys.readouterr().err
+    assert "--loader dali -> torch, processes 1 -> 2, threads " in error and "-> 77" in error
+
+
+def test_a_child_does_not_hold_the_folder(tmp_path):
+    run = make_run(tmp_path)
+    run.start()
+    child = os.fork()
+    if not child:
+        signal.pause()
+    run.lock.close()                    # as when this process were killed
+    make_run(tmp_path).start()
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
 
 
 def test_an_optimizer_keeps_this_runs_settings_but_for_the_rate(tmp_path):

@@ -1,6 +1,8 @@
 """Flags, seeds and exits that all programs share."""
 import argparse
 import importlib.util
+import os
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -34,8 +36,8 @@ def test_booleans_keep_the_papers_forms():
     (DataError("a.npz: damaged"), 1, "error: a.npz: damaged"),
     (OSError(28, "No space left on device", "x/log.csv"), 1, "x/log.csv: No space left"),
     (torch.OutOfMemoryError("CUDA out of memory"), 1, "lower --batch_size"),
-    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 1, "memory is full"),
-    (KeyboardInterrupt(), 130, "stopped before training"),
+    (MemoryError(), 1, "memory is full"),
+    (KeyboardInterrupt(), 130, "stopped by Ctrl-C"),
     (None, 0, "")])
 def test_known_faults_are_one_line(capsys, fault, code, line):
     def main():
@@ -67,10 +69,15 @@ def settings(**changed):
                               "compile": False, "loader": "auto"} | changed)
 
 
+CPU = torch.device("cpu")
+
+
 @pytest.mark.parametrize("environment, line", [
     ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"},
      "needs MASTER_ADDR and MASTER_PORT"),
-    ({"RANK": "0"}, "needs WORLD_SIZE and MASTER_ADDR and MASTER_PORT")])
+    ({"RANK": "0"}, "needs WORLD_SIZE and MASTER_ADDR and MASTER_PORT"),
+    ({"SLURM_STEP_NUM_TASKS": "2"}, "needs RANK and MASTER_ADDR and MASTER_PORT"),
+    ({"LOCAL_RANK": "abc"}, "LOCAL_RANK=abc in the environment is not a number")])
 def test_incomplete_launchers_are_named(monkeypatch, environment, line):
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "0")           # so that what setup adds is taken back
@@ -89,16 +96,63 @@ def test_a_shell_under_slurm_is_one_process(monkeypatch):
 
 
 def test_every_program_has_the_common_flags(capsys):
-    parser = argparse.ArgumentParser()
+    parser = flags.Parser("doc")
     flags.add_flags(parser, ["digits"], ["net"], {"lr": ["--init_lr"]}, lr=0.1)
     args = parser.parse_args("--init_lr 0.2 --seed -3 --compile".split())
     assert (args.lr, args.seed, args.compile, args.momentum) == (0.2, -3, True, 0.9)
     assert (args.epochs, args.initial_channels, args.device) == (None, 64, "auto")
     for words in ("--seed 99999999999999999999", "--dataset other", "--arch other",
-                  "--job_name ../x"):
+                  "--job_name ../x", "--lr 1e39", "--lr 1e-50000x", "--epochs 9223372036854775808"):
         with pytest.raises(SystemExit):
             parser.parse_args(words.split())
-    assert "'99999999999999999999' is not an integer" in capsys.readouterr().err
+        assert capsys.readouterr().err.count("\n") == 2, words
+    for words in (["--evaluate", ""], ["--resume="], ["--data_dir", ""], ["--preview", ""]):
+        with pytest.raises(SystemExit):
+            parser.parse_args(words)
+        assert "an empty string is no path" in capsys.readouterr().err
+
+
+def test_typos_get_the_flag_that_was_meant(capsys):
+    parser = flags.Parser("doc")
+    flags.add_flags(parser, ["digits"], ["net"], {"lr": ["--init_lr"]}, lr=0.1)
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--epohcs", "3"])
+    assert "unrecognized arguments: --epohcs 3; did you mean --epochs?" in capsys.readouterr().err
+
+
+def test_help_shows_what_a_configuration_sets(capsys):
+    parser = flags.Parser(None)                             # no docstring under python -OO
+    flags.add_flags(parser, ["digits"], ["net"], {})
+    assert parser.peek(["--help", "--epochs", "3"]).epochs == 3
+    parser.set_defaults(epochs=77)
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--help"])
+    help = capsys.readouterr().out
+    assert "(default: 77)" in help and "None" not in help
+
+
+@pytest.mark.parametrize("supported, x86, own, expected", [
+    (True, "x86_64", True, True), (True, "x86_64", False, False), (False, "x86_64", True, False),
+    (True, "aarch64", False, True)])
+def test_emulated_bf16_is_said(monkeypatch, capsys, supported, x86, own, expected):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
+    monkeypatch.setattr(runtime.platform, "machine", lambda: x86)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: own)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    runtime.setup(settings(amp="bf16"))
+    error = capsys.readouterr().err
+    assert error.count("\n") == (not expected) == error.count("emulated and many times slower")
+
+
+def test_compile_without_a_compiler_is_one_line(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(RunError, match="'no-such-compiler' is not on the PATH"):
+        runtime.setup(settings(compile=True))
+
+
+def test_machines_without_affinity(monkeypatch):
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert runtime.cores() == os.cpu_count()
 
 
 def test_missing_dali_is_said(monkeypatch):
@@ -111,11 +165,64 @@ def test_missing_dali_is_said(monkeypatch):
 @pytest.mark.parametrize("size", [48, 56])
 def test_narrow_networks_run_on_the_cpu(channels, size):
     net = models.build("preactresnet18", 10, size, initial_channels=channels)
-    net, _ = runtime.prepare(net, settings(), torch.device("cpu"))
+    net, _ = runtime.prepare(net, settings(), CPU)
     net(torch.randn(4, 3, size, size)).sum().backward()     # in channels last torch crashes
 
 
-def test_a_defect_keeps_its_traceback(capsys):
+def layouts(net, words, images):
+    """The memory formats of what the convolutions really get, where the two formats differ."""
+    seen, convolve = set(), torch.nn.Conv2d._conv_forward
+
+    def note(part, inputs, weight, bias):
+        for tensor in (inputs, weight):
+            if tensor.shape[1] > 1 and tensor.shape[-1] > 1:
+                seen.add("last" if tensor.is_contiguous(memory_format=torch.channels_last)
+                         else "contiguous" if tensor.is_contiguous() else "other")
+        return convolve(part, inputs, weight, bias)
+
+    net, _ = runtime.prepare(net, settings(**words), CPU)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.Conv2d, "_conv_forward", note)
+        net(images.requires_grad_()).sum().backward()
+    return seen
+
+
+@pytest.mark.parametrize("name, channels, flag, layout", [
+    ("preactresnet18", 16, True, "last"), ("preactresnet18", 16, False, "contiguous"),
+    ("preactresnet18", 8, True, "contiguous"), ("wrn28_2", 8, True, "contiguous"),
+    ("wrn28_2", 64, True, "last"), ("resnet18", 4, True, "contiguous")])
+def test_convolutions_see_one_memory_format(name, channels, flag, layout, capsys):
+    """Whatever the batch's strides: those of a loader (bytes of pixels) are channels last."""
+    batch = torch.randn(4, 16, 16, 3).permute(0, 3, 1, 2)
+    for images in (batch, batch.contiguous()):
+        net = models.build(name, 10, 16, initial_channels=channels)
+        seen = layouts(net, {"channels_last": flag}, images)
+        assert seen - {"contiguous"} == ({"last"} if layout == "last" else set())
+        said = capsys.readouterr().out
+        assert f"memory format: {'channels last' if layout == 'last' else 'contiguous'}" in said
+
+
+def test_narrow_convolutions_are_known():
+    def conv(*sizes, **words):
+        return runtime.is_narrow(torch.nn.Conv2d(*sizes, **words))
+
+    assert conv(4, 8, 1, stride=2) and conv(16, 8, 3) and conv(8, 16, 3) and conv(3, 8, 3)
+    assert not conv(3, 16, 3) and not conv(16, 16, 1, stride=2) and not conv(16, 1, 1)
+    assert not runtime.is_narrow(torch.nn.Linear(4, 4))
+
+
+def test_unforeseen_faults_are_one_line_and_a_file(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(runtime, "traceback_folder", tmp_path)
     with pytest.raises(SystemExit) as end:
         runtime.launch(lambda: [][1])
-    assert end.value.code == 1 and "IndexError" in capsys.readouterr().err
+    path = tmp_path / "error.txt"
+    assert end.value.code == 1 and capsys.readouterr().err == \
+        f"error: IndexError: list index out of range; details in {path}\n"
+    assert "Traceback" in path.read_text()
+    monkeypatch.setattr(runtime, "traceback_folder", tmp_path / "none")
+    with pytest.raises(SystemExit):
+        runtime.launch(lambda: [][1])
+    assert capsys.readouterr().err.endswith("; --debug shows where\n")
+    monkeypatch.setattr(sys, "argv", ["main.py", "--debug"])
+    with pytest.raises(IndexError):
+        runtime.launch(lambda: [][1])

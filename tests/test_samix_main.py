@@ -516,7 +516,7 @@ def on_two_ranks(tmp_path, program, words):
     (tmp_path / "ranks.py").write_text(RANKS.format(root=str(ROOT), program=program))
     result = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-         str(tmp_path / "ranks.py"), *map(str, words)], capture_output=True, text=True, timeout=300)
+         str(tmp_path / "ranks.py"), *map(str, words)], capture_output=True, text=True, timeout=3600)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
@@ -533,7 +533,7 @@ def test_two_ranks_end_alike(tmp_path, method):
 def test_script_trains_on_two_ranks(sets, tmp_path):
     words = ["sh", str(ROOT / "samix" / "scripts" / "train_imagenet_dist.sh"), *TINY,
              *"--image_size 32 --batch_size 8 --workers 1 --job_name x".split()]
-    options = {"text": True, "cwd": tmp_path, "capture_output": True, "timeout": 300,
+    options = {"text": True, "cwd": tmp_path, "capture_output": True, "timeout": 3600,
                "env": os.environ | {"DATA": str(sets["imagenet"]), "OUT": "runs", "NPROC": "2",
                                     "PYTHON": sys.executable, "CONFIG": "imagenet_r18"}}
     for epochs in ("1", "2"):

@@ -287,7 +287,7 @@ def test_two_ranks_measure_what_one_does(tmp_path):
     result = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
          *command(*RECIPE.split(), "--epochs", 1, "--seed", -1, root=tmp_path)[1:]],
-        capture_output=True, text=True, timeout=300)
+        capture_output=True, text=True, timeout=3600)
     assert result.returncode == 0, result.stderr[-2000:]
     assert "2 processes" in result.stdout
     folder, = tmp_path.iterdir()
