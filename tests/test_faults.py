@@ -2,6 +2,8 @@
 import itertools
 import os
 import pickle
+import signal
+import socket
 import subprocess
 import sys
 import tarfile
@@ -13,8 +15,8 @@ import torch
 from conftest import ROOT
 from test_sage_main import SMALL, faults, same, train, weights
 
-from common import checkpoint, data
-from common.errors import DataError
+from common import checkpoint, data, distributed
+from common.errors import DataError, RunError
 
 TINY = [*SMALL, "--image_size", "8", "--labels_per_class", "6", "--print_freq", "1"]
 
@@ -186,3 +188,45 @@ def test_foreign_archives_are_not_unpacked(tmp_path, monkeypatch):
     with pytest.raises(DataError, match="the download failed"):
         data.load("cifar100", str(place), batch_size=10, device=torch.device("cpu"))
     assert not (tmp_path / "outside.py").exists() and not (place / "cifar-100-python").exists()
+
+
+def test_odd_terminals(tmp_path):
+    """A broken plotting backend, ASCII output, and no stdout at all."""
+    words = [sys.executable, str(ROOT / "sage" / "main.py"), *TINY, "--max_steps", "1",
+             "--root_dir", str(tmp_path)]
+    odd = {"MPLBACKEND": "nonsense", "PYTHONIOENCODING": "ascii"}
+    result = subprocess.run(["sh", "-c", 'exec "$@" >&-', "sh", *words], env=os.environ | odd,
+                            capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert next(tmp_path.glob("*/curves.png")).stat().st_size > 5000
+    result = subprocess.run([*words, "--help"], env=os.environ | odd, capture_output=True)
+    assert result.returncode == 0 and b"--solver" in result.stdout
+
+
+def test_a_reader_that_leaves_is_one_line(tmp_path):
+    words = [sys.executable, str(ROOT / "sage" / "main.py"), *TINY, "--max_steps", "1"]
+    with open("/dev/full", "w") as full:
+        result = subprocess.run([*words, "--root_dir", str(tmp_path)], stdout=full,
+                                stderr=subprocess.PIPE, text=True)
+    assert (result.returncode, result.stderr) == (1, "error: No space left on device\n")
+
+
+def test_ctrl_c_while_importing_is_silent(tmp_path):
+    with subprocess.Popen([sys.executable, "-X", "importtime", str(ROOT / "sage" / "main.py"),
+                           "--root_dir", str(tmp_path)], stderr=subprocess.PIPE,
+                          text=True) as run:
+        next(line for line in run.stderr if line.rstrip().endswith("torch.version"))
+        run.send_signal(signal.SIGINT)
+        assert "Traceback" not in run.stderr.read()
+    assert run.returncode == -signal.SIGINT
+
+
+def test_a_port_in_use_is_named(monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        for name, value in {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1",
+                            "MASTER_PORT": taken.getsockname()[1]}.items():
+            monkeypatch.setenv(name, str(value))
+        with pytest.raises(RunError, match="cannot meet .* 127.0.0.1:.*address already in use"):
+            distributed.join(torch.device("cpu"))

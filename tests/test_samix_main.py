@@ -516,7 +516,8 @@ def on_two_ranks(tmp_path, program, words):
     (tmp_path / "ranks.py").write_text(RANKS.format(root=str(ROOT), program=program))
     result = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-         str(tmp_path / "ranks.py"), *map(str, words)], capture_output=True, text=True, timeout=3600)
+         str(tmp_path / "ranks.py"), *map(str, words)], capture_output=True, text=True,
+        timeout=3600)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
