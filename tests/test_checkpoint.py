@@ -146,13 +146,18 @@ def test_other_threads_and_processes_are_named(tmp_path, capsys, monkeypatch):
 def test_a_child_does_not_hold_the_folder(tmp_path):
     run = make_run(tmp_path)
     run.start()
+    ready, tell = os.pipe()
     child = os.fork()
     if not child:
+        os.write(tell, b".")
         signal.pause()
-    run.lock.close()                    # as when this process were killed
-    make_run(tmp_path).start()
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
+    os.read(ready, 1)
+    try:
+        run.lock.close()                # as when this process were killed
+        make_run(tmp_path).start()
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
 def test_an_optimizer_keeps_this_runs_settings_but_for_the_rate(tmp_path):
