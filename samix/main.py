@@ -83,7 +83,8 @@ def parse_args(argv=None):
     add("--alpha", type=amount, help="lambda ~ Beta(alpha, alpha)")
     add("--variant", choices=["samix", "automix"], help="of the MixBlock")
     add_boolean(add, "--lam_concat", None, "automix: lambda is an input channel of the MixBlock")
-    add("--lam_mul_k", type=flags.number(), help="how lambda scales the features: -1 itself, else a cubic")
+    add("--lam_mul_k", type=flags.number(),
+        help="how lambda scales the features: -1 itself, else a cubic")
     add("--mode", choices=["bilinear", "nearest"], nargs="+", help="how masks are enlarged; of "
         "several one is drawn each step")
     add("--dropout", type=share, help="of the MixBlock's values")
