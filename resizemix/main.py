@@ -209,6 +209,17 @@ def step_rate(args, step: int, epoch_steps: int) -> float:
     return args.min_lr + (args.lr - args.min_lr) * (1 + math.cos(math.pi * progress)) / 2
 
 
+def build(args, info):
+    """Return the network and its multiply-adds an image; RunError where it cannot run."""
+    net = models.build(args.arch, info.num_classes, info.image_size,
+                       initial_channels=args.initial_channels)
+    try:
+        return net, multiply_adds(net, info.image_size)
+    except RuntimeError as fault:
+        raise RunError(f"{args.arch} cannot have --initial_channels {args.initial_channels} "
+                       f"on {info.image_size} pixels: {str(fault).splitlines()[0]}") from None
+
+
 def training_step(model, images, labels, args, info, generator, scaler):
     """Leave the gradients of one step in the parameters; return the loss and the logits."""
     mixed = mix_batch(images, labels, args, info, generator)
@@ -270,24 +281,18 @@ def main(argv=None):
             "min_scale": args.min_scale},
         **CIFAR if args.dataset in ("cifar10", "cifar100") else {})
     torch.manual_seed(args.seed)
-    try:
-        net = models.build(args.arch, info.num_classes, info.image_size,
-                           initial_channels=args.initial_channels)
-        cost = multiply_adds(net, info.image_size)
-    except (ValueError, RuntimeError) as fault:
-        raise RunError(f"{args.arch} cannot have --initial_channels {args.initial_channels} "
-                       f"on {info.image_size} pixels: {str(fault).splitlines()[0]}") from None
+    net, cost = build(args, info)
     net, model = runtime.prepare(net, args, device)
     judged = mixing.CropTest(net) if args.crop_test and not args.cam else net
     optimizer = torch.optim.SGD(net.parameters(), lr=args.lr, momentum=args.momentum,
                                 weight_decay=args.weight_decay, nesterov=args.nesterov)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
-    log(f"{about(info, net, train, args)}; {cost / 1e6:,.1f} M multiply-adds an "
-                f"image; method {method_name(args)}")
+    log(f"{about(info, net, train, args)}; {cost / 1e6:,.1f} M multiply-adds an image; "
+        f"method {method_name(args)}")
 
     # The run: its folder, what it holds already, and the place to go on from
-    run = Run(args, device, info, [method_name(args)],
-                     model=net, optimizer=optimizer, scaler=scaler)
+    run = Run(args, device, info, [method_name(args)], model=net, optimizer=optimizer,
+              scaler=scaler)
     if args.evaluate or args.preview:
         checkpoint = run.load_weights()
         if not checkpoint:

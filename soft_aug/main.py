@@ -37,14 +37,8 @@ from common.mixing import cutout, draw_lambda, draw_perm, draw_pixels, mixup
 from common.models.weights import load_pretrained
 from common.randaugment import randaugment
 from common.run import Run, StepSums, about
+from soft_aug import losses
 from soft_aug.evaluation import draw_softening, write_events
-from soft_aug.losses import (
-    cross_entropy,
-    focal_loss,
-    mixup_loss,
-    smooth_cross_entropy,
-    soft_target_loss,
-)
 from soft_aug.softcrop import (
     confidence,
     draw_background,
@@ -111,7 +105,7 @@ def parse_args(argv=None):
     add_boolean(add, "--no-soften", False, "st: hard targets, only reweighted")
     add_boolean(add, "--other", False, "st: the rest goes to a class of its own")
     flags.add_flags(
-        parser, DATASETS, [*models.ALL, "pyramid272"],
+        parser, DATASETS, models.ALL,
         {"dataset": ["--task"], "arch": ["--net"], "batch_size": ["--b"], "workers": ["--n"],
          "lr": ["--learning_rate"], "weight_decay": ["--wd"], "job_name": ["--prefix"]},
         dataset="cifar10", arch="resnet18", batch_size=128, lr=0.1, weight_decay=5e-4, seed=-1,
@@ -184,6 +178,14 @@ def fine_tuning(epoch: int, epochs: int, ft: int = 20) -> bool:
     return epoch >= max(0.05 * epochs, epochs - ft)
 
 
+def warn_of_fine_tuning(args):
+    """Warn if most epochs of a short run would have weak augmentation."""
+    strong = sum(not fine_tuning(epoch, args.epochs, args.ft) for epoch in range(args.epochs))
+    if 2 * strong < args.epochs and (args.da > 0 or args.noise or args.mixup):
+        distributed.warn(f"--ft {args.ft} leaves {strong} of {args.epochs} epochs with "
+                         "the augmentation asked for; --ft 0 augments in all")
+
+
 def mix_batch(images, args, info, epoch, generator) -> Mixed:
     """Return the normalised batch after --da, --noise and --mixup, with draws from `generator`."""
     n, size = len(images), images.shape[-2:]
@@ -215,14 +217,14 @@ def mix_batch(images, args, info, epoch, generator) -> Mixed:
 
 def mixed_loss(logits, labels, mixed, args):
     """Return the --loss of a mixed batch, a float32 scalar."""
-    loss = {"ce": cross_entropy,
-            "st": partial(soft_target_loss, reweight=None if args.rw == "off" else args.rw,
+    loss = {"ce": losses.cross_entropy,
+            "st": partial(losses.soft_target_loss, reweight=None if args.rw == "off" else args.rw,
                           other=args.other, soften=not args.no_soften),
-            "sce": partial(smooth_cross_entropy, smoothing=1 - args.max_p),
-            "fl": partial(focal_loss, gamma=args.g)}[args.loss]
+            "sce": partial(losses.smooth_cross_entropy, smoothing=1 - args.max_p),
+            "fl": partial(losses.focal_loss, gamma=args.g)}[args.loss]
     if mixed.perm is None:
         return loss(logits, labels, mixed.confidence)
-    return mixup_loss(loss, logits, labels, mixed.confidence, mixed.perm, mixed.lam)
+    return losses.mixup_loss(loss, logits, labels, mixed.confidence, mixed.perm, mixed.lam)
 
 
 def implied_targets(labels, mixed, args, outputs):
@@ -323,15 +325,12 @@ def main(argv=None):
                                 nesterov=args.momentum > 0 and not args.no_nag)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     log(f"{about(info, net, train, args)}; augmentation {args.da}"
-                + (" with RandAugment" if args.ra else "") + f", loss {args.loss}")
-    strong = math.ceil(max(0.05 * args.epochs, args.epochs - args.ft))
-    if 2 * strong < args.epochs and (args.da > 0 or args.noise or args.mixup):
-        distributed.warn(f"--ft {args.ft} leaves {strong} of {args.epochs} epochs with "
-                     "the augmentation asked for; --ft 0 augments in all")
+        + (" with RandAugment" if args.ra else "") + f", loss {args.loss}")
+    warn_of_fine_tuning(args)
 
     # The run: its folder, what it holds already, and the place to go on from
-    run = Run(args, device, info, run_name(args), {"other": args.other},
-                     model=net, optimizer=optimizer, scaler=scaler)
+    run = Run(args, device, info, run_name(args), {"other": args.other}, model=net,
+              optimizer=optimizer, scaler=scaler)
     if args.evaluate or args.preview:
         path = run.load_weights()
         if not path:
