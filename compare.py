@@ -108,7 +108,7 @@ def labels(groups: list[list[Run]]) -> list[str]:
         differ = [f"{name} {' '.join(map(str, value)) if isinstance(value, list) else value}"
                   for name, value in flags.items() if name not in IGNORED
                   and any(other[name] != value for other in alike)]
-        differ = [flags["method"], *differ] if "method" in flags else differ
+        differ = [flags["method"], *differ] if flags.get("method") else differ
         found.append(": ".join(filter(None, (group[0].program[0], ", ".join(differ))))
                      or group[0].folder.name)
     return found
