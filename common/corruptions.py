@@ -6,8 +6,8 @@ import numpy as np
 import torch
 
 from common import distributed
-from common.data import sets
-from common.data.batches import statistics
+from common.data import sources
+from common.data.recipe import mean_std
 from common.errors import DataError
 
 SEVERITIES = 5
@@ -33,14 +33,14 @@ class Corrupted:
         return -(-len(self.labels) // self.batch_size)
 
     def __iter__(self):
-        mean, std = statistics(self.info, self.device)
+        mean, std = mean_std(self.info, self.device)
         for start in range(0, len(self.labels), self.batch_size):
             part = slice(start + distributed.rank(), start + self.batch_size, distributed.world())
             images, labels = self.images[part], self.labels[part]
             if not len(labels):
                 return
             if isinstance(images, list):
-                files, images = images, sets.decode_files(
+                files, images = images, sources.decode_files(
                     [(file, 0) for file in images], None, 4).images
                 check_size(files[0], images, self.info)
             images = torch.from_numpy(np.array(images)).to(self.device).permute(0, 3, 1, 2)
@@ -86,7 +86,7 @@ def read(place, info, batch_size: int, device):
                                                            device)
     for folder in folders:
         for severity in range(1, SEVERITIES + 1):
-            classes = sets.list_classes(folder / str(severity))
+            classes = sources.list_classes(folder / str(severity))
             index = class_index(folder / str(severity), classes, info)
             files = [(file, index[name]) for name, members in classes.items() for file in members]
             yield f"{folder.name} {severity}", Corrupted(

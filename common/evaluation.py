@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common import corruptions, distributed, gradcam, plots, runtime
-from common.data.batches import statistics
+from common.data.recipe import mean_std
 from common.distributed import log
 from common.errors import RunError
 
@@ -126,7 +126,7 @@ def occlude(images: Tensor, offset: int, info) -> Tensor:
     Each way along an axis is taken by a bit of the sum of the image's pixels, so that an image
     moves alike in every batch and on every rank.
     """
-    mean, std = statistics(info, images.device)
+    mean, std = mean_std(info, images.device)
     number = ((images * std + mean) * 255).round().sum((1, 2, 3), dtype=torch.float64).long()
     padded = F.pad(images, (offset,) * 4, value=0.0 if any(info.mean) else 0.5)
     windows = padded.unfold(2, images.shape[2], 2 * offset).unfold(
@@ -163,7 +163,7 @@ def conditions(net, info) -> tuple[list[str], object]:
 
 def fgsm(images: Tensor, grad: Tensor, epsilon: float, info) -> Tensor:
     """One step of `epsilon`, in pixels of [0, 1], along the sign of the loss's gradient."""
-    mean, std = statistics(info, images.device)
+    mean, std = mean_std(info, images.device)
     return torch.clamp(images + epsilon / std * grad.sign(), -mean / std, (1 - mean) / std)
 
 

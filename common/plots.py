@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from common.data.batches import to_arrays
+from common.data.recipe import to_arrays
 from common.errors import RunError
 
 # One colour a curve, in fixed order; readable for the colour-blind, on white.

@@ -9,13 +9,13 @@ from common.randaugment import Operation, apply_operations, both_signs
 
 
 class AutoAugment(v2.AutoAugment):
-    """torchvision's CIFAR-10 policies, one drawn for each image: (images, generator) -> images.
+    """torchvision's policies, one drawn for each image: (images, generator) -> images.
 
     Images (B, 3, H, W) uint8; a CPU generator.
     """
 
-    def __init__(self):
-        super().__init__(v2.AutoAugmentPolicy.CIFAR10)
+    def __init__(self, policy: v2.AutoAugmentPolicy = v2.AutoAugmentPolicy.CIFAR10):
+        super().__init__(policy)
         self.table = functools.cache(self.table)
 
     def table(self, height: int, width: int) -> tuple[Operation, ...]:

@@ -23,8 +23,10 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)        # no traceback of Ctrl-C while importing
 
 import torch
+from torchvision.transforms import AutoAugmentPolicy
 
 from common import data, distributed, evaluation, flags, models, plots, runtime
+from common.data import STREAMED, Recipe
 from common.distributed import log
 from common.errors import RunError
 from common.flags import add_boolean, amount, count, number, positive, share
@@ -269,17 +271,20 @@ def main(argv=None):
     device = runtime.setup(args)
 
     # Data, network, optimizer
-    policy, transform = (("randaugment", randaugment.transform) if args.randaugment else
-                         ("autoaugment", AutoAugment()) if args.autoaugment else (None, None))
-    train, test, info = data.load(
-        args.dataset, args.data_dir, batch_size=args.batch_size, device=device, seed=args.seed,
-        loader=args.loader, image_size=args.image_size, labels_per_class=args.labels_per_class,
-        workers=args.workers, padding=args.padding, transform=transform,
-        drop_last=args.dataset != "imagenet",
-        transform_first=transform is not None, streaming={
-            "auto_augment": policy, "color_jitter": args.color_jitter,
-            "min_scale": args.min_scale},
+    streamed = args.dataset in STREAMED
+    transform = randaugment.transform if args.randaugment else None
+    if args.autoaugment:
+        transform = AutoAugment(*[AutoAugmentPolicy.IMAGENET] * streamed)
+    recipe = Recipe(
+        padding=args.padding, scale=(args.min_scale, 1.0), interpolation="lanczos",
+        color_jitter=0.4 * args.color_jitter, transform=transform,
+        transform_first=transform is not None and not streamed,
         **CIFAR if args.dataset in ("cifar10", "cifar100") else {})
+    train, test, info = data.load(
+        args.dataset, args.data_dir, recipe, batch_size=args.batch_size, device=device,
+        seed=args.seed, loader=args.loader, image_size=args.image_size,
+        labels_per_class=args.labels_per_class, workers=args.workers,
+        drop_last=args.dataset != "imagenet")
     torch.manual_seed(args.seed)
     net, cost = build(args, info)
     net, model = runtime.prepare(net, args, device)

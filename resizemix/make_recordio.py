@@ -33,7 +33,8 @@ from tqdm import tqdm
 
 from common import flags, runtime
 from common.data import recordio
-from common.data.sets import list_classes
+from common.data.images import decode, reason
+from common.data.sources import list_classes
 from common.errors import DataError, Stopped
 from common.plots import write_atomic
 
@@ -90,7 +91,7 @@ def list_images(args) -> tuple[list[tuple[str, int]], list[str]]:
         raise DataError(f"{args.classes or args.images}: the class {printable((odd + twice)[0])} "
                         + ("has a name that cannot be listed" if odd else "is there twice"))
     labels = {name: label for label, name in enumerate(classes)}
-    items = [(str(path.relative_to(args.images)), labels[name])
+    items = [(os.path.relpath(path, args.images), labels[name])
              for name, files in folders.items() for path in files]
     if args.shuffle:
         order = torch.randperm(len(items), generator=torch.Generator().manual_seed(args.seed))
@@ -113,15 +114,13 @@ class Encoder(Dataset):
         try:
             return recordio.pack(label, i, self.encode((self.folder / path).read_bytes())), ""
         except Exception as fault:              # Pillow raises nearly anything for damaged files
-            return b"", recordio.reason(fault)
+            return b"", reason(fault)
 
     def encode(self, data: bytes) -> bytes:
-        image = Image.open(io.BytesIO(data))
-        image.load()                            # the whole image: a cut-off file fails here
+        kind, image = Image.open(io.BytesIO(data)).format, decode(data)
         shrink = self.resize is not None and min(image.size) > self.resize
-        if image.format in KEPT and not shrink and not self.quality:
+        if kind in KEPT and not shrink and not self.quality:
             return data
-        image = image.convert("RGB")
         if shrink:
             factor = self.resize / min(image.size)
             image = image.resize([max(self.resize, round(side * factor)) for side in image.size],

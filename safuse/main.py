@@ -28,7 +28,8 @@ import torch
 import torch.nn.functional as F
 
 from common import data, distributed, evaluation, flags, plots, runtime
-from common.data.batches import unnormalise
+from common.data import Recipe
+from common.data.recipe import unnormalise
 from common.distributed import log
 from common.errors import RunError
 from common.flags import add_boolean, amount, count, number, positive, share
@@ -44,7 +45,7 @@ from common.models.weights import load_pretrained
 from common.run import Run, StepSums, about
 from safuse import losses, mixing, network, picture, superpixels
 from safuse.localisation import localise
-from safuse.recipes import SCHEDULES, STREAMING, defaults, learning_rate
+from safuse.recipes import CROPS, SCHEDULES, defaults, learning_rate
 
 METHODS = ["safuse", "lgcoamix", "occamix", "cutmix", "baseline"]
 DECODERS = {"safuse": "joint", "lgcoamix": "local"}         # none: a plain classifier
@@ -307,10 +308,11 @@ def main(argv=None):
 
     # Data, network, optimizer
     pixels = {} if args.normalise else {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+    recipe = Recipe(padding=args.padding, **CROPS.get(args.dataset, {}), **pixels)
     train, test, info = data.load(
-        args.dataset, args.data_dir, batch_size=args.batch_size, device=device, seed=args.seed,
-        loader=args.loader, image_size=args.image_size, labels_per_class=args.labels_per_class,
-        workers=args.workers, padding=args.padding, streaming=STREAMING.get(args.dataset), **pixels)
+        args.dataset, args.data_dir, recipe, batch_size=args.batch_size, device=device,
+        seed=args.seed, loader=args.loader, image_size=args.image_size,
+        labels_per_class=args.labels_per_class, workers=args.workers)
     if args.NUM_CLASS not in (None, info.num_classes):
         raise RunError(f"--NUM_CLASS {args.NUM_CLASS}: {info.name} has {info.num_classes} classes")
     torch.manual_seed(args.seed)

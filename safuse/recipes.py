@@ -32,10 +32,10 @@ ROWS = [
 ]
 LARGE = ("tiny-imagenet-200", "cub200", "stanford_dogs", "imagenet")
 
-# How sets that are read from disk are cropped, see common.data.imagenet.streaming.
-STREAMING = {
-    "cub200": {"crop": "random", "resize": "square", "test_crop": "whole", "filter": "bilinear"},
-    "stanford_dogs": {"aspect": (1, 1.3), "test_crop": "whole", "filter": "bilinear"},
+# How streamed sets are cropped: fields of common.data.Recipe.
+CROPS = {
+    "cub200": {"crop": "random", "resize": "square", "test_crop": "whole"},
+    "stanford_dogs": {"ratio": (1, 1.3), "test_crop": "whole"},
 }
 
 # (first epoch, divisor of the learning rate)

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 
 from common import data, distributed, evaluation, flags, models, plots, runtime
-from common.data.batches import to_uint8
+from common.data.recipe import Recipe, to_uint8
 from common.distributed import log
 from common.errors import RunError
 from common.flags import add_boolean, amount, count, number, positive, share
@@ -376,8 +376,9 @@ def main(argv=None):
 
     # Data, network, optimizer
     train, test, info = data.load(
-        args.dataset, args.data_dir, batch_size=args.batch_size, device=device, seed=args.seed,
-        loader=args.loader, image_size=args.image_size, labels_per_class=args.labels_per_class,
+        args.dataset, args.data_dir, Recipe(), batch_size=args.batch_size, device=device,
+        seed=args.seed, loader=args.loader, image_size=args.image_size,
+        labels_per_class=args.labels_per_class,
         valid_labels_per_class=args.valid_labels_per_class, workers=args.workers)
     check_sizes(args, info.image_size, info.width)
     torch.manual_seed(args.seed)

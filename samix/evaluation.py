@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from common import distributed, evaluation, runtime
-from common.data.batches import statistics as on_device
+from common.data.recipe import mean_std
 from samix.mixblock import mix
 
 HEADS = {"one_k": ("k", "one"), "mix_k": ("k", "mix"), "one_q": ("q", "one"), "mix_q": ("q", "mix")}
@@ -93,7 +93,7 @@ def mixtures(net, images, second, perm, args, info) -> dict:
     # in training mode, but without dropout, nor SyncBatchNorm, which would wait for other ranks
     net, rows = copy.deepcopy(net).train(not getattr(args, "sync_bn", False)), {}
     net.block.value[-1].eval()
-    mean, std = on_device(info, images.device)
+    mean, std = mean_std(info, images.device)
     with runtime.autocast(args, images.device):
         first, partners = (net.k.backbone(views)[0] for views in (images, second))
         for lam in torch.tensor([0.3, 0.5, 0.7]):

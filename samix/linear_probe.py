@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import checkpoint, data, distributed, evaluation, flags, models, runtime
+from common.data import Recipe
 from common.distributed import log
 from common.errors import RunError
 from common.models.features import Backbone, build_backbone
@@ -107,11 +108,11 @@ def main(argv=None):
         setattr(args, name, getattr(args, name) or known.get(name))
 
     # Data, network, optimizer
+    recipe = Recipe(interpolation="bicubic", mean=known.get("mean"), std=known.get("std"))
     train, test, info = data.load(
-        args.dataset, args.data_dir, batch_size=args.batch_size, device=device, seed=args.seed,
-        loader=args.loader, image_size=args.image_size, labels_per_class=args.labels_per_class,
-        workers=args.workers, mean=known.get("mean"), std=known.get("std"),
-        streaming={"filter": "bicubic"})
+        args.dataset, args.data_dir, recipe, batch_size=args.batch_size, device=device,
+        seed=args.seed, loader=args.loader, image_size=args.image_size,
+        labels_per_class=args.labels_per_class, workers=args.workers)
     torch.manual_seed(args.seed)
     try:
         backbone = build_backbone(args.arch, info.image_size, known["layer"],

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from common import data, distributed, evaluation, flags, mixing, models, plots, runtime
-from common.data.batches import ResizedCrop
+from common.data import STREAMED, Recipe
 from common.distributed import log
 from common.flags import add_boolean
 from common.mixing import draw_lambda, soft_targets
@@ -134,6 +134,8 @@ def parse_args(argv=None):
     if first.dataset not in (None, config["dataset"]):
         for name in ("image_size", "mean", "std"):          # every data set has its own
             del config[name]
+        if first.dataset in STREAMED:
+            config["crop"] = "resized"
     parser.set_defaults(**config)
     args = parser.parse_args(argv)
     same = all(config[f"block_{name}"] == config[name] for name in ("lr", "min_lr"))
@@ -335,18 +337,17 @@ def load_pretrained(net, args):
 
 def load_data(args, device):
     """Training and test batches and Info, cropped as the flags say."""
-    crop = {"zero": {"padding": args.padding},
-            "reflect": {"padding": args.padding, "reflect": True},
-            "resized": {"resized_crop": ResizedCrop((args.crop_scale, 1.0), filter="bicubic")}}
-    return data.load(
-        args.dataset, args.data_dir, batch_size=args.batch_size, device=device, seed=args.seed,
-        loader=args.loader, image_size=args.image_size, labels_per_class=args.labels_per_class,
-        workers=args.workers, drop_last=args.drop_last, mean=args.mean, std=args.std,
+    recipe = Recipe(
+        crop="resized" if args.crop == "resized" else "padded", padding=args.padding,
+        padding_mode="reflect" if args.crop == "reflect" else "constant",
+        scale=(args.crop_scale, 1.0), interpolation="bicubic",
+        resize="shorter" if args.resize_first and args.dataset in STREAMED else None,
         transform=partial(randaugment, level=21, std=1.5) if args.randaugment else None,
-        streaming={"scale": (args.crop_scale, 1.0), "filter": "bicubic",
-                   "resize": "shorter" if args.resize_first else "",
-                   "auto_augment": "randaugment" if args.randaugment else None},
-        **crop[args.crop])
+        mean=args.mean, std=args.std)
+    return data.load(
+        args.dataset, args.data_dir, recipe, batch_size=args.batch_size, device=device,
+        seed=args.seed, loader=args.loader, image_size=args.image_size,
+        labels_per_class=args.labels_per_class, workers=args.workers, drop_last=args.drop_last)
 
 
 def main(argv=None):

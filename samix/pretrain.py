@@ -26,8 +26,9 @@ import torch
 from torch import Tensor, nn
 
 from common import data, distributed, flags, models, plots, runtime
-from common.data.batches import statistics, to_uint8
-from common.data.imagenet import DaliStream
+from common.data import STREAMED, Recipe
+from common.data.recipe import mean_std, to_uint8
+from common.data.stream import DaliStream
 from common.distributed import log
 from common.errors import RunError
 from common.flags import add_boolean
@@ -189,7 +190,7 @@ def two_views(images, args, info, generator):
     """Two normalised views (B, 3, S, S) of a batch; DALI's come ready, side by side in channels."""
     if images.shape[1] == 6:
         return images.chunk(2, 1)
-    mean, std = statistics(info, images.device)
+    mean, std = mean_std(info, images.device)
     images, size = to_uint8(images, info), info.image_size
     return [(make_view(images, draw_view(len(images), images.shape[-2:], generator, blur=args.blur,
                                          scale=(args.crop_scale, 1.0)), size) - mean) / std
@@ -279,12 +280,11 @@ def main(argv=None):
     device = runtime.setup(args)
 
     # Data: streamed sets come as two views from DALI, or as squares to make views of
-    size = args.image_size
+    recipe = Recipe(crop="random" if args.dataset in STREAMED else "padded", padding=0, flip=False)
     train, test, info = data.load(
-        args.dataset, args.data_dir, batch_size=args.batch_size, device=device, seed=args.seed,
-        loader=args.loader, image_size=size, labels_per_class=args.labels_per_class,
-        workers=args.workers, padding=0, flip=False, drop_last=True,
-        streaming={"resize": "shorter", "crop": "random"})
+        args.dataset, args.data_dir, recipe, batch_size=args.batch_size, device=device,
+        seed=args.seed, loader=args.loader, image_size=args.image_size,
+        labels_per_class=args.labels_per_class, workers=args.workers, drop_last=True)
     if isinstance(train, DaliStream):
         train = DaliViews(train, (args.crop_scale, 1.0), args.blur)
 

@@ -4,6 +4,7 @@ Colours change by one affine map of an image's channels, which joins brightness,
 mid-grey), saturation and hue (a turn of the colour plane), as DALI's color_twist does; so DALI's
 views and those made here are of one kind.
 """
+import dataclasses
 import math
 from typing import NamedTuple
 
@@ -11,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.data.batches import ResizedCrop, draw_boxes, resize_boxes
-from common.data.imagenet import FILTERS, DaliStream
+from common.data.memory import draw_boxes, resize_boxes
+from common.data.stream import DaliStream
 
 JITTER, HUE = 0.4, 0.1                  # brightness, contrast, saturation: 1 ± 0.4; hue, in turns
 JITTERED, GREY = 0.8, 0.2               # probabilities
@@ -34,7 +35,7 @@ def draw_view(n: int, size, generator: torch.Generator, *, scale=(0.2, 1.0), blu
               ) -> View:
     """Draws for n images of `size` (height, width): crops of a share `scale` of the area; `blur`:
     its probability."""
-    boxes = draw_boxes(n, size, ResizedCrop(scale), generator)
+    boxes = draw_boxes(n, size, scale, (3 / 4, 4 / 3), generator)
     flip, jittered, grey, blurred, width = torch.rand(5, n, generator=generator)
     change = (2 * torch.rand(4, n, generator=generator) - 1) * (jittered < JITTERED)
     brightness, contrast, saturation = 1 + JITTER * change[:3]
@@ -74,24 +75,22 @@ class DaliViews(DaliStream):
 
     def __init__(self, stream: DaliStream, scale: tuple, blur: float):
         self.__dict__.update(stream.__dict__)
-        self.scale, self.blur = scale, blur
+        self.recipe = dataclasses.replace(stream.recipe, scale=scale, interpolation="bicubic")
+        self.blur = blur
 
-    def graph(self):
-        from nvidia.dali import fn, types
-        encoded, labels = self.read()
-        on_gpu = self.device.type == "cuda"
-        images = fn.decoders.image(encoded, device="mixed" if on_gpu else "cpu",
-                                   output_type=types.RGB, adjust_orientation=False)
-        views = [self.view(images) for _ in range(2)]
-        return fn.cat(*views, axis=0), labels
+    def finish(self, images: Tensor, step: int) -> Tensor:
+        return torch.cat([DaliStream.finish(self, view, step) for view in images.chunk(2, 1)], 1)
+
+    def graph(self, encoded, **decoder):
+        from nvidia.dali import fn
+        images = fn.decoders.image(encoded, **decoder)
+        return fn.cat(*(self.view(images) for _ in range(2)), axis=0)
 
     def view(self, images):
         from nvidia.dali import fn, types
-        shrink, enlarge = FILTERS["bicubic"][0]
         images = fn.random_resized_crop(
-            images, size=(self.size, self.size), random_area=self.scale,
-            random_aspect_ratio=self.aspect, min_filter=getattr(types, f"INTERP_{shrink}"),
-            mag_filter=getattr(types, f"INTERP_{enlarge}"))
+            images, size=(self.size, self.size), random_area=self.recipe.scale,
+            random_aspect_ratio=self.recipe.ratio, **self.filters())
         jittered = fn.random.coin_flip(probability=JITTERED)
         change = [jittered * fn.random.uniform(range=(-1.0, 1.0)) for _ in range(4)]
         coloured = 1 - fn.random.coin_flip(probability=GREY)
@@ -102,6 +101,5 @@ class DaliViews(DaliStream):
             width = fn.random.uniform(range=(0.0, SIGMA[1] - SIGMA[0]))
             blurred = fn.random.coin_flip(probability=self.blur)
             images = fn.gaussian_blur(images, sigma=SIGMA[0] + blurred * width)
-        return fn.crop_mirror_normalize(
-            images, mirror=fn.random.coin_flip(), dtype=types.FLOAT, output_layout="CHW",
-            mean=[255 * v for v in self.mean], std=[255 * v for v in self.std])
+        return fn.crop_mirror_normalize(images, mirror=fn.random.coin_flip(), dtype=types.UINT8,
+                                        output_layout="CHW")

@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 
 from common import checkpoint, data, distributed, evaluation, flags, models, plots, runtime
-from common.data.sets import STREAMED
+from common.data import Recipe
 from common.distributed import log
 from common.errors import RunError
 from common.flags import add_boolean, amount, count, number, positive
@@ -48,7 +48,6 @@ from soft_aug.softcrop import (
     soft_noise,
 )
 
-DATASETS = [name for name in data.NAMES if name not in STREAMED]
 METHODS = {"standard": {"da": 0, "loss": "ce"}, "cutout": {"da": 1, "loss": "ce", "l": 16.0},
            "hard": {"da": 2, "loss": "ce"}, "soft": {"da": 2, "loss": "st"},
            "weighted": {"da": 2, "loss": "st", "no_soften": True}}
@@ -105,7 +104,7 @@ def parse_args(argv=None):
     add_boolean(add, "--no-soften", False, "st: hard targets, only reweighted")
     add_boolean(add, "--other", False, "st: the rest goes to a class of its own")
     flags.add_flags(
-        parser, DATASETS, models.ALL,
+        parser, data.IN_MEMORY, models.ALL,
         {"dataset": ["--task"], "arch": ["--net"], "batch_size": ["--b"], "workers": ["--n"],
          "lr": ["--learning_rate"], "weight_decay": ["--wd"], "job_name": ["--prefix"]},
         dataset="cifar10", arch="resnet18", batch_size=128, lr=0.1, weight_decay=5e-4, seed=-1,
@@ -308,12 +307,12 @@ def main(argv=None):
 
     # Data, network, optimizer
     mean, std = STATISTICS.get(args.dataset, (None, None))
+    recipe = Recipe(padding=4 if args.da in (0, 1) else 0, flip=False if args.da == -1 else None,
+                    transform=randaugment if args.ra else None, mean=mean, std=std)
     train, test, info = data.load(
-        args.dataset, args.data_dir, batch_size=args.batch_size, device=device, seed=args.seed,
-        loader=args.loader, image_size=args.image_size, labels_per_class=args.labels_per_class,
-        padding=4 if args.da in (0, 1) else 0, flip=False if args.da == -1 else None,
-        transform=randaugment if args.ra else None,
-        mean=mean, std=std, workers=args.workers)
+        args.dataset, args.data_dir, recipe, batch_size=args.batch_size, device=device,
+        seed=args.seed, loader=args.loader, image_size=args.image_size,
+        labels_per_class=args.labels_per_class, workers=args.workers)
     if args.ra and min(info.image_size, info.width) < 3:
         raise RunError("--ra needs images of at least 3 pixels a side")
     torch.manual_seed(args.seed)

@@ -36,8 +36,8 @@ class Program:
         """The arguments that it loads its data with."""
         seen = {}
 
-        def load(dataset, place, **options):
-            seen.update(options, dataset=dataset, place=place)
+        def load(dataset, place, recipe, **options):
+            seen.update(vars(recipe) | options, dataset=dataset, place=place)
             raise DataError("seen")
 
         monkeypatch.setattr(self.module.data, "load", load)

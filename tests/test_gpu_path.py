@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from common import data, evaluation, mixing
-from common.data.batches import to_uint8
+from common.data.recipe import to_uint8
 from common.randaugment import draw_randaugment, rand_augment
 from common.run import Run, StepSums
 from resizemix import mixing as resizemix

@@ -10,10 +10,11 @@ import torch
 from PIL import Image
 
 from common import data
-from common.data import imagenet
+from common.data import Recipe, lists
 from common.data.recordio import RecordFile
+from common.data.stream import DaliStream, TorchStream
 from common.errors import DataError, RunError
-from resizemix import make_recordio
+from resizemix import make_recordio, randaugment
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLASSES, PER_CLASS = 8, 5                   # 40 images; 41 with the odd one
@@ -65,9 +66,16 @@ def photos(tmp_path_factory):
 
 def stream(root, loader, device="cpu", *, batch_size=8, train=True, image_size=32, workers=2,
            **options):
-    options = {"mean": MEAN, "std": STD, "seed": 1} | options
-    return imagenet.streaming(root, split="train", image_size=image_size, batch_size=batch_size,
-                              device=device, loader=loader, workers=workers, train=train, **options)
+    """Batches of train.rec or train/ in the folder `root`, or of Files."""
+    options = {"mean": MEAN, "std": STD, "seed": 1, "crop": "resized", "test_crop": "centre",
+               "flip": True, "interpolation": "lanczos"} | options
+    recipe = Recipe(**{field: options.pop(field) for field in vars(Recipe()) if field in options})
+    if isinstance(root, Path):
+        root = RecordFile(root / "train.rec") if any(root.glob("train.*")) else \
+            lists.folder(root / "train")[0]
+    kind = DaliStream if loader == "dali" else TorchStream
+    return kind(root, recipe, image_size=image_size, batch_size=batch_size, device=device,
+                workers=workers, train=train, **options)
 
 
 def epoch(loader, number=0, start_step=0):
@@ -86,7 +94,7 @@ def same(first, second):
 def test_training_batches(photos, source, loader, device):
     batches = stream(photos / source, loader, device)
     assert len(batches) == 6 and batches.count == 41
-    assert batches.classes == [f"class {i}" for i in range(CLASSES)]
+    assert batches.data.classes == [f"class {i}" for i in range(CLASSES)]
     first = epoch(batches)
     assert [len(labels) for _, labels in first] == [8] * 5 + [1]
     for images, labels in first:
@@ -107,8 +115,8 @@ def test_partial_batches_may_be_dropped(photos, source, loader):
     batches = stream(photos / source, loader, batch_size=12, drop_last=True)
     assert [len(labels) for _, labels in epoch(batches)] == [12] * 3 and len(batches) == 3
     assert len(stream(photos / source, loader, batch_size=12, drop_last=True, train=False)) == 4
-    with pytest.raises(DataError, match="41 images are less than one batch"):
-        stream(photos / source, loader, batch_size=50, drop_last=True)
+    assert [len(labels) for _, labels in epoch(stream(
+        photos / source, loader, batch_size=50, drop_last=True))] == [41]
 
 
 @LOADERS
@@ -178,7 +186,7 @@ def test_training_crops(tmp_path, loader):
     assert 0.42 < area.mean() < 0.58
     assert 0.7 < aspect.min() < 0.85 and 1.2 < aspect.max() < 1.43
     assert 0.35 < (across < 0).float().mean() < 0.65
-    batches = stream(tmp_path, loader, batch_size=64, min_scale=0.9, mean=(0, 0, 0),
+    batches = stream(tmp_path, loader, batch_size=64, scale=(0.9, 1), mean=(0, 0, 0),
                      std=(1 / 255,) * 3)
     images = epoch(batches)[0][0]
     across, down = images[:, 0].amax((1, 2)), images[:, 1].amax((1, 2))
@@ -186,8 +194,8 @@ def test_training_crops(tmp_path, loader):
 
 
 @LOADERS
-@pytest.mark.parametrize("options", [{"color_jitter": True}, {"auto_augment": "randaugment"},
-                                     {"auto_augment": "autoaugment"}], ids=str)
+@pytest.mark.parametrize("options", [{"color_jitter": 0.4}, {"transform": randaugment.transform}],
+                         ids=["color_jitter", "transform"])
 def test_further_augmentation(photos, loader, options):
     plain = epoch(stream(photos / "folders", loader))
     batches = stream(photos / "folders", loader, **options)
@@ -223,23 +231,21 @@ def test_crop_after_resizing(tmp_path, loader):
     for resize, shown in (("square", (200 * 56 / 64, 150 * 56 / 64)),
                           ("shorter", (200 * 56 / 85, 150 * 56 / 64))):
         batches = stream(tmp_path, loader, batch_size=64, image_size=56, crop="random",
-                         resize=resize, filter="bilinear", **RAW)
+                         resize=resize, interpolation="bilinear", **RAW)
         images = epoch(batches)[0][0]
         assert torch.allclose(extents(images), torch.tensor(shown).expand(64, 2), atol=2)
         corner = torch.stack([images[:, 0].amin((1, 2)), images[:, 1].amin((1, 2))])
         slack = torch.tensor([200 - shown[0], 150 - shown[1]])
         assert corner.amin(1).max() < 4 and (corner.amax(1) > slack - 4).all()  # all places occur
         assert (corner.amax(1) < slack + 2).all()
-    with pytest.raises(ValueError, match="resize"):
-        stream(tmp_path, loader, crop="random")
 
 
 @LOADERS
-@pytest.mark.parametrize("resize", ["", "shorter"])
+@pytest.mark.parametrize("resize", [None, "shorter"])
 def test_range_of_crops(tmp_path, loader, resize):
     ramps(tmp_path)
     batches = stream(tmp_path, loader, batch_size=64, image_size=56, scale=(0.4, 0.6),
-                     aspect=(1, 1.3), resize=resize, filter="bicubic", **RAW)
+                     ratio=(1, 1.3), resize=resize, interpolation="bicubic", **RAW)
     sides = extents(torch.cat([epoch(batches, number)[0][0] for number in range(4)]))
     area, aspect = sides.prod(1) / (200 * 150), sides[:, 0] / sides[:, 1]
     assert 0.38 < area.min() < 0.43 and 0.57 < area.max() < 0.62
@@ -251,7 +257,7 @@ def test_evaluation_of_the_whole_image(tmp_path, loader):
     ramps(tmp_path, count=2)
     for test_crop, shown in (("whole", (200, 150)), ("centre", (200 * 56 / 85, 150 * 56 / 64))):
         batches = stream(tmp_path, loader, train=False, image_size=56, test_crop=test_crop,
-                         filter="bilinear", **RAW)
+                         interpolation="bilinear", **RAW)
         images = epoch(batches)[0][0]
         assert torch.allclose(extents(images), torch.tensor(shown).float().expand(2, 2), atol=2)
         assert abs(images[0, 0].mean() - 99.5) < 1.5 and abs(images[0, 1].mean() - 74.5) < 1.5
@@ -261,7 +267,8 @@ def test_evaluation_of_the_whole_image(tmp_path, loader):
 @pytest.mark.parametrize("filter", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("image_size", [40, 224])
 def test_filters_of_both_loaders_agree(photos, filter, image_size):
-    options = {"train": False, "image_size": image_size, "filter": filter, "test_crop": "whole"}
+    options = {"train": False, "image_size": image_size, "interpolation": filter,
+               "test_crop": "whole"}
     dali, pillow = (epoch(stream(photos / "folders", loader, **options, **RAW))
                     for loader in ("dali", "torch"))
     for (images, _), (others, _) in zip(dali, pillow, strict=True):
@@ -320,18 +327,17 @@ def make_dogs(place, classes=3, per_class=4):
     return place
 
 
-def load_set(name, place, loader="torch", **streaming):
-    return data.load(name, str(place), batch_size=4, device=torch.device("cpu"), seed=1,
-                     image_size=64, loader=loader, workers=1, streaming=streaming, **RAW)
+def load_set(name, place, loader="torch", **recipe):
+    return data.load(name, str(place), Recipe(**recipe, **RAW), batch_size=4, seed=1,
+                     device=torch.device("cpu"), image_size=64, loader=loader, workers=1)
 
 
 @LOADERS
-@pytest.mark.parametrize("test_crop", ["whole", "centre"])
-def test_cub_with_its_boxes(tmp_path, loader, test_crop):
+def test_cub_with_its_boxes(tmp_path, loader):
     root = make_cub(tmp_path)
     for place in (tmp_path, root):
         train, test, info = load_set("cub200", place, loader, crop="random", resize="square",
-                                     test_crop=test_crop, filter="bilinear")
+                                     test_crop="whole")
     assert info.classes == ["Some Bird 1", "Some Bird 2", "Some Bird 3"]
     assert (info.num_train, info.num_test, info.image_size, info.name) == (12, 6, 64, "cub200")
     assert torch.cat([labels for _, labels in epoch(train)]).bincount().tolist() == [4] * 3
@@ -344,12 +350,12 @@ def test_cub_with_its_boxes(tmp_path, loader, test_crop):
         rows, columns = red.any(1).nonzero().ravel(), red.any(0).nonzero().ravel()
         seen = torch.tensor([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]).float()
         assert (box - seen).abs().max() < 1.6
-    shards = [imagenet.streaming(test.data, split="", image_size=64, batch_size=4, device="cpu",
-                                 rank=rank, world=2, train=False, test_crop=test_crop,
-                                 mean=MEAN, std=STD).boxes() for rank in range(2)]
+    shards = [stream(test.data, "torch", image_size=64, batch_size=4, rank=rank, world=2,
+                     train=False, test_crop="whole").boxes() for rank in range(2)]
     assert torch.equal(torch.cat(shards), boxes)
+    assert load_set("cub200", root)[1].boxes() is None      # of crops
     make_cub(tmp_path / "without", boxes=False)
-    assert load_set("cub200", tmp_path / "without")[1].boxes() is None
+    assert load_set("cub200", tmp_path / "without", test_crop="whole")[1].boxes() is None
     assert info.fingerprint != load_set("cub200", make_cub(tmp_path / "b", 2))[2].fingerprint
 
 
@@ -430,10 +436,10 @@ def test_faults_of_fine_grained_sets(tmp_path):
     fault("stanford_dogs", dogs, r"test_list\.mat: damaged")
     from scipy.io import savemat
     savemat(dogs / "test_list.mat", {"labels": np.ones((3, 1))})
-    fault("stanford_dogs", dogs, r"test_list\.mat: holds no file_list")
+    fault("stanford_dogs", dogs, r"test_list\.mat: .*file_list")
     savemat(dogs / "test_list.mat", {"file_list": np.array([["a"]], object),
                                      "labels": np.ones((3, 1))})
-    fault("stanford_dogs", dogs, r"test_list\.mat: 1 files, 3 labels")
+    fault("stanford_dogs", dogs, r"test_list\.mat: damaged")
     with pytest.raises(RunError, match="--labels_per_class .* not for cub200"):
         data.load("cub200", str(root), batch_size=4, device=torch.device("cpu"),
                   labels_per_class=3)
@@ -458,7 +464,7 @@ DAMAGE = {"truncated": lambda data: data[:len(data) // 2], "empty": lambda data:
 def test_damaged_image_is_named(damaged, loader, damage, train):
     image = damaged / "folders" / "train" / "class 4" / "3.jpg"
     image.write_bytes(DAMAGE[damage](image.read_bytes()))
-    with pytest.raises(DataError, match="no readable image") as fault:
+    with pytest.raises(DataError, match="a readable image") as fault:
         epoch(stream(damaged / "folders", loader, train=train, batch_size=4))
     assert str(image) in str(fault.value) and "\n" not in str(fault.value)
     if loader == "dali":            # processes forked later would hang in freeing a pipeline
@@ -483,9 +489,8 @@ def test_damaged_record_is_named(damaged, loader, train, damage):
     with record.open("r+b") as file:
         file.seek(offset + (40 if damage == "image" else 0))
         file.write(bytes(400 if damage == "image" else 8))
-    batches = stream(damaged / "records", loader, train=train, batch_size=4)
     with pytest.raises(DataError, match=rf"train\.rec: record 20 \(byte {offset}\)"):
-        list(batches)
+        list(stream(damaged / "records", loader, train=train, batch_size=4))
 
 
 @LOADERS
@@ -507,10 +512,7 @@ def test_label_without_a_class_is_named(damaged, loader):
     record = damaged / "records" / "train.rec"
     offset = int(RecordFile(record).offsets[20])
     batches = stream(damaged / "records", loader, train=False)
-    assert batches.num_classes == 1000 and len(list(batches)) == 6
-    batches.num_classes = 3                                 # as the training part may have
-    with pytest.raises(DataError, match="has the label [3-7], but there are 3 classes"):
-        list(batches)
+    assert len(list(batches)) == 6
     with record.open("r+b") as file:
         file.seek(offset + 12)
         file.write(np.float32(1000).tobytes())
@@ -520,7 +522,8 @@ def test_label_without_a_class_is_named(damaged, loader):
 
 def test_hidden_folders_are_no_classes(damaged):
     (damaged / "folders" / "train" / ".ipynb_checkpoints").mkdir()
-    assert stream(damaged / "folders", "torch").classes == [f"class {i}" for i in range(CLASSES)]
+    batches = stream(damaged / "folders", "torch")
+    assert batches.data.classes == [f"class {i}" for i in range(CLASSES)]
 
 
 def test_missing_data(damaged, tmp_path):
@@ -528,7 +531,7 @@ def test_missing_data(damaged, tmp_path):
     with pytest.raises(DataError, match=r"train\.idx is missing"):
         stream(damaged / "records", "torch")
     with pytest.raises(DataError, match="holds neither train.rec nor a folder train/"):
-        stream(tmp_path / "nowhere", "torch")
+        load_set("imagenet", tmp_path / "nowhere")
     (tmp_path / "void" / "train" / "class").mkdir(parents=True)
     with pytest.raises(DataError, match="holds no class folders with images"):
         stream(tmp_path / "void", "torch")
@@ -537,5 +540,9 @@ def test_missing_data(damaged, tmp_path):
 
 
 def test_without_dali(photos, monkeypatch):
-    monkeypatch.setattr(imagenet.importlib.util, "find_spec", lambda name: None)
-    assert isinstance(stream(photos / "folders", "auto"), imagenet.TorchStream)
+    (photos / "folders" / "val").symlink_to(photos / "folders" / "train")
+    kinds = []
+    for found in (True, None):
+        monkeypatch.setattr(data.importlib.util, "find_spec", lambda name, found=found: found)
+        kinds.append(type(load_set("imagenet", photos / "folders", "auto")[0]))
+    assert kinds == [DaliStream, TorchStream]

@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from common.data.batches import resize_boxes
+from common.data.memory import resize_boxes
 from common.precision import full_precision
 
 

@@ -22,9 +22,10 @@ from test_imagenet import make_photos, pack
 from torchvision.transforms import v2
 
 from common import checkpoint, distributed, gradcam, models, plots
+from common.data import Recipe
 from common.errors import DataError, RunError
 from common.mixing import draw_pixels
-from resizemix import augment, cost, mixing
+from resizemix import augment, cost, mixing, randaugment
 from resizemix import main as resizemix
 
 TINY = "--net_name wrn16_8 --initial_channels 4 --init_lr 0.05 --warmup_epochs 0 --device cpu"
@@ -124,8 +125,8 @@ def test_training_is_the_recipe(tmp_path, words, rate, no_pictures, monkeypatch)
     trained = weights(train(tmp_path, *words))
     args = arguments(" ".join(map(str, words)))
     batches, _, _ = resizemix.data.load(
-        "digits", "", batch_size=30, image_size=16, device=torch.device("cpu"), seed=0,
-        labels_per_class=6, padding=4, drop_last=True)
+        "digits", "", Recipe(padding=4), batch_size=30, image_size=16,
+        device=torch.device("cpu"), seed=0, labels_per_class=6, drop_last=True)
     torch.manual_seed(0)
     net = smooth_network()
     velocity = {name: torch.zeros_like(p) for name, p in net.named_parameters()}
@@ -164,12 +165,11 @@ def test_training_is_the_recipe(tmp_path, words, rate, no_pictures, monkeypatch)
     ("--padding 3 --workers 5 --loader dali --batch_size 10 --seed 4 --data_path there",
      {"padding": 3, "workers": 5, "loader": "dali", "batch_size": 10, "seed": 4,
       "drop_last": True, "transform": None}),
-    ("--min_scale 0.3 --color_jitter True",
-     {"streaming": {"min_scale": 0.3, "color_jitter": True, "auto_augment": None}}),
-    ("--dataset imagenet --randaugment True", {"transform_first": True, "streaming": {
-        "min_scale": 0.08, "color_jitter": False, "auto_augment": "randaugment"}}),
-    ("--dataset imagenet --autoaugment True", {"transform_first": True, "streaming": {
-        "min_scale": 0.08, "color_jitter": False, "auto_augment": "autoaugment"}}),
+    ("--min_scale 0.3 --color_jitter True", {"scale": (0.3, 1), "color_jitter": 0.4}),
+    ("--dataset imagenet --randaugment True", {
+        "transform_first": False, "transform": randaugment.transform, "scale": (0.08, 1),
+        "color_jitter": 0, "interpolation": "lanczos", "crop": None}),
+    ("--randaugment True", {"transform_first": True, "transform": randaugment.transform}),
     ("--dataset cifar100", {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2023, 0.1994, 0.2010)}),
     ("--dataset cifar10", {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2023, 0.1994, 0.2010)})])
 def test_what_the_loader_is_asked_for(words, expected, monkeypatch):
@@ -177,7 +177,7 @@ def test_what_the_loader_is_asked_for(words, expected, monkeypatch):
     assert {name: seen[name] for name in expected} == expected
     assert seen["dataset"] == arguments(words).dataset
     assert seen["place"] == ("there" if "there" in words else "data")
-    assert ("mean" in seen) == ("cifar" in words)
+    assert bool(seen["mean"]) == ("cifar" in words)
 
 
 @pytest.mark.parametrize("amp", ["off", "bf16"])
@@ -423,7 +423,6 @@ def test_killed_and_resumed_is_the_run_never_killed(tmp_path):
     ("--job_name ../x", 2, "--job_name: '../x' is part of a name"),
     ("--launcher pytorch", 1, "torchrun did not start this process"),
     ("--launcher slurm", 1, "SLURM_PROCID is not set"),
-    ("--batch_size 500", 1, "--batch_size 500 is more than the 120"),
     ("--dataset imagenet", 1, "is for sets that fit in memory"),
     ("--net_name resnet50 --image_size 128", 1,
      "resnet50 for 128 pixels has --initial_channels 64"),

@@ -22,6 +22,7 @@ from test_imagenet import HAS_DALI, make_cub, make_dogs
 from test_safuse import close, relabelled
 
 from common import checkpoint, distributed, plots, runtime
+from common.data import Recipe
 from common.errors import DataError, RunError
 from safuse import localisation, network, recipes
 from safuse import main as safuse
@@ -349,9 +350,9 @@ def test_a_run_is_the_recipe_step_by_step(tmp_path):
              "--attention_score pre_norm").split()          # rounding decides nothing
     folder = train(tmp_path, *words)
     args = arguments(" ".join(words))
-    loader, _, info = safuse.data.load("digits", "", batch_size=30, device=torch.device("cpu"),
-                                       image_size=16, labels_per_class=12, padding=4,
-                                       mean=(0.0,) * 3, std=(1.0,) * 3)
+    loader, _, info = safuse.data.load(
+        "digits", "", Recipe(padding=4, mean=(0.0,) * 3, std=(1.0,) * 3), batch_size=30,
+        device=torch.device("cpu"), image_size=16, labels_per_class=12)
     net = small_net(args).to(memory_format=torch.channels_last)
     velocity, scaler = {}, torch.amp.GradScaler("cpu", enabled=False)
     for epoch in range(2):
@@ -540,16 +541,16 @@ def test_dogs_train(tmp_path, capsys):
 def test_recipes_crop_as_the_papers_do(birds, tmp_path, monkeypatch):
     seen = []
     load = safuse.data.load
-    monkeypatch.setattr(safuse.data, "load", lambda *args, **options: seen.append(options)
+    monkeypatch.setattr(safuse.data, "load", lambda *args, **options: seen.append(args[2])
                         or load(*args, **options))
     words = [*CUB.split(), "--data_dir", str(birds), "--preview", str(tmp_path / "p.png")]
     safuse.main([*words, "--method", "baseline"])
-    assert seen[0]["streaming"] == {"crop": "random", "resize": "square", "test_crop": "whole",
-                                    "filter": "bilinear"}
-    assert seen[0]["mean"] == (0, 0, 0) and seen[0]["std"] == (1, 1, 1)
-    assert recipes.STREAMING["stanford_dogs"]["aspect"] == (1, 1.3)
+    assert (seen[0].crop, seen[0].resize, seen[0].test_crop, seen[0].interpolation) == (
+        "random", "square", "whole", "bilinear")
+    assert seen[0].mean == (0, 0, 0) and seen[0].std == (1, 1, 1)
+    assert recipes.CROPS["stanford_dogs"]["ratio"] == (1, 1.3)
     safuse.main([*words, "--method", "baseline", "--normalise"])
-    assert "mean" not in seen[1]
+    assert seen[1].mean is None
 
 
 def test_pretrained_weights_begin_a_run_and_never_overwrite_one(birds, tmp_path, capsys):

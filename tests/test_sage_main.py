@@ -143,7 +143,7 @@ def gradient_by_hand(net, images, labels, args, info, generator):
 def test_training_is_the_recipe(tmp_path, words):
     """Losses, weight decay, Nesterov's momentum and the steps of the learning rate, by hand."""
     words += (" --decay 0.01 --schedule 1 2 --gammas 0.1 0.5 --epochs 3 --labels_per_class 5 "
-              "--seed 1")
+              "--seed 2")     # of seed 1, rounding alone decides one of SAGE's offsets
     trained = weights(train(tmp_path, *words.split()))
     args, batches, info, net = digits(words)
     velocity = {name: torch.zeros_like(p) for name, p in net.named_parameters()}
@@ -152,7 +152,7 @@ def test_training_is_the_recipe(tmp_path, words):
         for step, (images, labels) in enumerate(batches):
             net.zero_grad()
             gradient_by_hand(net, images, labels, args, info,
-                             distributed.step_generator(1, epoch, step))
+                             distributed.step_generator(2, epoch, step))
             with torch.no_grad():
                 for name, p in net.named_parameters():
                     grad = p.grad + 0.01 * p
@@ -310,7 +310,7 @@ def test_log_off_writes_nothing(tmp_path):
     ("--method puzzle --image_size 15", 1, "15×15 pixels cannot be halved"),
     ("--start_epoch 7", 2, "--start_epoch 7: the last epoch is 0"),
     ("--max_steps 0", 2, "not an integer of at least 1"),
-    ("--labels_per_class 500", 1, "--labels_per_class 500: class 0 has only 143"),
+    ("--valid_labels_per_class 500", 1, "--valid_labels_per_class 500 leaves no image"),
     ("--dataset npz --data_dir none.npz", 1, "none.npz: no such"),
     ("--dataset cifar100 --data_dir /proc/none", 1, "/proc/none"),
     ("--root_dir /proc/none", 1, "/proc/none"),

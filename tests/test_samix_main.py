@@ -20,7 +20,6 @@ from test_imagenet import make_cub, make_photos
 from torchvision.transforms import v2
 
 from common import plots
-from common.data.batches import ResizedCrop
 from common.errors import RunError
 from common.randaugment import randaugment
 from samix import configs
@@ -353,17 +352,20 @@ def test_configurations_values_are_flags(capsys):
 
 def test_data_are_cropped_as_configured(monkeypatch):
     seen = {}
-    monkeypatch.setattr(samix.data, "load", lambda *words, **options: seen.update(options))
+    monkeypatch.setattr(samix.data, "load", lambda name, place, recipe, **options: seen.update(
+        vars(recipe) | options))
     samix.load_data(samix.parse_args(["--config", "cifar100_r18"]), "cpu")
-    assert (seen["padding"], seen["reflect"], seen["transform"]) == (4, True, None)
+    assert (seen["crop"], seen["padding"], seen["padding_mode"], seen["transform"]) == (
+        "padded", 4, "reflect", None)
     samix.load_data(samix.parse_args(["--config", "cifar100_swin_t"]), "cpu")
-    assert seen["resized_crop"] == ResizedCrop((0.8, 1.0), filter="bicubic")
+    assert (seen["crop"], seen["scale"], seen["interpolation"]) == ("resized", (0.8, 1), "bicubic")
     assert seen["transform"].func is randaugment and seen["image_size"] == 224
     assert seen["transform"].keywords == {"level": 21, "std": 1.5}      # of 30, as 7 ± 0.5 of 10
     samix.load_data(samix.parse_args(["--config", "cub_r18"]), "cpu")
-    assert seen["streaming"] == {"scale": (0.5, 1.0), "filter": "bicubic", "resize": "shorter",
-                                 "auto_augment": None}
+    assert (seen["crop"], seen["scale"], seen["resize"]) == ("resized", (0.5, 1), "shorter")
     assert seen["drop_last"] is True
+    samix.load_data(samix.parse_args(["--dataset", "imagenet"]), "cpu")
+    assert (seen["crop"], seen["resize"]) == ("resized", None)
 
 
 def test_every_command_of_the_readme_is_understood():
@@ -564,7 +566,6 @@ def test_script_trains_on_two_ranks(sets, tmp_path):
     ("--config cifar100_deit_s --head bce", "--label_smoothing is of --head ce"),
     ("--layer 4", "no layer 4 before the last: there are 4"),
     ("--arch deit_s --image_size 20", "deit_s takes images of a multiple of 16 pixels, not 20"),
-    ("--batch_size 500 --drop_last True", "--batch_size 500 is more than the 120"),
     ("--resume none.pt", "none.pt: no such checkpoint"),
     ("--lr 0.01", "--lr 0.01 is below --min_lr 0.05"),
     ("--image_size 30", "cannot be enlarged to 30×30 pixels"),

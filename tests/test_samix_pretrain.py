@@ -146,8 +146,8 @@ def test_dalis_views_are_of_the_same_kind(photos):
     """Means, spreads and the views' likeness agree with those made in batches; draws differ."""
     def epoch(loader, number=0):
         stream, _, info = data.load(
-            "imagenet", photos, batch_size=16, device=torch.device("cpu"), image_size=48,
-            loader=loader, streaming={"resize": "shorter", "crop": "random"}, workers=1)
+            "imagenet", photos, data.Recipe(crop="random", flip=False), batch_size=16,
+            device=torch.device("cpu"), image_size=48, loader=loader, workers=1)
         args = pretrain.parse_args([*SMALL, "--blur", "0.5", "--crop_scale", "0.9"])
         if loader == "dali":
             stream = views.DaliViews(stream, (0.9, 1.0), 0.5)
@@ -325,10 +325,10 @@ def test_probe_of_main_has_its_layer_and_statistics(tmp_path, monkeypatch):
     samix.main([*map(str, words)])
     seen = []
     load = data.load
-    monkeypatch.setattr(data, "load", lambda *args, **words: seen.append(words) or load(
+    monkeypatch.setattr(data, "load", lambda *args, **words: seen.append(args[2]) or load(
         *args, **words))
     probe(tmp_path / "b", "--weights", next((tmp_path / "a").rglob("best.pt")), "--max_steps", 1)
-    assert tuple(seen[0]["mean"]) == (0.1, 0.2, 0.3) and tuple(seen[0]["std"]) == (0.4, 0.5, 0.6)
+    assert tuple(seen[0].mean) == (0.1, 0.2, 0.3) and tuple(seen[0].std) == (0.4, 0.5, 0.6)
 
 
 @pytest.mark.parametrize("program, words, line", [

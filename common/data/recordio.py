@@ -7,22 +7,22 @@ all little-endian; part is 0 for whole records and 1, 2, 3 for first, middle and
 record that was split where it held the magic number. The `.idx` file beside it has a line
 `key <tab> byte offset` for each record.
 """
-import io
 import os
 import struct
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
+from common.data.images import read_text, reading
 from common.errors import DataError
 
 MAGIC = 0xCED7230A
 FRAME, HEADER = struct.Struct("<II"), struct.Struct("<IfQQ")
+UNNAMED = 1000                          # classes of a file without names: ImageNet's
 
 
 def pack(label: float, key: int, image: bytes) -> bytes:
-    """One record: the encoded image with its label, ready to be appended to a .rec file.
+    """Return one record: the encoded image with its label, ready to be appended to a .rec file.
 
     Raises ValueError when the image is too long for the format (512 MB).
     """
@@ -36,14 +36,15 @@ def pack(label: float, key: int, image: bytes) -> bytes:
 class RecordFile:
     """Random access to a .rec file by the place of a record in it (not by key).
 
-    len(file) records; file[i] -> (label, encoded image as bytes); classes: the names that
-    make_recordio.py left beside the file, or none. Opening reads the index and, where there are
-    names, up to 256 records for their labels; else the last record. Can be pickled and shared by
-    processes.
+    len(file) records; file[i] -> (label, encoded image as bytes), of several labels the first;
+    classes: the names that make_recordio.py left beside the file, or none. Opening reads the
+    index, the last record and, where there are names, up to 256 records for their labels. Can be
+    pickled and shared by processes.
 
     Raises DataError naming the file, or the file and the record, when one is missing, cut off,
-    not RecordIO, or has a label without a name.
+    not RecordIO, or has a label that is the number of no class.
     """
+    in_file_order = True                # is best read in about the order of the file
 
     def __init__(self, path):
         self.path = Path(path)
@@ -54,47 +55,40 @@ class RecordFile:
                                 f"{self.index_path.name} side by side")
         self.offsets = read_index(self.index_path)
         names = self.path.with_name(self.path.stem + "_classes.txt")
-        try:
-            self.classes = names.read_text("utf-8").splitlines() if names.exists() else []
-        except UnicodeDecodeError:
-            raise DataError(f"{names} is no text in UTF-8") from None
-        self.size = self.path.stat().st_size
+        self.classes = read_text(names).splitlines() if names.exists() else []
         self.file = None
         self.parts(len(self) - 1)              # a file that was cut off lacks its last record
         some = min(256, len(self)) if self.classes else 0
         for i in np.linspace(0, len(self) - 1, some, dtype=int):
-            start = os.pread(self.file.fileno(), FRAME.size + HEADER.size, int(self.offsets[i]))
-            flag, label, _, _ = HEADER.unpack(start[FRAME.size:].ljust(HEADER.size, b"\0"))
-            self.check_label(i, 0 if flag else label)
+            self[i]
 
     def __len__(self):
         return len(self.offsets)
 
-    def __getitem__(self, i: int) -> tuple[float, bytes]:
+    def __getitem__(self, i: int) -> tuple[int, bytes]:
         payload = b"".join(self.parts(i))
         if len(payload) < HEADER.size:
             raise DataError(f"{self.name(i)} is too short to hold an image")
         flag, label, _, _ = HEADER.unpack_from(payload)
+        if HEADER.size + 4 * flag > len(payload):
+            raise DataError(f"{self.name(i)} ends before the {flag} labels that it announces")
         if flag:
             label, = struct.unpack_from("<f", payload, HEADER.size)
-        self.check_label(i, label)
-        return label, payload[HEADER.size + 4 * flag:]
+        classes = len(self.classes) or UNNAMED
+        if not (0 <= label < classes and label % 1 == 0):
+            raise DataError(f"{self.name(i)} has the label {label:g}, but there are {classes} "
+                            "classes" + f" in {self.path.stem}_classes.txt" * bool(self.classes))
+        return int(label), payload[HEADER.size + 4 * flag:]
 
     def __getstate__(self):
         return self.__dict__ | {"file": None}
 
     def name(self, i: int) -> str:
-        """How a message calls record i."""
+        """Return how a message calls record i."""
         return f"{self.path}: record {i} (byte {self.offsets[i]})"
 
-    def check_label(self, i: int, label: float):
-        """Raises DataError when the classes have names, but this label of record i has none."""
-        if self.classes and not 0 <= label < len(self.classes):
-            raise DataError(f"{self.name(i)} has the label {label:g}, but {self.path.stem}"
-                            f"_classes.txt names {len(self.classes)} classes")
-
     def facts(self) -> bytes:
-        """What tells this file from a changed one: its records' places and its length."""
+        """Return what tells this file from a changed one: its records' places and its length."""
         return self.offsets.tobytes() + str(self.path.stat().st_size).encode()
 
     def parts(self, i: int) -> list[bytes]:
@@ -121,28 +115,12 @@ class RecordFile:
 
 
 def read_index(path: Path) -> np.ndarray:
-    """Byte offsets of an .idx file in ascending order; DataError when a line is no index line."""
-    try:
-        offsets = np.array([int(line.split("\t")[1]) for line in path.read_text().splitlines()],
+    """Return byte offsets of an .idx file, ascending; DataError when a line is no index line."""
+    with reading(path, "a RecordIO index of lines `key <tab> offset`"):
+        offsets = np.array([int(line.split("\t")[1]) for line in read_text(path).splitlines()],
                            np.int64)
-        if len(offsets) and offsets.min() < 0:
-            raise ValueError
-    except (ValueError, IndexError, OverflowError):
-        raise DataError(f"{path} is no RecordIO index: its lines are not `key <tab> offset`"
-                        ) from None
+        if (offsets < 0).any():
+            raise ValueError("negative offset")
     if not len(offsets):
         raise DataError(f"{path} is empty: no record in the index")
     return np.sort(offsets)
-
-
-def decode(encoded: bytes) -> Image.Image:
-    """The image in RGB, wholly decoded; ValueError saying why when the bytes are no image."""
-    try:
-        return Image.open(io.BytesIO(encoded)).convert("RGB")
-    except Exception as fault:                  # Pillow raises nearly anything for damaged files
-        raise ValueError(reason(fault)) from None
-
-
-def reason(fault: Exception) -> str:
-    """Pillow's message in one line, without the address of the buffer that was no image."""
-    return " ".join(str(fault).split("<_io")[0].split()) or type(fault).__name__

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from test_imagenet import photographs
 
 from common import flags, runtime
-from common.data import imagenet
+from common.data import Recipe, lists, stream
 from resizemix.mixing import draw_corners, resize_mix
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -121,9 +121,11 @@ def loaders(args, device):
             make_images(root)
 
         def ours(loader):
-            return imagenet.streaming(root, split="train", image_size=224, train=True, mean=MEAN,
-                                      std=STD, batch_size=args.batch_size, device=device, seed=0,
-                                      loader=loader, workers=args.workers)
+            kind = stream.DaliStream if loader == "dali" else stream.TorchStream
+            usual = Recipe(crop="resized", test_crop="centre", flip=True, mean=MEAN, std=STD,
+                           interpolation="lanczos")
+            return kind(lists.folder(root / "train")[0], usual, image_size=224, train=True,
+                        batch_size=args.batch_size, device=device, workers=args.workers)
 
         candidates = {"torchvision recipe": recipe(root, args, device),
                       "ours, torch": ours("torch"), "ours, DALI": ours("dali")}

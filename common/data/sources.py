@@ -1,9 +1,15 @@
-"""Which data sets exist and how each is read from disk into memory as uint8 arrays."""
+"""Which data sets exist and how each lies on disk.
+
+Sets in memory are read as uint8 arrays (`Split`); streamed sets as lists of files (`Files`) or
+RecordIO.
+"""
 import hashlib
+import os
+import zipfile
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -12,25 +18,16 @@ from torchvision.transforms import functional as TF
 from tqdm import tqdm
 
 from common import distributed
-from common.data import recordio
-from common.distributed import log
+from common.data.images import SUFFIXES, decode, read_file, read_text, reading
+from common.distributed import log, warn
 from common.errors import DataError
 
 IN_MEMORY = ("digits", "cifar10", "cifar100", "tiny-imagenet-200", "folder", "npz")
 STREAMED = ("imagenet", "cub200", "stanford_dogs")
 NAMES = (*IN_MEMORY, *STREAMED)
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".gif", ".tif", ".tiff"}
+CIFAR = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}
+UNNAMED = 1000                          # labels up to here need no names
 ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
-
-# Channel means and standard deviations in [0, 1] as the papers' programs have them; those of
-# other sets are computed from the training images.
-STATISTICS = {
-    "cifar10": ((125.3 / 255, 123.0 / 255, 113.9 / 255), (63.0 / 255, 62.1 / 255, 66.7 / 255)),
-    "cifar100": ((129.3 / 255, 124.1 / 255, 112.4 / 255), (68.2 / 255, 65.4 / 255, 70.4 / 255)),
-    "tiny-imagenet-200": ((0.4802458, 0.44807219, 0.39754776),
-                          (0.27698641, 0.26906449, 0.28208191)),
-    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-}
 
 
 @dataclass
@@ -43,7 +40,7 @@ class Split:
         return Split(self.images[index], self.labels[index])
 
 
-def read(name: str, data_dir: str, image_size: int | None, workers: int):
+def read(name: str, place: Path, image_size: int | None, workers: int):
     """Reads a data set: (train Split, test Split, class names).
 
     image_size resizes where the stored images are of another size: image files by their shorter
@@ -52,7 +49,6 @@ def read(name: str, data_dir: str, image_size: int | None, workers: int):
     """
     if name == "digits":
         return read_digits(image_size or 32)
-    place = Path(data_dir).expanduser()
     if name in ("cifar10", "cifar100"):
         train, test, classes = read_cifar(name, place, workers)
     elif name == "tiny-imagenet-200":
@@ -97,6 +93,9 @@ def read_cifar(name: str, place: Path, workers: int):
     Where none of them is in `place` the archive is downloaded (its checksum verified before
     anything in it is unpickled).
     """
+    source = CIFAR[name]
+    if place.name == source.base_folder:                    # the archive's inner folder
+        place = place.parent
     archive = place / name if (place / name).is_dir() else place
     file = place if place.suffix == ".npz" else place / f"{name}.npz"
     if file.suffix == ".npz" and file.exists():
@@ -106,17 +105,15 @@ def read_cifar(name: str, place: Path, workers: int):
     elif (archive / "train").is_dir():
         train, test, classes = read_folder(archive, 32, workers)
     else:
-        train, test, classes = read_cifar_archive(name, place)
+        train, test, classes = read_cifar_archive(source, name, place)
     if len(classes) != (10 if name == "cifar10" else 100):
         raise DataError(f"{place}: {len(classes)} classes, {name} has {name.removeprefix('cifar')}"
                         "; a set of your own is --dataset folder or npz")
     return train, test, classes
 
 
-def read_cifar_archive(name: str, place: Path):
+def read_cifar_archive(source, name: str, place: Path):
     """CIFAR as torchvision has it, downloaded by the first process; DataError when damaged."""
-    source = {"cifar10": torchvision.datasets.CIFAR10,
-              "cifar100": torchvision.datasets.CIFAR100}[name]
     folder = place / source.base_folder
     if distributed.rank() == 0 and not folder.is_dir():
         log(f"{place} holds no {name}: downloading it there")
@@ -141,108 +138,187 @@ def read_npz(file: Path):
     """An .npz of train_images, train_labels, test_images, test_labels (and perhaps classes)."""
     if not file.is_file():
         raise DataError(f"{file}: no such .npz file (--data_dir names it)")
-    try:
-        with np.load(file, allow_pickle=False) as stored:
-            missing = [name for name in ARRAYS if name not in stored]
-            if missing:
-                raise DataError(f"{file}: holds no {', '.join(missing)}")
-            arrays = {name: stored[name] for name in ARRAYS}
-            classes = [str(c) for c in stored["classes"]] if "classes" in stored else None
-    except (OSError, ValueError, EOFError, BadZipFile) as fault:
-        raise DataError(f"{file}: damaged, or no .npz of arrays ({str(fault)[:80]})") from None
+    if not zipfile.is_zipfile(file):
+        raise DataError(f"{file}: damaged, or not an .npz file of the arrays {', '.join(ARRAYS)}")
+    with reading(file, "an .npz file of arrays that fit into the memory"), \
+            np.load(file, allow_pickle=False) as stored:
+        missing = [name for name in ARRAYS if name not in stored]
+        if missing:
+            raise DataError(f"{file}: holds no {', '.join(missing)}")
+        arrays = {name: stored[name] for name in ARRAYS}
+        classes = [str(c) for c in stored["classes"]] if "classes" in stored else None
     splits = []
     for part in ("train", "test"):
         images, labels = arrays[f"{part}_images"], arrays[f"{part}_labels"]
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 \
+                or 0 in images.shape[1:]:
             raise DataError(f"{file}: {part}_images is {images.dtype} {images.shape}, "
                             "not uint8 (N, height, width, 3)")
-        if not len(images) or labels.shape != (len(images),) or labels.dtype.kind not in "iu":
+        if not len(images) or labels.shape not in ((len(images),), (len(images), 1)) \
+                or labels.dtype.kind not in "iu":
             raise DataError(f"{file}: {part}_labels {labels.dtype} {labels.shape} do not fit "
                             f"{len(images)} images")
-        splits.append(Split(images, labels.astype(np.int64)))
+        if labels.max() >= max(len(images), UNNAMED) and not classes:
+            raise DataError(f"{file}: {part}_labels go up to {labels.max()}, which numbers no "
+                            f"class of {len(images)} images")
+        splits.append(Split(images, labels.astype(np.int64).ravel()))
     count = len(classes) if classes else int(splits[0].labels.max()) + 1
     for part, split in zip(("train", "test"), splits, strict=True):
         if split.labels.min() < 0 or split.labels.max() >= count:
             raise DataError(f"{file}: {part}_labels run from {split.labels.min()} to "
                             f"{split.labels.max()}, beyond the {count} classes")
+    empty = np.flatnonzero(np.bincount(splits[0].labels, minlength=count) == 0)
+    if len(empty):
+        warn(f"{file}: class {empty[0]} has no training image"
+             + (f", nor have {len(empty) - 1} others" if len(empty) > 1 else ""))
     return *splits, classes or [str(c) for c in range(count)]
 
 
-def list_classes(folder: Path, allow_empty: bool = False) -> dict[str, list[Path]]:
-    """Image files of each class folder, sorted. Raises DataError where there is none (allow_empty:
-    in one of them there may be)."""
+# -------------------------------------------------------------------------------- image folders
+
+def images_below(folder: str, skipped: Counter, above=()) -> list[str]:
+    """Return the image files below a folder, sorted; linked folders too, but not in a circle.
+
+    Hidden files and folders and macOS's __MACOSX are no images; other files that are none, by
+    their suffix or as no regular file (a broken link, a FIFO), are counted in `skipped`.
+    """
+    found, here = [], os.path.realpath(folder)
+    with os.scandir(folder) as entries:
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            suffix = os.path.splitext(entry.name)[1].lower()
+            if is_hidden(entry.name):
+                continue
+            if entry.is_dir():
+                if os.path.realpath(entry.path) not in (here, *above):
+                    found += images_below(entry.path, skipped, (here, *above))
+            elif suffix in SUFFIXES and entry.is_file():
+                found.append(entry.path)
+            else:
+                skipped[suffix or entry.name] += 1
+    return found
+
+
+def is_hidden(name: str) -> bool:
+    """Return whether a file or folder is none of the data: .name, macOS's __MACOSX."""
+    return name[0] == "." or name == "__MACOSX"
+
+
+def list_classes(folder: Path, names: list[str] | None = None, allow_empty: bool = False
+                 ) -> dict[str, list[str]]:
+    """Return the image files of each class folder of `folder`, sorted by name.
+
+    names: the classes there are (those of training images): a folder of another name is an error
+    unless it is empty, and a class without a folder is none. allow_empty: classes may be empty.
+    """
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder")
-    classes = {sub.name: sorted((f for f in sub.rglob("*") if f.suffix.lower() in SUFFIXES),
-                                key=str)
-               for sub in sorted(folder.iterdir()) if sub.is_dir() and sub.name[0] != "."}
+    skipped = Counter()
+    with reading(folder, "a readable folder"):
+        classes = {sub.name: images_below(str(sub), skipped) for sub in sorted(folder.iterdir())
+                   if sub.is_dir() and not is_hidden(sub.name)}
+    if skipped:
+        warn(f"{folder}: {skipped.total()} files are no images and left out ("
+             + ", ".join(f"{n} {suffix}" for suffix, n in skipped.most_common(5)) + ")")
     if not any(classes.values()):
         raise DataError(f"{folder}: holds no class folders with images")
-    for name, files in classes.items():
-        if not files and not allow_empty:
-            raise DataError(f"{folder / name}: a class without images")
+    if names is not None:
+        odd = [name for name, files in classes.items() if files and name not in names]
+        if odd:
+            raise DataError(f"{folder / odd[0]}: a class that the training images lack")
+        return {name: classes.get(name, []) for name in names}
+    empty = [name for name, files in classes.items() if not files]
+    if empty and not allow_empty:
+        raise DataError(f"{folder / empty[0]}: a class without images")
     return classes
+
+
+def numbered(classes: dict[str, list[str]]) -> list[tuple[str, int]]:
+    """Return (file, label) of all files of `list_classes`."""
+    return [(file, label) for label, files in enumerate(classes.values()) for file in files]
+
+
+def printable(names) -> list[str]:
+    """Return class names with what is not UTF-8 in them replaced, for logs and pictures."""
+    return [os.fsencode(name).decode("utf-8", "replace") for name in names]
+
+
+def test_part(place: Path, *first: str) -> str:
+    """Return "test" or "val", whichever `place` holds as a folder or RecordIO, by preference."""
+    found = [part for part in first for end in ("", ".rec", ".idx")
+             if (place / f"{part}{end}").exists()]
+    return found[0] if found else first[-1]
 
 
 def read_folder(place: Path, image_size: int | None, workers: int):
     """train/<class>/* and test/<class>/* (or val/<class>/*)."""
     train = list_classes(place / "train")
-    part = "test" if (place / "test").is_dir() else "val"
-    test, names = list_classes(place / part), list(train)
-    unknown = sorted(set(test) - set(names))
-    if unknown:
-        raise DataError(f"{place / part / unknown[0]}: a class that {place / 'train'} lacks")
+    test = list_classes(place / test_part(place, "test", "val"), list(train))
     splits = []
     for classes in (train, test):
-        files = [(f, names.index(name)) for name, members in classes.items() for f in members]
-        splits.append(decode_files(files, image_size, workers))
+        splits.append(decode_files(numbered(classes), image_size, workers))
         height, width = splits[0].images.shape[1:3]
         if height == width:
             image_size = height                             # test images follow the training ones
-    return *splits, names
+    return *splits, printable(train)
 
 
 def read_tiny_imagenet(place: Path, image_size: int, workers: int):
     """tiny-imagenet-200 as unzipped: val/ by its annotation file, or sorted into class folders."""
     place = place / "tiny-imagenet-200" if (place / "tiny-imagenet-200").is_dir() else place
     train = list_classes(place / "train")
-    names, notes = list(train), place / "val" / "val_annotations.txt"
-    if notes.is_file():
-        rows = [line.split("\t") for line in notes.read_text().splitlines() if line.strip()]
-        wrong = [row[0] for row in rows if len(row) < 2 or row[1] not in train]
-        if wrong or not rows:
-            reason = f"a class unknown to train/ at {wrong[0]}" if wrong else "empty"
-            raise DataError(f"{notes}: {reason}")
-        test = [(place / "val" / "images" / row[0], names.index(row[1])) for row in rows]
-    else:
-        test = [(f, names.index(name)) for name, members in list_classes(place / "val").items()
-                if name in train for f in members]
-        if not test:
-            raise DataError(f"{notes}: missing, and val/ holds no class folder of train/")
-    files = [(f, names.index(name)) for name, members in train.items() for f in members]
+    names, val, notes = list(train), place / "val", place / "val" / "val_annotations.txt"
+    rows = table(notes, "\t") if notes.is_file() else {}
+    unknown = next((image for image, row in rows.items() if row[0] not in train), None)
+    if unknown:
+        raise DataError(f"{notes}: a class unknown to train/ at {unknown}")
+    places = {image: [val / "images" / image, val / row[0] / image, val / row[0] / "images" / image]
+              for image, row in rows.items()}
+    found = {image: [file for file in files if file.is_file()] for image, files in places.items()}
+    if rows and all(found.values()):
+        test = [(files[0], names.index(rows[image][0])) for image, files in found.items()]
+    else:                               # sorted by hand: nothing may be left unsorted
+        sorted_ones = any((val / name).is_dir() for name in names)
+        if not sorted_ones:
+            missing = next((files[0] for image, files in places.items() if not found[image]), notes)
+            raise DataError(f"{missing}: missing, and val/ holds no class folder of train/")
+        test = numbered(list_classes(val, names))
     words = place / "words.txt"
-    titles = dict(line.split("\t", 1) for line in words.read_text().splitlines()
+    titles = dict(line.split("\t", 1) for line in read_text(words).splitlines()
                   if "\t" in line) if words.is_file() else {}
-    return (decode_files(files, image_size, workers), decode_files(test, image_size, workers),
-            [titles.get(name, name).split(",")[0] for name in names])
+    return (decode_files(numbered(train), image_size, workers),
+            decode_files(test, image_size, workers),
+            [titles.get(name, name).split(",")[0] for name in printable(names)])
 
 
-def decode_files(files: list[tuple[Path, int]], image_size: int | None, workers: int) -> Split:
+def table(file: Path, separator: str | None = None, like: dict | None = None
+          ) -> dict[str, list[str]]:
+    """Return a text file of lines `key value …`; its keys must be those of `like`."""
+    rows = [line.split(separator) for line in read_text(file).splitlines() if line.strip()]
+    short = next((row[0] for row in rows if len(row) < 2), None)
+    if short or not rows:
+        raise DataError(f"{file}: " + (f"nothing beside {short}" if short else "empty"))
+    found = {row[0]: row[1:] for row in rows}
+    odd = sorted(set(found) ^ set(like)) if like else []
+    if odd:
+        raise DataError(f"{file}: image {odd[0]} is "
+                        + ("missing" if odd[0] in like else "unknown to images.txt"))
+    return found
+
+
+def decode_files(files: list[tuple[str, int]], image_size: int | None, workers: int) -> Split:
     """Decodes image files in threads. image_size None: the size all of them share."""
-    def decode(file: Path) -> np.ndarray:
-        try:
-            image = recordio.decode(file.read_bytes())
-        except (OSError, ValueError) as fault:
-            raise DataError(f"{file}: not a readable image ({fault})") from None
+    def read_image(file) -> np.ndarray:
+        with reading(file, "an image"):
+            image = decode(read_file(file))
         if image_size and image.size != (image_size, image_size):
             image = TF.center_crop(TF.resize(image, image_size, antialias=True), [image_size] * 2)
         return np.asarray(image)
 
-    first = decode(files[0][0])
+    first = read_image(files[0][0])
     images = np.empty((len(files), *first.shape), np.uint8)
 
     def place(i: int):
-        image = decode(files[i][0])
+        image = read_image(files[i][0])
         if image.shape != first.shape:
             raise DataError(f"{files[i][0]}: {image.shape[1]}×{image.shape[0]} pixels, others "
                             f"{first.shape[1]}×{first.shape[0]}; give --image_size")
@@ -257,18 +333,17 @@ def decode_files(files: list[tuple[Path, int]], image_size: int | None, workers:
 
 
 def balanced(split: Split, per_class: int, classes: list[str], generator, flag: str):
-    """Takes `per_class` images of each class at random: (taken Split, the rest).
+    """Take up to `per_class` images of each class at random: (taken Split, the rest).
 
-    Raises DataError when a class has fewer; `flag` is named in its message.
+    A class that has fewer gives all; that is said once, with `flag`.
     """
     order = torch.randperm(len(split.labels), generator=generator).numpy()
-    taken = []
-    for c, name in enumerate(classes):
-        members = order[split.labels[order] == c]
-        if len(members) < per_class:
-            raise DataError(f"{flag} {per_class}: class {name} has only {len(members)} images left")
-        taken.append(members[:per_class])
-    taken = np.sort(np.concatenate(taken))
+    members = [order[split.labels[order] == c] for c in range(len(classes))]
+    least = min(range(len(classes)), key=lambda c: len(members[c]))
+    if len(members[least]) < per_class:
+        warn(f"{flag} {per_class}: class {classes[least]} has only {len(members[least])} images "
+             "left; all of them are taken")
+    taken = np.sort(np.concatenate([rows[:per_class] for rows in members]))
     return split.take(taken), split.take(np.setdiff1d(np.arange(len(split.labels)), taken))
 
 

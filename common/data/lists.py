@@ -1,0 +1,148 @@
+"""Streamed sets as lists of files: image folders, CUB-200-2011, Stanford Dogs; or RecordIO."""
+import os
+from pathlib import Path
+
+from common.data.images import read_file, reading
+from common.data.recordio import RecordFile
+from common.data.sources import list_classes, numbered, printable, table, test_part
+from common.errors import DataError
+
+
+class Files:
+    """A list of image files: len, [i] -> (label, encoded image), name(i), classes.
+
+    `path`: the set's folder; `files`: paths as text; `labels`: ints; `boxes`: of the objects, (x,
+    y, width, height) in pixels of each file, or None.
+    """
+    in_file_order = False
+
+    def __init__(self, path: Path, files: list[str], labels: list[int], classes: list[str],
+                 boxes: list[tuple] | None = None):
+        self.path, self.files, self.labels, self.classes = path, files, labels, classes
+        self.boxes = boxes
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, i: int) -> tuple[int, bytes]:
+        with reading(self.files[i]):
+            return self.labels[i], read_file(self.files[i])
+
+    def name(self, i: int) -> str:
+        return self.files[i]
+
+    def facts(self) -> bytes:
+        """Return what tells this set from a changed one: names, labels, sizes of up to 20,000."""
+        names = "\n".join(name[len(str(self.path)):] for name in self.files)
+        some = self.files[::-(-len(self.files) // 20000)]
+        try:
+            return repr((names, self.labels, [os.stat(file).st_size for file in some])).encode()
+        except OSError as fault:
+            raise DataError(f"{fault.filename}: {fault.strerror}") from None
+
+
+def folder(path: Path, names: list[str] | None = None) -> tuple[Files, list[str]]:
+    """Return images in one folder per class (of `names`, see `list_classes`), and the folders."""
+    classes = list_classes(path, names)
+    files, labels = map(list, zip(*numbered(classes), strict=True))
+    return Files(path, files, labels, printable(classes)), list(classes)
+
+
+def open_sets(dataset: str, place: Path) -> tuple[Files | RecordFile, Files | RecordFile]:
+    """Return training and test images of a streamed set.
+
+    imagenet, or any set like it: train and val (or test), each a .rec file or class folders.
+    Raises DataError naming what is missing or wrong.
+    """
+    if dataset == "cub200":
+        return cub200(place)
+    if dataset == "stanford_dogs":
+        place = inside(place, "stanford_dogs")
+        if not (place / "train").is_dir() or (inside(place, "lists") / "train_list.mat").exists():
+            return stanford_dogs(place)
+    parts, names = [], None
+    for part in ("train", test_part(place, "val", "test")):
+        if any((place / f"{part}.{end}").exists() for end in ("rec", "idx")):
+            parts.append(RecordFile(place / f"{part}.rec"))
+        elif (place / part).is_dir():
+            files, names = folder(place / part, names)
+            parts.append(files)
+        else:
+            raise DataError(f"{place} holds neither {part}.rec nor a folder {part}/ with one "
+                            "folder per class")
+    classes = [data.classes for data in parts]
+    if all(classes) and classes[0] != classes[1]:
+        odd = sorted(set(classes[0]) ^ set(classes[1]))
+        raise DataError(f"{place}: train and {part} differ in their classes"
+                        + (f": {odd[0]}" if odd else "' order"))
+    return tuple(parts)
+
+
+def cub200(place: Path) -> tuple[Files, Files]:
+    """Training and test images of CUB_200_2011/ (or a folder that holds it), with their boxes.
+
+    Read from its images.txt, image_class_labels.txt, train_test_split.txt and classes.txt, and
+    bounding_boxes.txt where it is there. Raises DataError naming the file that is missing or wrong.
+    """
+    place = inside(place, "CUB_200_2011")
+    names = table(place / "images.txt")
+    classes = table(place / "classes.txt")
+    label = table(place / "image_class_labels.txt", like=names)
+    is_train = table(place / "train_test_split.txt", like=names)
+    boxed = (place / "bounding_boxes.txt").is_file()
+    corners = table(place / "bounding_boxes.txt", like=names) if boxed else {}
+    number = {key: place_of for place_of, key in enumerate(classes)}
+    parts = [], []
+    for key, (name, *_) in names.items():
+        if label[key][0] not in number:
+            raise DataError(f"{place / 'image_class_labels.txt'}: image {key} has class "
+                            f"{label[key][0]}, which classes.txt lacks")
+        if is_train[key][0] not in ("0", "1"):
+            raise DataError(f"{place / 'train_test_split.txt'}: image {key} has "
+                            f"{is_train[key][0]}, neither 0 nor 1")
+        with reading(place / "bounding_boxes.txt", f"image {key} has no x, y, width and height"):
+            x, y, width, height = map(float, corners[key]) if boxed else (0, 0, 0, 0)
+        file = str(place / "images" / name)
+        parts[is_train[key][0] == "0"].append((file, number[label[key][0]], (x, y, width, height)))
+    titles = [row[0].split(".")[-1].replace("_", " ") for row in classes.values()]
+    return tuple(listed(place, rows, titles, part, boxed)
+                 for rows, part in zip(parts, ("training", "test"), strict=True))
+
+
+def inside(place: Path, name: str) -> Path:
+    """place/name where it is a folder, else place itself. DataError where neither is."""
+    if (place / name).is_dir():
+        return place / name
+    if not place.is_dir():
+        raise DataError(f"{place}: no such folder")
+    return place
+
+
+def listed(place: Path, rows: list[tuple], classes: list[str], part: str, boxed=False) -> Files:
+    """Files of (path, label, box) rows. DataError where there are none or the first is missing."""
+    if not rows:
+        raise DataError(f"{place}: lists no {part} images")
+    if not Path(rows[0][0]).is_file():
+        raise DataError(f"{rows[0][0]}: listed, but there is no such file")
+    files, labels, boxes = map(list, zip(*rows, strict=True))
+    return Files(place, files, labels, classes, boxes if boxed else None)
+
+
+def stanford_dogs(place: Path) -> tuple[Files, Files]:
+    """Training and test images of Stanford Dogs: train_list.mat, test_list.mat and Images/."""
+    from scipy.io import loadmat
+    read = {}
+    for part in ("train", "test"):
+        file = inside(place, "lists") / f"{part}_list.mat"
+        if not file.is_file():
+            raise DataError(f"{file}: no such file (nor folders train/ and test/)")
+        with reading(file, "a MATLAB file of file_list and labels"):
+            stored = loadmat(file)
+            names = [str(cell.item()) for cell in stored["file_list"].ravel()]
+            read[part] = list(zip(names, map(int, stored["labels"].ravel()), strict=True))
+    folders = {label: name.split("/")[0] for rows in read.values() for name, label in rows}
+    number = {label: place_of for place_of, label in enumerate(sorted(folders))}
+    titles = [folders[label].split("-", 1)[-1].replace("_", " ") for label in number]
+    return tuple(listed(place, [(str(place / "Images" / name), number[label], None)
+                                for name, label in rows], titles, part)
+                 for part, rows in read.items())
