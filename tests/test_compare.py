@@ -8,7 +8,7 @@ from bench import compare_methods
 from PIL import Image
 
 import compare
-from common.data import sets
+from common.data import sources
 
 CONDITIONS = {"clean": 60, "visible 82 %": 50, "visible 47 %": 30, "fgsm 4/255": 20,
               "fgsm 8/255": 10, "fog 1": 40, "fog 2": 20}
@@ -79,7 +79,7 @@ def test_what_is_no_run_or_differs_is_said(tmp_path, capsys, monkeypatch):
 def driver(tmp_path, monkeypatch):
     """The driver with a protocol of one epoch, and a data set of a few digits."""
     monkeypatch.setitem(compare_methods.PROTOCOLS, "p20", (1, "5 6"))
-    train, test, _ = sets.read("digits", "", 16, 1)
+    train, test, _ = sources.read("digits", "", 16, 1)
     np.savez(tmp_path / "few.npz", train_images=train.images[:200], test_images=test.images[:50],
              train_labels=train.labels[:200], test_labels=test.labels[:50])
 

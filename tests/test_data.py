@@ -1,5 +1,8 @@
 """Data sets in their on-disk forms, and the batches made of them."""
+import io
+import os
 import pickle
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,7 +13,7 @@ from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as TF
 
 from common import data, distributed
-from common.data import Recipe, sources
+from common.data import Recipe, images, sources
 from common.data.memory import MemoryBatches, draw_boxes, resize_boxes
 from common.data.recipe import STATISTICS, to_uint8
 from common.errors import DataError
@@ -51,9 +54,9 @@ def load(name, place, **options):
     return data.load(name, str(place), recipe, **options)
 
 
-def in_memory(images, labels, batch_size, seed=0, **recipe):
+def in_memory(pixels, labels, batch_size, seed=0, **recipe):
     recipe = Recipe(**{"crop": "padded", "padding": 0, "mean": HALF.mean, "std": HALF.std} | recipe)
-    return MemoryBatches(images, labels, recipe, size=images.shape[1:3], batch_size=batch_size,
+    return MemoryBatches(pixels, labels, recipe, size=pixels.shape[1:3], batch_size=batch_size,
                          device=CPU, seed=seed)
 
 
@@ -393,3 +396,82 @@ def test_normalisation_round_trip():
     assert torch.allclose(normal, expected, atol=1e-5)
     back = to_uint8(normal, SimpleNamespace(mean=mean, std=std))
     assert np.array_equal(back.permute(0, 2, 3, 1), images)
+
+
+# --------------------------------------------------------------------------- what image files mean
+
+def encoded(image, kind, **options):
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def test_samples_of_every_mode_mean_the_same():
+    """A grey ramp in every mode: the same picture from `decode` and from what DALI is fed."""
+    ramp = Image.fromarray(np.tile(np.arange(0, 256, 4, dtype=np.uint8), (48, 1)))
+    deep = Image.fromarray(np.asarray(ramp).astype(np.uint16) * 257)
+    files = [encoded(ramp.convert(mode), kind) for mode, kind in (
+        ("L", "PNG"), ("LA", "PNG"), ("P", "PNG"), ("RGB", "TIFF"), ("RGBA", "PNG"),
+        ("CMYK", "TIFF"), ("L", "GIF"), ("L", "PPM"))] + [
+        encoded(deep, "PNG"), encoded(deep, "TIFF"), encoded(deep, "PPM")]
+    for file in files:
+        pixels = np.asarray(images.decode(file)).astype(int)
+        assert np.abs(pixels - np.asarray(ramp)[..., None]).max() <= 3
+        header, body = images.for_dali(file).tobytes().split(b"255\n", 1)
+        assert header == b"P6 64 48 " and body == np.asarray(images.decode(file)).tobytes()
+    for mode in ("I", "F"):
+        with pytest.raises(ValueError, match="no agreed range"):
+            images.decode(encoded(ramp.convert(mode), "TIFF"))
+    assert not images.is_plain_jpeg(encoded(ramp.convert("CMYK"), "JPEG"))
+    assert images.is_plain_jpeg(encoded(ramp, "JPEG"))
+
+
+def test_transparency_is_white_and_orientation_is_honoured():
+    hidden = np.zeros((4, 6, 4), np.uint8)
+    assert np.asarray(images.decode(encoded(Image.fromarray(hidden), "PNG"))).min() == 255
+    exif = Image.Exif()
+    exif[0x112] = 6
+    for kind in ("PNG", "JPEG"):
+        data = encoded(Image.new("RGB", (6, 4)), kind, exif=exif)
+        assert images.decode(data).size == (4, 6)
+
+
+def test_which_files_a_class_folder_holds(tmp_path, capsys):
+    root = save_folders(tmp_path / "f", per_class=2)
+    cat = root / "train" / "cat"
+    for place in (cat / ".hidden.png", cat / "notes.txt"):
+        place.write_bytes(b"nothing")
+    (root / "train" / "__MACOSX").mkdir()
+    (cat / "folder.png").mkdir()
+    (cat / "circle").symlink_to(cat)
+    os.mkfifo(cat / "pipe.png")
+    Image.new("L", (32, 32)).save(cat / "a.pgm")
+    shutil.copytree(root / "train" / "dog", tmp_path / "elsewhere")
+    (cat / "linked").symlink_to(tmp_path / "elsewhere")
+    shutil.rmtree(root / "test" / "dog")
+    assert load("folder", root)[2].num_train == 7
+    assert "2 files are no images and left out" in capsys.readouterr().err
+    (root / "test" / "emu").mkdir()
+    shutil.copy(cat / "0.png", root / "test" / "emu")
+    for name in ("folder", "imagenet"):
+        with pytest.raises(DataError, match="emu: a class that the training images lack"):
+            load(name, root)
+
+
+def test_faults_of_npz_are_one_line(tmp_path, capsys):
+    for name, content in (("random", os.urandom(999)), ("array", encoded(
+            Image.new("L", (9, 9)), "PNG"))):
+        (tmp_path / f"{name}.npz").write_bytes(content)
+        with pytest.raises(DataError, match="damaged, or not an .npz file"):
+            load("npz", tmp_path / f"{name}.npz")
+    for match, changes in (("uint8", {"train_images": np.uint8(3)}),
+                           ("uint8", {"train_images": np.zeros((48, 0, 32, 3), np.uint8)}),
+                           ("numbers no class", {"train_labels": np.array([0] * 47 + [2**62])})):
+        with pytest.raises(DataError, match=match):
+            load("npz", save_npz(tmp_path / "odd.npz", **changes))
+    column = np.repeat(np.arange(4), 12)[:, None]
+    assert load("npz", save_npz(tmp_path / "k.npz", train_labels=column))[2].num_train == 48
+    load("npz", save_npz(tmp_path / "one.npz", train_labels=np.repeat([1, 2, 3, 3], 12)))
+    assert "class 0 has no training image" in capsys.readouterr().err
+    with pytest.raises(DataError, match="~no-such-user"):
+        load("npz", "~no-such-user/x.npz")
