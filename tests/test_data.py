@@ -13,7 +13,8 @@ from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as TF
 
 from common import data, distributed
-from common.data import Recipe, images, sources
+from common.data import Recipe, sources
+from common.data import images as image_files
 from common.data.memory import MemoryBatches, draw_boxes, resize_boxes
 from common.data.recipe import STATISTICS, to_uint8
 from common.errors import DataError
@@ -415,25 +416,25 @@ def test_samples_of_every_mode_mean_the_same():
         ("CMYK", "TIFF"), ("L", "GIF"), ("L", "PPM"))] + [
         encoded(deep, "PNG"), encoded(deep, "TIFF"), encoded(deep, "PPM")]
     for file in files:
-        pixels = np.asarray(images.decode(file)).astype(int)
+        pixels = np.asarray(image_files.decode(file)).astype(int)
         assert np.abs(pixels - np.asarray(ramp)[..., None]).max() <= 3
-        header, body = images.for_dali(file).tobytes().split(b"255\n", 1)
-        assert header == b"P6 64 48 " and body == np.asarray(images.decode(file)).tobytes()
+        header, body = image_files.for_dali(file).tobytes().split(b"255\n", 1)
+        assert header == b"P6 64 48 " and body == np.asarray(image_files.decode(file)).tobytes()
     for mode in ("I", "F"):
         with pytest.raises(ValueError, match="no agreed range"):
-            images.decode(encoded(ramp.convert(mode), "TIFF"))
-    assert not images.is_plain_jpeg(encoded(ramp.convert("CMYK"), "JPEG"))
-    assert images.is_plain_jpeg(encoded(ramp, "JPEG"))
+            image_files.decode(encoded(ramp.convert(mode), "TIFF"))
+    assert not image_files.is_plain_jpeg(encoded(ramp.convert("CMYK"), "JPEG"))
+    assert image_files.is_plain_jpeg(encoded(ramp, "JPEG"))
 
 
 def test_transparency_is_white_and_orientation_is_honoured():
     hidden = np.zeros((4, 6, 4), np.uint8)
-    assert np.asarray(images.decode(encoded(Image.fromarray(hidden), "PNG"))).min() == 255
+    assert np.asarray(image_files.decode(encoded(Image.fromarray(hidden), "PNG"))).min() == 255
     exif = Image.Exif()
     exif[0x112] = 6
     for kind in ("PNG", "JPEG"):
         data = encoded(Image.new("RGB", (6, 4)), kind, exif=exif)
-        assert images.decode(data).size == (4, 6)
+        assert image_files.decode(data).size == (4, 6)
 
 
 def test_which_files_a_class_folder_holds(tmp_path, capsys):
