@@ -41,6 +41,21 @@ def read_text(path: Path) -> str:
         return read_file(path).decode()
 
 
+def table(file: Path, separator: str | None = None, like: dict | None = None
+          ) -> dict[str, list[str]]:
+    """Return a text file of lines `key value …`; its keys must be those of `like`."""
+    rows = [line.split(separator) for line in read_text(file).splitlines() if line.strip()]
+    short = next((row[0] for row in rows if len(row) < 2), None)
+    if short or not rows:
+        raise DataError(f"{file}: " + (f"nothing beside {short}" if short else "empty"))
+    found = {row[0]: row[1:] for row in rows}
+    odd = sorted(set(found) ^ set(like)) if like else []
+    if odd:
+        raise DataError(f"{file}: image {odd[0]} is "
+                        + ("missing" if odd[0] in like else "unknown to images.txt"))
+    return found
+
+
 def read_file(path) -> bytes:
     """Return a regular file's bytes; OSError for what is none (reading a FIFO would wait)."""
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:

@@ -2,9 +2,9 @@
 import os
 from pathlib import Path
 
-from common.data.images import read_file, reading
+from common.data.images import read_file, reading, table
 from common.data.recordio import RecordFile
-from common.data.sources import list_classes, numbered, printable, table, test_part
+from common.data.sources import list_classes, numbered, printable, test_part
 from common.errors import DataError
 
 

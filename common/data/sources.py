@@ -18,7 +18,7 @@ from torchvision.transforms import functional as TF
 from tqdm import tqdm
 
 from common import distributed
-from common.data.images import SUFFIXES, decode, read_file, read_text, reading
+from common.data.images import SUFFIXES, decode, read_file, read_text, reading, table
 from common.distributed import log, warn
 from common.errors import DataError
 
@@ -288,21 +288,6 @@ def read_tiny_imagenet(place: Path, image_size: int, workers: int):
     return (decode_files(numbered(train), image_size, workers),
             decode_files(test, image_size, workers),
             [titles.get(name, name).split(",")[0] for name in printable(names)])
-
-
-def table(file: Path, separator: str | None = None, like: dict | None = None
-          ) -> dict[str, list[str]]:
-    """Return a text file of lines `key value …`; its keys must be those of `like`."""
-    rows = [line.split(separator) for line in read_text(file).splitlines() if line.strip()]
-    short = next((row[0] for row in rows if len(row) < 2), None)
-    if short or not rows:
-        raise DataError(f"{file}: " + (f"nothing beside {short}" if short else "empty"))
-    found = {row[0]: row[1:] for row in rows}
-    odd = sorted(set(found) ^ set(like)) if like else []
-    if odd:
-        raise DataError(f"{file}: image {odd[0]} is "
-                        + ("missing" if odd[0] in like else "unknown to images.txt"))
-    return found
 
 
 def decode_files(files: list[tuple[str, int]], image_size: int | None, workers: int) -> Split:
