@@ -15,6 +15,7 @@ from common import checkpoint, data, plots
 from common.errors import RunError
 from samix import linear_probe, pretrain, views
 from samix import main as samix
+from samix.evaluation import knn_accuracy
 
 SMALL = ("--dataset digits --image_size 16 --labels_per_class 12 --batch_size 30 --queue 90 "
          "--dim 16 --initial_channels 8 --device cpu").split()
@@ -193,6 +194,24 @@ def test_pretrains_and_probes(tmp_path, method, drawn, capsys):  # noqa: F811
         if name.startswith("q.backbone."):
             assert torch.equal(probed[name.removeprefix("q.")], value)
     assert probed["fc.weight"].abs().max() > 0.03
+
+
+def test_samix_learns(tmp_path):
+    """Digits: the features' k-NN accuracy rises from an untrained network's (of three seeds: by 5,
+    10 and 20 points; one standard error of 355 images: 2)."""
+    words = ("--dataset digits --image_size 16 --initial_channels 8 --batch_size 50 --queue 250 "
+             "--blur 0 --crop_scale 0.9 --temperature 0.1 --ema 0.99 --neck 128 --lr 0.02 "
+             "--epochs 8 --device cpu").split()
+    args = pretrain.parse_args(words)
+    _, test, info = data.load("digits", None, batch_size=50, device=torch.device("cpu"), seed=2,
+                              image_size=16)
+    torch.manual_seed(2)
+    untrained = knn_accuracy(pretrain.build(args, info).q.backbone, test, 10, args)
+    pretrain.main([*words, "--seed", "2", "--root_dir", str(tmp_path)])
+    log = next(tmp_path.rglob("log.csv")).read_text().splitlines()
+    rows = [dict(zip(log[0].split(","), line.split(","), strict=True)) for line in log[1:]]
+    assert float(rows[-1]["knn_accuracy"]) > untrained + 4
+    assert 0.3 < float(rows[-1]["mask_mean"]) < 0.7 and float(rows[-1]["mask_std"]) > 0
 
 
 FLAGS = ["--method moco", "--alpha 9", "--lam_mul_k 5", "--mask_margin 0.5", "--block_loss bce",
