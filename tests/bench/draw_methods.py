@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""The picture at the top of the README: four photographs mixed by every method, label shares below.
+"""Draw the picture at the top of the README: two photographs mixed by every method.
 
-    python tests/bench/draw_methods.py methods.jpg [--epochs 12]
+    python tests/bench/draw_methods.py methods.jpg [--epochs 30] [--runs DIR]
 
-Saliency, attention and the MixBlock's masks come from a network trained for a few minutes to tell
-random crops of these photographs apart (ResNet-18 with 16 channels, by samix/main.py), which is
-enough to look at and no more. LGCOAMix pastes as SAFuse does, AutoMix learns masks as SAMix does;
-Manifold Mixup mixes activations, of which there is no picture.
+Saliency, attention and SAMix's masks come from a network that learned to tell random crops of these
+photographs apart (ResNet-18 with 16 channels, trained by samix/main.py in about ten minutes; with
+--runs it is kept, and an interrupted training goes on). LGCOAMix pastes as SAFuse does, AutoMix
+learns masks as SAMix does; Manifold Mixup mixes activations, of which there is no picture.
 """
 import argparse
 import sys
@@ -36,6 +36,7 @@ from soft_aug.softcrop import confidence, soft_crop
 PHOTOS = {"astronaut": "astronaut", "cat": "chelsea", "coffee": "coffee", "rocket": "rocket"}
 SIDE = 128                              # pixels of the photographs that are mixed
 MEAN, STD = (0.5,) * 3, (0.25,) * 3
+FIRST, PERM = 0, (1, 2, 3, 0)             # the pair that is shown: a photograph and its partner
 
 
 def photographs() -> torch.Tensor:
@@ -45,28 +46,28 @@ def photographs() -> torch.Tensor:
     return torch.stack([square(getattr(skimage.data, name)()) for name in PHOTOS.values()])
 
 
-def train(photos: torch.Tensor, epochs: int):
-    """A network that tells crops of the photographs apart, and the MixBlock that learnt with it."""
+def train(photos: torch.Tensor, epochs: int, runs: Path):
+    """Return SAMix's module, trained to tell crops of the photographs apart."""
     crop = v2.RandomResizedCrop(64, (0.3, 1.0), (0.8, 1.25), antialias=True)
     torch.manual_seed(0)
-    with tempfile.TemporaryDirectory() as place:
-        for part, number in (("train", 120), ("test", 12)):
-            for name, photo in zip(PHOTOS, photos, strict=True):
-                folder = Path(place, part, name)
-                folder.mkdir(parents=True)
-                for i in range(number):
-                    Image.fromarray(crop(photo).permute(1, 2, 0).numpy()).save(folder / f"{i}.png")
-        return samix.main(
-            f"--method samix --dataset folder --data_dir {place} --root_dir {place}/runs "
-            f"--initial_channels 16 --epochs {epochs} --batch_size 48 --lr 0.05 --min_lr 0 "
-            "--block_lr 0.05 --block_min_lr 0 --ema_base 0.95 --ema_end 0.99 --seed 1".split())
+    for part, number in (("train", 120), ("test", 12)):
+        for name, photo in zip(PHOTOS, photos, strict=True):
+            folder = runs / "photographs" / part / name
+            folder.mkdir(parents=True, exist_ok=True)
+            for i in range(number):
+                Image.fromarray(crop(photo).permute(1, 2, 0).numpy()).save(folder / f"{i}.png")
+    return samix.main(
+        f"--method samix --dataset folder --data_dir {runs}/photographs --root_dir {runs} "
+        f"--resume auto --initial_channels 16 --epochs {epochs} --batch_size 48 --lr 0.05 "
+        "--min_lr 0 --block_lr 0.05 --block_min_lr 0 --ema_base 0.95 --ema_end 0.99 --seed 1"
+        .split())
 
 
 def mixtures(images, net) -> dict:
     """Method -> (images, soft targets)."""
     generator = torch.Generator().manual_seed(4)
     n, half = len(images), torch.tensor(0.5)
-    labels, perm = torch.arange(n), torch.tensor([1, 2, 3, 0])
+    labels, perm = torch.arange(n), torch.tensor(PERM)
     one_hot = torch.eye(n)
     net.eval()
     leaf = images.clone().requires_grad_()
@@ -98,8 +99,10 @@ def mixtures(images, net) -> dict:
     count = torch.stack([(fused == i).sum((1, 2)) for i in range(from_b.shape[1])], 1)
     found["SAFuse"] = mixed, 1 - (count * from_b).sum(1) / count.sum(1)
     with torch.no_grad():
-        attention = activation_maps(net.q.backbone(images)[-1], net.q.one.weight).amax(1)
-    mask = attentive_mask(attention[perm], segments[perm], 3)
+        backbone = net.q.backbone
+        maps = activation_maps(backbone.after(backbone.before(images)), net.q.one.weight)
+        attention = maps.amax(1)
+    mask = attentive_mask(attention[perm], segments[perm], 6)
     found["OcCaMix"] = paste(images, perm, mask), 1 - mask.float().mean((1, 2))
     with torch.no_grad():
         features = net.k.features(images)
@@ -123,40 +126,44 @@ def mixtures(images, net) -> dict:
 def caption(target, names) -> str:
     """Shares of a soft target (classes,) in %, the largest first; equal rests as one."""
     shares, index = target.sort(descending=True)
-    lines = [f"{100 * share:.0f} {names[c]}" for share, c in
+    lines = [f"{names[c]} {100 * share:.0f} %" for share, c in
              zip(shares.tolist(), index.tolist(), strict=True) if share >= 0.005]
     if len(lines) == len(names) and shares[1] - shares[-1] < 1e-3:
-        lines[1:] = [f"{100 * float(shares[1:].sum()):.0f} all others"]
-    return "\n".join(lines)
+        lines[1:] = [f"others {100 * float(shares[1:].sum()):.0f} %"]
+    return "\n".join(lines[:2])
 
 
 def draw(path, images, names, results):
-    """A row a photograph, a column a method."""
+    """Write six columns by two rows: the two photographs, then one mixture a method."""
     from matplotlib.figure import Figure
-    columns = {"photograph": (images, None)} | results
-    figure = Figure(figsize=(1.18 * len(columns), 1.5 * len(images) + 0.2), layout="constrained")
-    axes = figure.subplots(len(images), len(columns))
-    for line, (title, (batch, targets)) in zip(axes.T, columns.items(), strict=True):
-        shown = (batch * 0.25 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
-        for i, axis in enumerate(line):
-            axis.imshow(shown[i])
-            axis.set(xticks=[], yticks=[])
-            axis.spines[:].set_visible(False)
-            axis.set_xlabel(names[i] if targets is None else caption(targets[i], names),
-                            fontsize=6, color=INK, labelpad=2)
-        line[0].set_title(title, fontsize=8, color=INK)
-    with tempfile.TemporaryDirectory() as place:            # a JPEG is a fifth of the PNG
-        save_figure(figure, Path(place, "methods.png"))
-        Image.open(Path(place, "methods.png")).convert("RGB").save(path, quality=88)
+    figure = Figure(figsize=(8.8, 4.2), layout="constrained")      # 880 pixels in the README
+    axes = figure.subplots(2, 6).flatten()
+    shown = (images * 0.25 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
+    pair = torch.cat([shown[FIRST], shown[PERM[FIRST]]], 1)
+    cells = {"photographs": (pair, f"{names[FIRST]} and {names[PERM[FIRST]]}")} | {
+        title: ((batch * 0.25 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)[one], caption(targets[one], names))
+        for title, (batch, targets) in results.items()
+        for one in [int(targets[:, FIRST].argmax()) if title == "Co-Mixup" else FIRST]}
+    for axis, (title, (picture, shares)) in zip(axes, cells.items(), strict=True):
+        axis.imshow(picture)
+        axis.set(xticks=[], yticks=[])
+        axis.spines[:].set_visible(False)
+        axis.set_title(title, fontsize=10, color=INK)
+        axis.set_xlabel(shares, fontsize=9, color=INK, labelpad=2)
+    with tempfile.TemporaryDirectory() as folder:           # a JPEG is a fifth of the PNG
+        save_figure(figure, Path(folder, "methods.png"))
+        Image.open(Path(folder, "methods.png")).convert("RGB").save(path, quality=90)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("path", type=Path)
-    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--runs", type=Path, help="folder that keeps the trained network")
     args = parser.parse_args()
     photos = photographs()
-    net = train(photos, args.epochs)
+    with tempfile.TemporaryDirectory() as folder:
+        net = train(photos, args.epochs, args.runs or Path(folder))
     images = (photos.float() / 255 - 0.5) / 0.25
     draw(args.path, images, list(PHOTOS), mixtures(images, net))
 
