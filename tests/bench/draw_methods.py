@@ -102,7 +102,7 @@ def mixtures(images, net) -> dict:
         backbone = net.q.backbone
         maps = activation_maps(backbone.after(backbone.before(images)), net.q.one.weight)
         attention = maps.amax(1)
-    mask = attentive_mask(attention[perm], segments[perm], 6)
+    mask = attentive_mask(attention[perm], segments[perm], 24)
     found["OcCaMix"] = paste(images, perm, mask), 1 - mask.float().mean((1, 2))
     with torch.no_grad():
         features = net.k.features(images)
@@ -141,7 +141,8 @@ def draw(path, images, names, results):
     shown = (images * 0.25 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
     pair = torch.cat([shown[FIRST], shown[PERM[FIRST]]], 1)
     cells = {"photographs": (pair, f"{names[FIRST]} and {names[PERM[FIRST]]}")} | {
-        title: ((batch * 0.25 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)[one], caption(targets[one], names))
+        title: ((batch * 0.25 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)[one],
+                caption(targets[one], names))
         for title, (batch, targets) in results.items()
         for one in [int(targets[:, FIRST].argmax()) if title == "Co-Mixup" else FIRST]}
     for axis, (title, (picture, shares)) in zip(axes, cells.items(), strict=True):
