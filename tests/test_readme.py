@@ -4,6 +4,9 @@ import importlib
 import math
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -20,29 +23,40 @@ for file in sorted([*ROOT.glob("*/main.py"), *ROOT.glob("samix/*.py")]):     # a
 COMMANDS = [line for line in COMMANDS if "…" not in line]
 
 
-def test_a_mixing_function_in_ones_own_loop():
+def test_the_mixer_in_ones_own_loop():
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 8 * 8, 5))
-    names = {"torch": torch, "images": torch.randn(6, 3, 8, 8), "model": model,
-             "labels": torch.arange(6) % 5, "num_classes": 5}
-    exec(CODE[0], names)
+    names = {"torch": torch, "images": torch.rand(6, 3, 8, 8), "model": model,
+             "labels": torch.arange(6) % 5}
+    assert '"owner/mixup-zoo", "mixer"' in CODE[0]
+    exec(CODE[0].replace('"owner/mixup-zoo", "mixer"', f'"{ROOT}", "mixer", source="local"'), names)
     names["loss"].backward()
     assert names["loss"] > 0 and model[1].weight.grad.abs().sum() > 0
 
 
-def test_a_method_of_ones_own():
-    names = {}
-    exec(CODE[1], names)
-    images = torch.randn(4, 3, 8, 10)
-    mixed, ratio = names["stripe_mix"](images, torch.tensor([1, 2, 3, 0]), torch.tensor(3),
-                                       torch.tensor(0.7))
-    assert ratio.tolist() == pytest.approx([0.7] * 4)
-    stays = (mixed == images).all((0, 1, 2))
-    assert stays.tolist() == [column not in (0, 1, 2) for column in range(10)]
-    source = (ROOT / "sage" / "main.py").read_text()        # where the branch of CODE[2] goes
-    branch = '    elif args.method == "cutmix":\n'
-    compile(source.replace(branch, CODE[2] + "\n" + branch), "main.py", "exec")
-    assert branch in source and "METHODS = [" in source
+@pytest.mark.parametrize("in_batch", [[], ["--in_batch"]], ids=["one", "in_batch"])
+def test_a_method_of_ones_own(tmp_path, in_batch):
+    """The README followed to the letter, in a copy of the programs."""
+    for folder in ("common", "sage"):
+        shutil.copytree(ROOT / folder, tmp_path / folder,
+                        ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "sage" / "stripes.py").write_text(CODE[1])
+    main = tmp_path / "sage" / "main.py"
+    source = main.read_text()
+    for before, after in (('METHODS = ["vanilla", ', 'METHODS = ["vanilla", "stripes", '),
+                          ("from sage import ", "from sage.stripes import stripe_mix\n"
+                                                "from sage import "),
+                          ('    elif args.method == "cutmix":\n',
+                           CODE[2] + '\n    elif args.method == "cutmix":\n')):
+        assert source.count(before) == 1
+        source = source.replace(before, after)
+    main.write_text(source)
+    done = subprocess.run(
+        [sys.executable, str(main), "--dataset", "digits", "--method", "stripes", "--arch",
+         "preactresnet18", "--initial_channels", "4", "--image_size", "8", "--max_steps", "2",
+         "--root_dir", str(tmp_path / "runs"), *in_batch], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert next((tmp_path / "runs").glob("*/mixed.png")).is_file()
 
 
 @pytest.mark.parametrize("line", COMMANDS)
