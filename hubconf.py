@@ -3,12 +3,12 @@
     mixer = torch.hub.load("owner/mixup-zoo", "mixer", method="sage", num_classes=100)
     mixed, targets = mixer(images, labels, model)       # then cross-entropy with soft targets
 
-`source="local"` and a path take a checkout. They run the programs' own code. It is imported under
-a name of its own, so that the caller's modules `common`, `sage`, … stay the caller's.
+`source="local"` and a path take a checkout. They run the programs' own code, imported under a name
+of its own: the caller's modules `common`, `sage`, … stay the caller's.
 """
 import builtins
 import contextlib
-import importlib
+import copy
 import importlib.machinery
 import io
 import sys
@@ -25,7 +25,6 @@ dependencies = ["torch", "torchvision", "numpy", "tqdm"]
 
 # --------------------------------------------------------------------------------- private imports
 
-_PREFIX = "mixup_zoo"
 _ROOMS = ("common", "sage", "safuse", "soft_aug", "samix", "resizemix")
 
 
@@ -34,217 +33,178 @@ def _import(name, globals=None, locals=None, fromlist=(), level=0):
     room = name.partition(".")[0]
     if level or room not in _ROOMS:
         return builtins.__import__(name, globals, locals, fromlist, level)
-    whole = builtins.__import__(f"{_PREFIX}.{name}", globals, locals, fromlist, 0)
+    whole = builtins.__import__(f"mixup_zoo.{name}", globals, locals, fromlist)
     return whole if fromlist else getattr(whole, room)
 
 
 class _Loader(importlib.machinery.SourceFileLoader):
-    def exec_module(self, module):
-        module.__builtins__ = vars(builtins) | {"__import__": _import}
-        super().exec_module(module)
-
-
-class _Finder:
-    @staticmethod
-    def find_spec(name, path=None, target=None):
-        spec = None
-        if path and name.startswith(f"{_PREFIX}."):
-            spec = importlib.machinery.PathFinder.find_spec(name, path)
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        spec = importlib.machinery.PathFinder.find_spec(name, path) \
+            if path and name.startswith("mixup_zoo.") else None
         if spec and spec.origin:
-            spec.loader = _Loader(name, spec.origin)
+            spec.loader = cls(name, spec.origin)
         return spec
 
-
-def _ours(name: str):
-    """Our module `name`; the caller's sys.path stays as it is."""
-    path = list(sys.path)
-    try:
-        return importlib.import_module(f"{_PREFIX}.{name}")
-    finally:
+    def exec_module(self, module):
+        module.__builtins__ = vars(builtins) | {"__import__": _import}
+        path = list(sys.path)                           # which a main.py extends
+        super().exec_module(module)
         sys.path[:] = path
 
 
-if _PREFIX not in sys.modules:
-    sys.modules[_PREFIX] = types.ModuleType(_PREFIX)
-    sys.modules[_PREFIX].__path__ = [str(Path(__file__).resolve().parent)]
-    sys.meta_path.insert(0, _Finder)
+def _ours(name: str):
+    return importlib.import_module(f"mixup_zoo.{name}")
 
+
+if "mixup_zoo" not in sys.modules:
+    sys.modules["mixup_zoo"] = types.ModuleType("mixup_zoo")
+    sys.modules["mixup_zoo"].__path__ = [str(Path(__file__).resolve().parent)]
+    sys.meta_path.insert(0, _Loader)
 
 # ------------------------------------------------------------------------------------------ mixers
 
-# The program of a method, its flags, and whether it looks at the network
-_METHODS = {
-    **{name: ("sage", f"--method {name}", name in ("puzzle", "comix", "sage"))
-       for name in ("input", "cutmix", "saliencymix", "puzzle", "comix", "sage")},
-    "cutout": ("resizemix", "--resizemix False --cutout 16", False),
-    "resizemix": ("resizemix", "--resizemix True", False),
-    "softcrop": ("soft_aug", "--da 2 --loss st", False),
-    "superpixels": ("safuse", "--method safuse", False),
-    "occamix": ("safuse", "--method occamix", True),
+_METHODS = {                                            # its program, and flags
+    **{name: ("sage", f"--method {name}") for name in ("input", "cutmix", "saliencymix", "sage")},
+    # the clean loss is the caller's to add
+    **{name: ("sage", f"--method {name} --clean_lam 0") for name in ("puzzle", "comix")},
+    "cutout": ("resizemix", "--resizemix False --cutout 16"),
+    "resizemix": ("resizemix", "--resizemix True"),
+    "softcrop": ("soft_aug", "--da 2 --loss st"),
+    "superpixels": ("safuse", "--method safuse"),
+    "occamix": ("safuse", "--method occamix"),
 }
-_OF_THE_LOSS = ("clean_lam", "update_ratio", "prob_mix", "mixup_hidden", "other")
+_NEED_MODEL = ("puzzle", "comix", "sage", "occamix")
 
 
-def _parse(program, words: str, options: dict):
-    """The program's flags; ValueError with its own line for those that it refuses."""
+def _parse(room: str, words: str, options: dict):
+    """Return the program's flags; its line of usage errors becomes a ValueError."""
     words = words.split()
     for name, value in options.items():
         words += [f"--{name}", *map(str, value if isinstance(value, (list, tuple)) else [value])]
-    said = io.StringIO()
+    errors = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
-            return program.parse_args(words)
+        with contextlib.redirect_stderr(errors):
+            return _ours(f"{room}.main").parse_args(words)
     except SystemExit:
-        raise ValueError(said.getvalue().strip().rpartition("error: ")[2]) from None
+        raise ValueError(errors.getvalue().strip().rpartition("error: ")[2]) from None
 
 
 class _Draws:
-    """A generator for each process: in a DataLoader's workers another one each epoch."""
+    """Returns a generator: one for each rank, and for each worker of a DataLoader and epoch."""
 
     def __init__(self, seed: int | None):
         self.seed = int(torch.randint(2**62, ())) if seed is None else seed
-        self.key, self.generator = (), None
+        self.key = self.generator = None
 
     def __call__(self) -> torch.Generator:
         distributed, worker = _ours("common.distributed"), get_worker_info()
-        key = self.seed, distributed.rank(), *([worker.seed] if worker else [])
+        key = self.seed, distributed.rank(), worker and worker.seed
         if key != self.key:
             self.key = key
             self.generator = torch.Generator().manual_seed(distributed.seed_of(*key))
         return self.generator
 
-    def __getstate__(self):                             # to workers that are spawned
-        return {"seed": self.seed, "key": (), "generator": None}
 
-
-class _Activations:
-    """A network as OcCaMix asks it: class activations from its last feature map and classifier."""
+class _Activations(nn.Module):
+    """A network as OcCaMix asks it: class activations by its last feature map and classifier."""
 
     def __init__(self, net):
-        self.net, self.training = net, net.training
-        self.train, self.eval = net.train, net.eval
-        linear = [part for part in net.modules() if isinstance(part, nn.Linear)]
-        if not linear:
-            raise ValueError("occamix needs a network that ends in a Linear layer")
-        self.head = linear[-1]
+        super().__init__()
+        self.net = net
+        self.head = [part for part in net.modules() if isinstance(part, nn.Linear)][-1:]
 
     def activation_maps(self, images):
-        found = []
+        maps = []
 
         def note(part, args, out):
-            if isinstance(out, torch.Tensor) and out.ndim == 4 and out[0, 0].numel() > 1 \
-                    and out.shape[1] == self.head.in_features:
-                found.append(out)
+            if isinstance(out, torch.Tensor) and out.ndim == 4 and out[0, 0].numel() > 1:
+                maps.append(out)
 
-        hooks = [part.register_forward_hook(note) for part in self.net.modules()]
-        try:
+        with nn.modules.module.register_module_forward_hook(note):
             logits = self.net(images)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        if not found:
-            raise ValueError("occamix needs a network whose last feature map (B, C, h, w) has as "
-                             f"many channels as its classifier has inputs, {self.head.in_features}")
-        return logits, torch.einsum("bchw,kc->bkhw", found[-1], self.head.weight)
+        width = self.head[0].in_features if self.head else None
+        maps = [out for out in maps if out.shape[1] == width]
+        if not maps:
+            raise ValueError("occamix needs a network that ends in a Linear layer and whose last "
+                             "feature map (B, C, h, w) has as many channels as this has inputs, "
+                             f"{width}")
+        return logits, torch.einsum("bchw,kc->bkhw", maps[-1], self.head[0].weight)
 
 
 @contextlib.contextmanager
 def _untouched(net):
-    """Inside, the network may be used in any mode; BatchNorm's statistics and modes come back."""
-    if net is None:
-        yield
-        return
-    modes = [(part, part.training) for part in net.modules()]
-    kept = [(buffer, buffer.clone()) for buffer in net.buffers()]
+    """Inside, the network may run in any mode; modes and BatchNorm's statistics come back."""
+    parts, buffers = ([], []) if net is None else (list(net.modules()), list(net.buffers()))
+    modes, values = [part.training for part in parts], [buffer.clone() for buffer in buffers]
     try:
         yield
     finally:
-        for part, training in modes:
+        for part, training in zip(parts, modes, strict=True):
             part.training = training
         with torch.no_grad():
-            for buffer, before in kept:
-                buffer.copy_(before)
+            for buffer, value in zip(buffers, values, strict=True):
+                buffer.copy_(value)
 
 
 class Mixer:
-    """(images, labels, model=None) -> (mixed images, soft targets (B, num_classes)).
+    """A callable (images, labels, model=None) -> (mixed images, soft targets (B, num_classes)).
 
-    images (B, 3, H, W), normalised by `mean` and `std`; labels: class indices (B,), or (not of
-    softcrop) probabilities (B, num_classes); model: for puzzle, comix, sage and occamix, on the
-    images' device. Its BatchNorm statistics, gradients, mode and
-    requires_grad stay as they are. generator: the source of this call's draws, instead of `seed`'s.
+    method: input (Mixup), cutmix, cutout, saliencymix, puzzle, comix, sage, resizemix, softcrop,
+    superpixels, occamix. images (B, 3, H, W), normalised by `mean` and `std`; labels: class indices
+    (B,), or (not of softcrop) probabilities (B, num_classes); model: for puzzle, comix, sage and
+    occamix; its statistics, gradients and mode stay as they are. seed: of the draws (None: from
+    torch's generator); ranks, DataLoader workers and epochs draw differently. A call's `generator`
+    takes its place; one that is seeded once and copied into workers repeats itself each epoch.
+    prob: of mixing a batch. options: the program's flags by their names, e.g. rand_pos=0.1.
+    Raises ValueError for a method or an option that is not there.
     """
 
-    def __init__(self, method, num_classes, mean, std, seed, prob, options):
+    def __init__(self, method: str, num_classes: int, *, mean=(0.485, 0.456, 0.406),
+                 std=(0.229, 0.224, 0.225), seed: int | None = None, prob: float = 1.0, **options):
         if method not in _METHODS:
             raise ValueError(f"no method {method!r}; there are {', '.join(_METHODS)}")
-        wrong = [name for name in options if name in _OF_THE_LOSS]
-        if wrong:
+        if wrong := sorted({"clean_lam", "update_ratio", "prob_mix", "mixup_hidden", "other"}
+                           & options.keys()):
             raise ValueError(f"{wrong[0]} belongs to the loss of the training program")
-        self.room, words, self.looks = _METHODS[method]
-        if method in ("puzzle", "comix"):               # the clean loss is the caller's to add
-            options = options | {"clean_lam": 0}
+        self.room, words = _METHODS[method]
         self.method, self.prob, self.draws = method, prob, _Draws(seed)
-        self.args = _parse(_ours(f"{self.room}.main"), words, options)
+        self.args = _parse(self.room, words, options)
         self.info = types.SimpleNamespace(mean=tuple(mean), std=tuple(std), num_classes=num_classes)
 
     def __call__(self, images, labels, model=None, *, generator=None):
-        draws = generator or self.draws()
+        draws, kind = generator or self.draws(), images.device.type
         if self.prob < 1 and torch.rand((), generator=draws) >= self.prob:
             return images, _ours("common.mixing").probabilities(labels, self.info.num_classes)
-        if self.looks and model is None:
+        if self.method in _NEED_MODEL and model is None:
             raise ValueError(f"{self.method} needs the model: mixer(images, labels, model)")
-        if isinstance(model, (DataParallel, DistributedDataParallel)):
-            model = model.module
-        kind, net = images.device.type, model if self.looks else None
+        net = model if self.method in _NEED_MODEL else None
+        net = net.module if isinstance(net, (DataParallel, DistributedDataParallel)) else net
         half = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         self.args.amp = {None: "off", torch.bfloat16: "bf16", torch.float16: "fp16"}[half]
         with _untouched(net), torch.enable_grad(), torch.autocast(kind, enabled=False):
-            mixed, targets = getattr(self, f"_{self.room}")(images.detach(), labels, net, draws)
+            mixed, targets = self.mix(images.detach(), labels, net, draws)
         return mixed.detach(), targets
 
-    def __repr__(self):
-        return f"Mixer({self.method!r}, num_classes={self.info.num_classes}, prob={self.prob})"
-
-    # ---- each program's own mixing, and its targets
-
-    def _sage(self, images, labels, net, draws):
-        scaler = torch.amp.GradScaler(images.device.type, enabled=self.args.amp == "fp16")
-        mixed = _ours("sage.main").mix_batch(net, images, labels, self.args, self.info, draws,
-                                             scaler)
+    def mix(self, images, labels, net, draws):
+        """Return the program's own mixture, and its targets."""
+        program, args, info = _ours(f"{self.room}.main"), self.args, self.info
+        if self.room == "soft_aug":
+            mixed = program.mix_batch(images, args, info, 0, draws)
+            return mixed.images, program.implied_targets(labels, mixed, args, info.num_classes)
+        if self.room == "safuse":
+            mixed = program.mix_batch(net and _Activations(net), images, args, info, draws)
+            ratio = mixed.ratio
+            if ratio is None:                           # by area; attention is of SAFuse's network
+                pasted = mixed.from_b.gather(1, mixed.fused.flatten(1).long())
+                ratio = 1 - pasted.float().mean(1)
+            return mixed.images, program.soft_targets(labels, mixed.perm, ratio, info.num_classes)
+        if self.room == "sage":
+            scaler = torch.amp.GradScaler(images.device.type, enabled=args.amp == "fp16")
+            mixed = program.mix_batch(net, images, labels, args, info, draws, scaler)
+        else:
+            mixed = program.mix_batch(images, labels, args, info, draws)
         return mixed.images, mixed.targets
-
-    def _resizemix(self, images, labels, net, draws):
-        mixed = _ours("resizemix.main").mix_batch(images, labels, self.args, self.info, draws)
-        return mixed.images, mixed.targets
-
-    def _soft_aug(self, images, labels, net, draws):
-        program = _ours("soft_aug.main")
-        mixed = program.mix_batch(images, self.args, self.info, 0, draws)
-        return mixed.images, program.target_shares(labels, mixed, self.args, self.info.num_classes)
-
-    def _safuse(self, images, labels, net, draws):
-        program = _ours("safuse.main")
-        mixed = program.mix_batch(_Activations(net) if net else None, images, self.args, self.info,
-                                  draws)
-        ratio = mixed.ratio
-        if ratio is None:                               # by area; attention is of SAFuse's network
-            pasted = mixed.from_b.gather(1, mixed.fused.flatten(1).long())
-            ratio = 1 - pasted.float().mean(1)
-        return mixed.images, program.soft_targets(labels, mixed.perm, ratio, self.info.num_classes)
-
-
-def mixer(method: str, num_classes: int, *, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225),
-          seed: int | None = None, prob: float = 1.0, **options) -> Mixer:
-    """A callable `mixed, targets = mixer(images, labels, model)`.
-
-    method: input (Mixup), cutmix, cutout, saliencymix, puzzle, comix, sage, resizemix, softcrop,
-    superpixels, occamix. mean, std: what the images are normalised by. seed: of the draws (None:
-    from torch's global generator); ranks and DataLoader workers draw differently. prob: of mixing a
-    batch. options: the program's flags by their names, e.g. rand_pos=0.1.
-    Raises ValueError for a method or an option that is not there.
-    """
-    return Mixer(method, num_classes, mean, std, seed, prob, options)
 
 
 def slic(images, n_segments, compactness: float = 10.0, iterations: int = 10):
@@ -252,19 +212,26 @@ def slic(images, n_segments, compactness: float = 10.0, iterations: int = 10):
     return _ours("safuse.superpixels").slic(images, n_segments, compactness, iterations)
 
 
-class _Learned(nn.Module):
-    """SAMix for a loop: `loss, logits = module(images, labels)`; `update()` after the step."""
+class SAMix(nn.Module):
+    """SAMix: in training (images, labels) -> (loss, logits), else images -> logits.
 
-    def __init__(self, backbone, num_classes, image_size, total_steps, seed, args):
+    backbone: images (B, 3, H, W) -> (middle feature map (B, C, h, w), pooled features (B, width)).
+    Train the parameters that require a gradient; call `update()` after each of the `total_steps`
+    steps of the optimizer. options: samix/main.py's flags by their names.
+    """
+
+    def __init__(self, backbone: nn.Module, num_classes: int, *, total_steps: int,
+                 image_size: int = 32, seed: int | None = None, **options):
         super().__init__()
-        program = _ours("samix.main")
-        with torch.no_grad(), _untouched(backbone):
-            middle, pooled = backbone.eval()(torch.zeros(1, 3, image_size, image_size,
-                                             device=next(backbone.parameters()).device))
+        program, args = _ours("samix.main"), _parse("samix", "--method samix", options)
+        device = next(backbone.parameters()).device
+        with torch.no_grad():
+            middle, pooled = copy.deepcopy(backbone).eval()(
+                torch.zeros(1, 3, image_size, image_size, device=device))
         block = program.MixBlock(middle.shape[1], args.lam_mul_k, dropout=args.dropout,
                                  variant=args.variant)
-        self.net = program.SAMix(program.Branch(backbone, pooled.shape[1], num_classes), block,
-                                 args).to(middle.device)
+        branch = program.Branch(backbone, pooled.shape[1], num_classes)
+        self.net = program.SAMix(branch, block, args).to(device)
         self.args, self.total, self.draws, self.step = args, total_steps, _Draws(seed), 0
 
     def forward(self, images, labels=None):
@@ -278,32 +245,19 @@ class _Learned(nn.Module):
         return sum(losses.values()), logits
 
     def update(self):
-        """Moves branch k after q, as after every step of the optimizer."""
+        """Move the momentum encoder after the network."""
         program, args = _ours("samix.main"), self.args
         program.momentum_update(self.net.k, self.net.q, program.ema_momentum(
             self.step, self.total, args.ema_base, args.ema_end, args.ema_start))
         self.step += 1
 
 
-def samix(backbone: nn.Module, num_classes: int, *, total_steps: int, image_size: int = 32,
-          seed: int | None = None, **options) -> nn.Module:
-    """SAMix as a module: in training (images, labels) -> (loss, logits), else images -> logits.
-
-    backbone: images (B, 3, H, W) -> (middle feature map (B, C, h, w), pooled features (B, width)).
-    Train the parameters that require a gradient; call `update()` after each of the `total_steps`
-    steps of the optimizer. options: samix/main.py's flags by their names.
-    """
-    args = _parse(_ours("samix.main"), "--method samix", options)
-    return _Learned(backbone, num_classes, image_size, total_steps, seed, args)
-
-
-# ---------------------------------------------------------------------------------------- networks
-
 def _network(_name: str, num_classes: int, image_size: int = 32, **options) -> nn.Module:
     """An untrained network for square images; options: initial_channels, dropout."""
     return _ours("common.models").build(_name, num_classes, image_size, **options)
 
 
+mixer, samix = Mixer, SAMix
 for _name in _ours("common.models").ALL:
     globals()[_name] = partial(_network, _name)
     globals()[_name].__doc__ = _network.__doc__

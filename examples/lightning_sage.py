@@ -1,17 +1,13 @@
-"""SAGE in the training_step of a LightningModule.
+"""SAGE in the training_step of a LightningModule; its saliency costs one pass more of the network.
 
-The saliency pass goes through the network itself: it costs one pass more, and leaves BatchNorm's
-statistics, the gradients and the mode as they were. Each rank draws for itself.
+BatchNorm's statistics, gradients and mode stay as they were; each rank draws for itself.
 """
-import argparse
-from pathlib import Path
-
 import lightning
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.models import resnet18
 
-ROOT = str(Path(__file__).resolve().parents[1])         # or "owner/mixup-zoo", source="github"
+ROOT = __file__.rsplit("examples", 1)[0]        # or "owner/mixup-zoo", source="github"
 
 
 class Classifier(lightning.LightningModule):
@@ -33,13 +29,10 @@ class Classifier(lightning.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.9)
 
 
-def main(argv=None):
-    """Train for --steps; returns the last loss."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--steps", type=int, default=100)
-    args = parser.parse_args(argv)
+def main(steps=100):
+    """Train; return the last loss."""
     images, labels = torch.randn(64, 3, 32, 32), torch.arange(64) % 10      # your data set
-    trainer = lightning.Trainer(max_steps=args.steps, logger=False, enable_checkpointing=False,
+    trainer = lightning.Trainer(max_steps=steps, logger=False, enable_checkpointing=False,
                                 enable_progress_bar=False)
     trainer.fit(Classifier(10), DataLoader(TensorDataset(images, labels), 16, shuffle=True))
     return trainer.callback_metrics["loss"].item()

@@ -2,14 +2,11 @@
 
 Any network serves that returns a middle feature map and the pooled features.
 """
-import argparse
-from pathlib import Path
-
 import torch
 from torch import nn
 from torchvision.models import resnet18
 
-ROOT = str(Path(__file__).resolve().parents[1])         # or "owner/mixup-zoo", source="github"
+ROOT = __file__.rsplit("examples", 1)[0]        # or "owner/mixup-zoo", source="github"
 
 
 class Backbone(nn.Module):
@@ -17,28 +14,21 @@ class Backbone(nn.Module):
 
     def __init__(self):
         super().__init__()
-        net = resnet18()
-        self.before = nn.Sequential(net.conv1, net.bn1, net.relu, net.layer1, net.layer2,
-                                    net.layer3)
-        self.after = net.layer4
+        *before, self.after, _, _ = resnet18().children()
+        self.before = nn.Sequential(*before)
 
     def forward(self, images):
         middle = self.before(images)
         return middle, self.after(middle).mean((2, 3))
 
 
-def main(argv=None):
-    """Train for --steps; returns the last loss."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--steps", type=int, default=100)
-    args = parser.parse_args(argv)
+def main(steps=100):
+    """Train; return the last loss."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     net = torch.hub.load(ROOT, "samix", source="local", backbone=Backbone().to(device),
-                         num_classes=10, image_size=64, total_steps=args.steps)
-    learning = [p for p in net.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(learning, lr=0.01, momentum=0.9)
-    loss = None
-    for _ in range(args.steps):
+                         num_classes=10, image_size=64, total_steps=steps)
+    optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=0.01)
+    for _ in range(steps):
         images = torch.randn(16, 3, 64, 64, device=device)                  # your loader
         labels = torch.randint(10, (16,), device=device)
         loss, _ = net(images, labels)
@@ -46,8 +36,7 @@ def main(argv=None):
         loss.backward()
         optimizer.step()
         net.update()                                    # the moving average follows
-    net.eval()                                          # from here on: images -> logits
-    assert net(images).shape == (16, 10)
+    assert net.eval()(images).shape == (16, 10)         # in evaluation: images -> logits
     return loss.item()
 
 

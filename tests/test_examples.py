@@ -14,8 +14,8 @@ LIBRARIES = {"timm_mixup_fn": "timm", "lightning_sage": "lightning",
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.stem)
 def test_example_trains(path, tmp_path):
     pytest.importorskip(LIBRARIES[path.stem], reason="pip install -r requirements-examples.txt")
-    assert len(path.read_text().splitlines()) < 60
-    code = f"import runpy; print(runpy.run_path({str(path)!r})['main'](['--steps', '2']))"
+    assert len(path.read_text().splitlines()) < 50
+    code = f"import runpy; print(runpy.run_path({str(path)!r})['main'](2))"
     end = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert end.returncode == 0, end.stderr
     assert 0 < float(end.stdout.split()[-1]) < 50

@@ -156,6 +156,16 @@ def test_workers_and_epochs_draw_differently():
     assert len(set(shares)) == 4
 
 
+def test_ranks_draw_differently(monkeypatch):
+    """One seed for all; each rank's draws are its own, and the same in every run."""
+    images, labels, shares = torch.rand(4, 3, 32, 32), torch.arange(4), []
+    for rank in (0, 1, 0):
+        mix = mixer("input", seed=3)
+        monkeypatch.setattr(sys.modules["mixup_zoo.common.distributed"], "rank", lambda r=rank: r)
+        shares.append(mix(images, labels)[1])
+    assert torch.equal(shares[0], shares[2]) and not torch.equal(shares[0], shares[1])
+
+
 def test_samix_learns_in_a_loop():
     from common.models.features import build_backbone
     torch.manual_seed(0)
