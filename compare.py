@@ -21,6 +21,7 @@ from pathlib import Path
 from common import plots
 from common.corruptions import kind
 from common.errors import RunError
+from common.flags import positive
 from common.run import NOT_TRAINING
 
 IGNORED = {*NOT_TRAINING, "seed", "job_name", "amp", "compile", "channels_last", "log_off"}
@@ -34,99 +35,96 @@ class Run:
         self.folder = folder
         try:
             facts = json.loads((folder / "args.json").read_text())
-            self.flags, self.command = facts["args"], facts.get("command", "").split()
+            self.flags, command = facts["args"], facts.get("command", "").split()
             log, self.seed = table(folder / "log.csv"), self.flags["seed"]
-            self.accuracy = [float(row["test_accuracy"]) for row in log if row.get("test_accuracy")]
-            self.epochs = [int(row["epoch"]) for row in log if row.get("test_accuracy")]
-            seconds = [float(row["seconds"]) for row in log]
+            self.curve = {int(row["epoch"]): float(row["test_accuracy"]) for row in log
+                          if row.get("test_accuracy")}
+            self.numbers = {"accuracy": statistics.median([*self.curve.values()][-last:])}
+            seconds = statistics.median(float(row["seconds"]) for row in log)
             found = folder / "evaluation.csv"
             rows = {row["condition"]: {key: float(row[key]) for key in ("accuracy", "ece")}
                     for row in table(found)} if found.exists() else {}
         except (OSError, ValueError, KeyError, AttributeError) as fault:
             raise RunError(f"{folder}: no run, or a damaged one ({fault})") from None
-        if not self.accuracy:
-            raise RunError(f"{folder / 'log.csv'}: no epoch has a test accuracy")
         self.visible = {float(name.split()[1]): row["accuracy"] for name, row in rows.items()
                         if name.startswith("visible")}
-        corrupted = [row["accuracy"] for name, row in rows.items() if kind(name)]
-        self.numbers = {"accuracy": statistics.median(self.accuracy[-last:])}
         if rows:
-            self.visible |= {100.0: rows["clean"]["accuracy"]}
+            self.visible[100.0] = rows["clean"]["accuracy"]
             near = min(self.visible, key=lambda part: abs(part - VISIBLE))
             self.numbers |= {"ECE": 100 * rows["clean"]["ece"],
                              f"visible {near:.0f} %": self.visible[near],
-                             **{f"FGSM {step}/255": rows[f"fgsm {step}/255"]["accuracy"]
-                                for step in (4, 8) if f"fgsm {step}/255" in rows}}
-        if corrupted:
+                             **{name.replace("fgsm", "FGSM"): row["accuracy"]
+                                for name, row in rows.items() if name.startswith("fgsm")}}
+        if corrupted := [row["accuracy"] for name, row in rows.items() if kind(name)]:
             self.numbers["mCE"] = 100 - statistics.mean(corrupted)
-        self.numbers["s/epoch"] = statistics.median(seconds)
-        program = next((Path(word).parent.name for word in self.command
-                        if word.endswith("main.py")), "")
-        self.program = program, frozenset(self.flags)       # with other flags, another program
+        self.numbers["s/epoch"] = seconds
+        self.name = next((Path(word).parent.name for word in command
+                          if word.endswith("main.py")), "")
+        self.program = self.name, frozenset(self.flags)     # with other flags, another program
         self.facts = {"data": facts.get("fingerprint") or facts.get("data"),
                       "precision": self.flags.get("amp"), "torch": facts.get("torch"),
                       "device": facts.get("gpu") or f"CPU, {facts.get('threads')} threads"}
         if len(log) < self.flags["epochs"]:
-            print(f"warning: {folder}: {len(log)} of {self.flags['epochs']} epochs",
-                  file=sys.stderr)
+            warn(f"{folder}: {len(log)} of {self.flags['epochs']} epochs")
 
     def key(self):
-        """What runs of one line agree in."""
+        """Return what runs of one line agree in."""
         return self.program, tuple((name, str(value)) for name, value in sorted(self.flags.items())
                                    if name not in IGNORED)
 
 
+def warn(line: str):
+    """Print a warning on stderr."""
+    print(f"warning: {line}", file=sys.stderr)
+
+
 def table(path: Path) -> list[dict]:
-    """Rows of a CSV file, by column."""
+    """Return the rows of a CSV file, by column."""
     with open(path) as file:
         return list(csv.DictReader(file))
 
 
-def find(places: list[str], last: int) -> list[list[Run]]:
-    """Runs in groups that differ in nothing but the seed, in the order of `places`."""
+def find(folders: list[str], last: int) -> list[list[Run]]:
+    """Return runs in groups that differ in nothing but the seed, in the order of `folders`."""
+    found = {}
+    for folder in map(Path, folders):
+        files = sorted(folder.glob("args.json")) or sorted(folder.rglob("args.json"))
+        if not files:
+            raise RunError(f"{folder}: no run (a folder with args.json) there")
+        found |= {file.resolve(): file.parent for file in files}
     groups = {}
-    for place in map(Path, places):
-        folders = [place] if (place / "args.json").exists() else \
-            sorted(file.parent for file in place.rglob("args.json"))
-        if not folders:
-            raise RunError(f"{place}: no run (a folder with args.json) there")
-        for folder in folders:
-            run = Run(folder, last)
-            group = groups.setdefault(run.key(), [])
-            if not any(run.folder.resolve() == other.folder.resolve() for other in group):
-                group.append(run)
+    for run in (Run(folder, last) for folder in found.values()):
+        groups.setdefault(run.key(), []).append(run)
     return list(groups.values())
 
 
 def labels(groups: list[list[Run]]) -> list[str]:
-    """For each group its program, method, and the flags in which groups of these two differ."""
-    found = []
-    for group in groups:
-        flags = group[0].flags
-        alike = [other[0].flags for other in groups if other[0].program == group[0].program
-                 and other[0].flags.get("method") == flags.get("method")]
-        differ = [f"{name} {' '.join(map(str, value)) if isinstance(value, list) else value}"
-                  for name, value in flags.items() if name not in IGNORED
-                  and any(other[name] != value for other in alike)]
-        differ = [flags["method"], *differ] if flags.get("method") else differ
-        found.append(": ".join(filter(None, (group[0].program[0], ", ".join(differ))))
-                     or group[0].folder.name)
-    return found
+    """Return each group's program, method, and flags in which groups of these two differ."""
+    names = []
+    for run in (group[0] for group in groups):
+        method = run.flags.get("method")
+        alike = [other[0].flags for other in groups if other[0].program == run.program
+                 and other[0].flags.get("method") == method]
+        words = [f"{name} {' '.join(map(str, value)) if isinstance(value, list) else value}"
+                 for name, value in run.flags.items() if name not in IGNORED
+                 and any(other[name] != value for other in alike)]
+        words = ", ".join([method] * bool(method) + words)
+        names.append(": ".join(filter(None, (run.name, words))) or run.folder.name)
+    return names
 
 
 def summary(values: list[float]) -> tuple[float, float | None]:
-    """Mean, and half the range of more than one value."""
+    """Return the mean, and half the range of more than one value."""
     return statistics.mean(values), (max(values) - min(values)) / 2 if values[1:] else None
 
 
 def lines(groups: list[list[Run]], names: list[str]) -> list[dict]:
-    """One row a group: run, seeds, and (mean, spread) of every number that all its runs have."""
+    """Return a row for each group: (mean, spread) of every number that all its runs have."""
     rows, plain = [], {}
     for name, group in zip(names, groups, strict=True):
-        row = {"run": name, "seeds": len({run.seed for run in group})}
-        for key in group[0].numbers:
-            if all(key in run.numbers for run in group):
-                row[key] = summary([run.numbers[key] for run in group])
+        row = {"run": name, "seeds": len({run.seed for run in group})} | {
+            key: summary([run.numbers[key] for run in group]) for key in group[0].numbers
+            if all(key in run.numbers for run in group)}
         first = plain.setdefault(group[0].program, group)
         if first is not group:
             base = {run.seed: run.numbers["accuracy"] for run in first}
@@ -138,53 +136,49 @@ def lines(groups: list[list[Run]], names: list[str]) -> list[dict]:
 
 
 def columns(rows: list[dict]) -> list[str]:
-    """The numbers that any row has, in the order of the table."""
-    have = dict.fromkeys(name for row in rows for name in row if name not in ("run", "seeds"))
+    """Return the numbers that any row has, in the order of the table."""
     order = ["accuracy", "gain", "ECE", "visible", "FGSM", "mCE", "s/epoch"]
-    return sorted(have, key=lambda name: order.index(name.split()[0]))
+    return sorted(dict.fromkeys(name for row in rows for name in row if name.split()[0] in order),
+                  key=lambda name: order.index(name.split()[0]))
 
 
 def text(rows: list[dict], markdown: bool) -> str:
-    """The table as text, or as Markdown."""
-    names = columns(rows)
-    cells = [["run", "seeds", *names]]
+    """Return the table as text, or as Markdown."""
+    cells = [["run", "seeds", *columns(rows)]]
     for row in rows:
         cells.append([row["run"], str(row["seeds"])])
-        for name in names:
+        for name in columns(rows):
             mean, spread = row.get(name, (None, None))
-            sign = "+" if name == "gain" else ""
-            cells[-1].append("–" if mean is None else f"{mean:{sign}.2f}"
+            cells[-1].append("–" if mean is None else f"{mean:{'+' * (name == 'gain')}.2f}"
                              + (f" ± {spread:.2f}" if spread is not None else ""))
     if markdown:
         cells.insert(1, ["---"] * len(cells[0]))
         return "\n".join("| " + " | ".join(line) + " |" for line in cells)
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))
-                     .rstrip() for line in cells)
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in cells)
 
 
 def write_csv(path: Path, rows: list[dict]):
-    """The table's numbers, unrounded, with a column of the spread beside each."""
+    """Write the table's numbers, unrounded, with a column of the spread beside each."""
     names = columns(rows)
     found = [",".join(["run", "seeds", *(f"{name},{name} spread" for name in names)])]
     for row in rows:
         numbers = [value for name in names for value in row.get(name, (None, None))]
-        found.append(",".join(['"' + row["run"] + '"', str(row["seeds"]),
+        found.append(",".join([f'"{row["run"]}"', str(row["seeds"]),
                                *("" if value is None else f"{value:.6g}" for value in numbers)]))
     plots.write_atomic(path, "\n".join(found) + "\n")
 
 
 def draw(path: Path, groups: list[list[Run]], names: list[str]):
-    """Test accuracy over the epochs, and over the visible fraction; a band is the seeds' range."""
+    """Draw test accuracy over epochs and visible fraction; a band is the seeds' range."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
     figure = Figure(figsize=(13, max(4.2, 0.22 * len(names) + 1)), layout="constrained")
     left, right = figure.subplots(1, 2)
     for n, (group, name) in enumerate(zip(groups, names, strict=True)):
         colour = colormaps["turbo"]((n + 0.5) / len(groups))
-        curves = [(left, [dict(zip(run.epochs, run.accuracy, strict=True)) for run in group]),
-                  (right, [run.visible for run in group if run.visible])]
-        for axis, found in curves:
+        for axis, found in ((left, [run.curve for run in group]),
+                            (right, [run.visible for run in group if run.visible])):
             common = sorted(set.intersection(*map(set, found))) if found else []
             values = [[curve[x] for curve in found] for x in common]
             axis.plot(common, list(map(statistics.mean, values)), color=colour, linewidth=1.6,
@@ -207,15 +201,13 @@ def main(argv=None):
     """Print the table; write the picture and, if asked for, the CSV file."""
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", metavar="RUN")
-    parser.add_argument("--last", type=int, default=5, metavar="N", help="epochs of the accuracy's "
-                        "median (default: 5)")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the table there, too")
-    parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
-    parser.add_argument("--picture", type=Path, default=Path("compare.png"), metavar="FILE.png")
+    add = parser.add_argument
+    add("runs", nargs="+", metavar="RUN")
+    add("--last", type=positive, default=5, metavar="N", help="epochs of the accuracy's median")
+    add("--csv", type=Path, metavar="FILE", help="write the table there, too")
+    add("--markdown", action="store_true", help="print the table as Markdown")
+    add("--picture", type=Path, default=Path("compare.png"), metavar="FILE.png")
     args = parser.parse_args(argv)
-    if args.last < 1:
-        parser.error("--last is at least 1")
     try:
         groups = find(args.runs, args.last)
         names = labels(groups)
@@ -224,8 +216,7 @@ def main(argv=None):
         for what in groups[0][0].facts:
             found = {str(run.facts[what]) for group in groups for run in group}
             if len(found) > 1:
-                print(f"warning: the runs differ in {what}: {'; '.join(sorted(found))}",
-                      file=sys.stderr)
+                warn(f"the runs differ in {what}: {'; '.join(sorted(found))}")
         if args.csv:
             write_csv(args.csv, rows)
         draw(args.picture, groups, names)

@@ -14,7 +14,7 @@ SEVERITIES = 5
 
 
 def kind(condition: str) -> str:
-    """'fog' of 'fog 3', '' of a condition that is no corruption."""
+    """Return 'fog' of 'fog 3', '' of a condition that is no corruption."""
     found = re.fullmatch(rf"(.+) [1-{SEVERITIES}]", condition)
     return found[1] if found else ""
 
@@ -55,20 +55,19 @@ def check_size(file: Path, images: np.ndarray, info):
                         f"evaluated on ({info.image_size}, {info.width}, 3)")
 
 
-def read(place, info, batch_size: int, device):
-    """Yield ('fog 1', Corrupted) for each corruption and severity in the folder `place`.
+def read(folder, info, batch_size: int, device):
+    """Yield ('fog 1', Corrupted) for each corruption and severity in `folder`.
 
     It holds <corruption>.npy, severities 1 to 5 after one another, beside labels.npy; or
     <corruption>/<severity>/<class>/*. Raises DataError naming the file that is missing or wrong.
     """
-    place = Path(place).expanduser()
-    arrays = sorted(file for file in place.glob("*.npy") if file.stem != "labels")
-    folders = sorted(folder for folder in place.glob("*")
-                     if folder.is_dir() and folder.name[0] != ".")
+    root = Path(folder).expanduser()
+    arrays = sorted(file for file in root.glob("*.npy") if file.stem != "labels")
+    folders = sorted(path for path in root.glob("[!.]*") if path.is_dir())
     if not arrays and not folders:
-        raise DataError(f"{place}: neither <corruption>.npy nor <corruption>/<severity>/<class>/ "
+        raise DataError(f"{root}: neither <corruption>.npy nor <corruption>/<severity>/<class>/ "
                         "folders are there")
-    labels = load(place / "labels.npy") if arrays else None
+    labels = np.array(load(root / "labels.npy"), np.int64) if arrays else None
     for file in arrays:
         images = load(file)
         count, rest = divmod(len(images), SEVERITIES)
@@ -76,39 +75,33 @@ def read(place, info, batch_size: int, device):
             raise DataError(f"{file}: {len(images)} images, {SEVERITIES} severities of them for "
                             f"{len(labels)} labels in labels.npy do not fit")
         if labels.min() < 0 or labels.max() >= info.num_classes:
-            raise DataError(f"{place / 'labels.npy'}: labels run from {labels.min()} to "
+            raise DataError(f"{root / 'labels.npy'}: labels run from {labels.min()} to "
                             f"{labels.max()}, the data have {info.num_classes} classes")
         check_size(file, images, info)
         for severity in range(SEVERITIES):
             part = slice(severity * count, (severity + 1) * count)
-            own = labels if len(labels) == count else labels[part]
-            yield f"{file.stem} {severity + 1}", Corrupted(images[part], own, info, batch_size,
-                                                           device)
+            yield f"{file.stem} {severity + 1}", Corrupted(
+                images[part], labels if len(labels) == count else labels[part], info, batch_size,
+                device)
     for folder in folders:
         for severity in range(1, SEVERITIES + 1):
             classes = sources.list_classes(folder / str(severity))
             index = class_index(folder / str(severity), classes, info)
-            files = [(file, index[name]) for name, members in classes.items() for file in members]
-            yield f"{folder.name} {severity}", Corrupted(
-                [file for file, _ in files], np.array([label for _, label in files]), info,
-                batch_size, device)
+            files = [file for members in classes.values() for file in members]
+            own = np.repeat([index[name] for name in classes], list(map(len, classes.values())))
+            yield f"{folder.name} {severity}", Corrupted(files, own, info, batch_size, device)
 
 
 def load(file: Path) -> np.ndarray:
-    """Map an .npy file; labels as int64. Raises DataError for one that is missing or damaged."""
+    """Map an .npy file. Raises DataError for one that is missing or damaged."""
     try:
-        array = np.load(file, mmap_mode="r", allow_pickle=False)
+        return np.load(file, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as fault:
         raise DataError(f"{file}: missing, damaged, or no .npy ({str(fault)[:80]})") from None
-    labels = file.stem == "labels"
-    if array.ndim != (1 if labels else 4) or not len(array):
-        raise DataError(f"{file}: an array of {array.shape}, not "
-                        f"{'(N,)' if labels else '(N, height, width, 3)'}")
-    return np.array(array, np.int64) if labels else array
 
 
 def class_index(folder: Path, names, info) -> dict[str, int]:
-    """Label of each class folder: by name; WordNet's numbers, all of them given, by their order."""
+    """Return labels of class folders: by name, or of all WordNet's numbers by their order."""
     if set(names) <= set(info.classes):
         return {name: info.classes.index(name) for name in names}
     if len(names) == info.num_classes and all(re.fullmatch(r"n\d{8}", name) for name in names):

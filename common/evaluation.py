@@ -1,6 +1,4 @@
 """Every network judged alike: accuracy, calibration, occlusion, FGSM, corruptions."""
-import csv
-import io
 import itertools
 import math
 import sys
@@ -24,40 +22,35 @@ FGSM = (4, 8)                                       # steps in 1/255
 # --------------------------------------------------------------------------------------- counting
 
 def bin_sums(logits: Tensor, labels: Tensor, bins: int = BINS) -> Tensor:
-    """(3, bins) float64 sums of logits (N, C): confidence, hits and count of each confidence bin.
+    """Return (3, bins) float64 sums of logits (N, C): confidence, hits, count of each bin.
 
-    Bin i holds confidences in (i/bins, (i+1)/bins].
+    Bin i holds confidences in (i/bins, (i+1)/bins] (Guo et al. 2017, section 2).
     """
-    confidence, predicted = logits.float().softmax(1).max(1)
+    confidence, predicted = logits.float().softmax(1).double().max(1)
     edges = torch.linspace(0, 1, bins + 1, device=logits.device, dtype=torch.float64)
-    index = torch.bucketize(confidence.double(), edges[1:-1], right=False)
-    right = (predicted == labels).double()
-    sums = torch.zeros(3, bins, dtype=torch.float64, device=logits.device)
-    return sums.index_add_(1, index, torch.stack([confidence.double(), right,
-                                                  torch.ones_like(right)]))
+    index = torch.bucketize(confidence, edges[1:-1], right=False)
+    values = torch.stack([confidence, (predicted == labels).double(), torch.ones_like(confidence)])
+    return torch.zeros_like(values[:, :1]).repeat(1, bins).index_add_(1, index, values)
 
 
 def reliability_bins(logits: Tensor, labels: Tensor, bins: int = BINS):
-    """Mean confidence, accuracy and count of each confidence bin (Guo et al. 2017, section 2).
-
-    logits (N, C), labels (N,). Three float64 tensors of length bins; empty bins are 0.
-    """
-    sure, right, count = bin_sums(logits, labels, bins)
-    return sure / count.clamp(min=1), right / count.clamp(min=1), count
+    """Return mean confidence, accuracy and count of each bin, float64 (bins,); of empty ones 0."""
+    *sums, count = bin_sums(logits, labels, bins)
+    return *(part / count.clamp(min=1) for part in sums), count
 
 
 def calibration_error(sums: Tensor) -> Tensor:
-    """ECE in [0, 1] of `bin_sums`: |accuracy - confidence|, weighed by the bins' counts."""
+    """Return the ECE in [0, 1] of `bin_sums`: |accuracy - confidence|, weighed by counts."""
     return (sums[1] - sums[0]).abs().sum() / sums[2].sum().clamp(min=1)
 
 
 def expected_calibration_error(logits: Tensor, labels: Tensor, bins: int = BINS) -> float:
-    """ECE in [0, 1] of logits (N, C) and labels (N,)."""
+    """Return the ECE in [0, 1] of logits (N, C) and labels (N,)."""
     return float(calibration_error(bin_sums(logits, labels, bins)))
 
 
 def tally(logits: Tensor, labels: Tensor) -> Tensor:
-    """(2 + 3 * BINS,) float64 of logits (B, C): summed cross-entropy, top-5 hits, `bin_sums`."""
+    """Return (2 + 3 * BINS,) float64 sums of logits (B, C): loss, top-5 hits, `bin_sums`."""
     logits = logits.float()
     top5 = (logits.topk(min(5, logits.shape[1])).indices == labels[:, None]).sum()
     loss = F.cross_entropy(logits, labels, reduction="sum")
@@ -66,17 +59,17 @@ def tally(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def averages(sums: Tensor) -> dict:
-    """loss, top1 and top5 in %, ece in [0, 1], count and `bin_sums` of summed tallies."""
+    """Return loss, top1 and top5 in %, ece in [0, 1], count and `bin_sums` of summed tallies."""
     bins = sums[2:].view(3, BINS)
-    right, count = bins[1:].sum(1).tolist()
+    hits, count = bins[1:].sum(1).tolist()
     loss, top5 = (sums[:2] / max(count, 1)).tolist()
-    return {"loss": loss, "top1": 100 * right / max(count, 1), "top5": 100 * top5,
+    return {"loss": loss, "top1": 100 * hits / max(count, 1), "top5": 100 * top5,
             "ece": calibration_error(bins).item(), "count": int(count), "bins": bins}
 
 
 def batches(loader, args):
     """Yield the (images, labels) of an evaluation, at most --max_steps, behind a progress bar."""
-    steps = len(loader) if args.max_steps is None else min(args.max_steps, len(loader))
+    steps = min(args.max_steps or len(loader), len(loader))
     yield from tqdm(itertools.islice(loader, steps), total=steps, desc="evaluating", leave=False,
                     disable=distributed.rank() != 0,
                     mininterval=0.2 if sys.stderr.isatty() else 60)
@@ -84,10 +77,10 @@ def batches(loader, args):
 
 @torch.no_grad()
 def measure(net, loader, args, info, names: list[str], outputs) -> dict:
-    """{name: `averages`} over all ranks of the logits that outputs(images, labels) yields.
+    """Return {name: `averages`}, over all ranks, of what outputs(images, labels) yields.
 
-    outputs: a generator of one (B, C) for each of `names`, in order; columns beyond the data's
-    classes are left out. net is in evaluation mode meanwhile and in its former mode afterwards.
+    outputs: a generator of logits (B, C) for each of `names`; columns beyond the data's classes are
+    left out. net is in evaluation mode meanwhile.
     """
     device, training = next(net.parameters()).device, net.training
     sums = torch.zeros(len(names), 2 + 3 * BINS, dtype=torch.float64, device=device)
@@ -101,18 +94,18 @@ def measure(net, loader, args, info, names: list[str], outputs) -> dict:
 
 
 def evaluate(net, loader, args, info) -> dict:
-    """`averages` of net (images -> logits) on every image of `loader`, counted once over ranks."""
+    """Return `averages` of net (images -> logits) on all images, each counted once over ranks."""
     return measure(net, loader, args, info, [""], lambda images, _: [net(images)])[""]
 
 
 def sentence(result: dict) -> str:
-    """What `evaluate` found, in words."""
+    """Return what `evaluate` found, in words."""
     return (f"accuracy {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, loss "
             f"{result['loss']:.4f}, ECE {100 * result['ece']:.2f} % on {result['count']} images")
 
 
 def columns(result: dict, part: str = "test") -> dict:
-    """What `evaluate` found, by the names of log.csv's columns."""
+    """Return what `evaluate` found, by the names of log.csv's columns."""
     return {f"{part}_loss": result["loss"], f"{part}_accuracy": result["top1"],
             f"{part}_top5": result["top5"], f"{part}_ece": result["ece"]}
 
@@ -120,23 +113,21 @@ def columns(result: dict, part: str = "test") -> dict:
 # ------------------------------------------------------------------------------------- conditions
 
 def occlude(images: Tensor, offset: int, info) -> Tensor:
-    """Slide images (B, 3, H, W) by `offset` > 0 pixels along both axes; the mean colour follows
-    (mid-grey where info.mean is 0: images that are not normalised).
+    """Return images (B, 3, H, W) moved by `offset` > 0 pixels along both axes; the mean colour
+    follows (mid-grey where info.mean is 0: images that are not normalised).
 
-    Each way along an axis is taken by a bit of the sum of the image's pixels, so that an image
-    moves alike in every batch and on every rank.
+    The directions are two bits of the sum of an image's pixels: alike in any batch, on any rank.
     """
     mean, std = mean_std(info, images.device)
     number = ((images * std + mean) * 255).round().sum((1, 2, 3), dtype=torch.float64).long()
     padded = F.pad(images, (offset,) * 4, value=0.0 if any(info.mean) else 0.5)
     windows = padded.unfold(2, images.shape[2], 2 * offset).unfold(
         3, images.shape[3], 2 * offset).permute(0, 2, 3, 1, 4, 5)
-    place = torch.arange(len(images), device=images.device)
-    return windows[place, number % 2, number // 2 % 2]
+    return windows[torch.arange(len(images), device=images.device), number % 2, number // 2 % 2]
 
 
 def conditions(net, info) -> tuple[list[str], object]:
-    """Names of clean, occluded and attacked test images, and `measure`'s outputs for them."""
+    """Return names of clean, occluded and attacked images, and `measure`'s outputs for them."""
     offsets = sorted({round(part * info.image_size) for part in OCCLUDED} - {0})
     visible = [math.prod(max(0, 1 - offset / side) for side in (info.image_size, info.width))
                for offset in offsets]
@@ -183,67 +174,62 @@ def report(net, test, args, info, run, checkpoint: Path | None = None):
         device = next(net.parameters()).device
         for name, loader in corruptions.read(args.corruptions, info, args.batch_size, device):
             results |= measure(net, loader, args, info, [name], lambda images, _: [net(images)])
+    lines = ["condition,accuracy,top5,loss,ece,count"]
     for name, result in results.items():
         if not math.isfinite(result["loss"]):
             raise RunError(f"{name}: the loss on test images is {result['loss']}; the network's "
                            "weights are not usable")
         log(f"{name}: {sentence(result)}")
+        numbers = [f"{result[key]:.6g}" for key in ("top1", "top5", "loss", "ece")]
+        lines.append(",".join([name, *numbers, str(result["count"])]))
     if args.corruptions:
-        worst = [result["top1"] for name, result in results.items() if corruptions.kind(name)]
-        log(f"mean corruption error: {100 - sum(worst) / len(worst):.2f} % over "
-            f"{len(worst) // corruptions.SEVERITIES} corruptions of "
+        found = [result["top1"] for name, result in results.items() if corruptions.kind(name)]
+        log(f"mean corruption error: {100 - sum(found) / len(found):.2f} % over "
+            f"{len(found) // corruptions.SEVERITIES} corruptions of "
             f"{corruptions.SEVERITIES} severities")
-    if not run.writes:
-        return
-    path = checkpoint.with_name(f"{checkpoint.stem}_evaluation.csv") if checkpoint else \
-        run.folder / "evaluation.csv"
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["condition", "accuracy", "top5", "loss", "ece", "count"])
-    for name, result in results.items():
-        writer.writerow([name, *(f"{result[key]:.6g}" for key in ("top1", "top5", "loss", "ece")),
-                         result["count"]])
-    plots.write_atomic(path, text.getvalue())
-    draw(path.with_suffix(".png"), path.parent.name, results)
-    log(f"evaluation: {path}, {path.with_suffix('.png').name}")
+    if run.writes:
+        path = checkpoint.with_name(f"{checkpoint.stem}_evaluation.csv") if checkpoint else \
+            run.folder / "evaluation.csv"
+        plots.write_atomic(path, "\n".join(lines) + "\n")
+        draw(path.with_suffix(".png"), path.parent.name, results)
+        log(f"evaluation: {path}, {path.with_suffix('.png').name}")
 
 
 def draw(path: Path, title: str, results: dict):
     """Write a PNG of reliability, accuracy over visible fraction, and the other conditions."""
     from matplotlib.figure import Figure
-    clean, grey = results["clean"], "#8a8a8a"
-    bars = {}
+    bars, seen = {}, {100: results["clean"]["top1"]}
     for name, result in results.items():
-        if not name.startswith("visible"):          # of a corruption: the mean over severities
+        if name.startswith("visible"):
+            seen[float(name.split()[1])] = result["top1"]
+        else:                                       # of a corruption: the mean over severities
             bars.setdefault(corruptions.kind(name) or name, []).append(result["top1"])
     figure = Figure(figsize=(13, 4 + 0.18 * max(0, len(bars) - 8)), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     figure.suptitle(title, x=0.01, ha="left", fontsize=10, color=plots.INK)
 
-    sure, hits, count = (row.numpy() for row in clean["bins"])
-    centres, filled = (torch.arange(BINS).numpy() + 0.5) / BINS, count > 0
-    sure, hits, place = sure[filled] / count[filled], hits[filled] / count[filled], centres[filled]
-    left.bar(centres, count / max(count.sum(), 1), 0.94 / BINS, color=plots.GRID,
+    confidence, hits, count = results["clean"]["bins"]
+    centres = (torch.arange(BINS) + 0.5) / BINS
+    left.bar(centres, count / count.sum(), 0.94 / BINS, color=plots.GRID,
              label="share of the images")
-    left.bar(place, hits, 0.6 / BINS, color=plots.BLUE, label="accuracy")
-    left.hlines(sure, place - 0.47 / BINS, place + 0.47 / BINS, color=plots.ORANGE, linewidth=2.5,
+    left.bar(centres, hits / count.clamp(min=1), 0.6 / BINS, color=plots.BLUE, label="accuracy")
+    some = count > 0
+    left.hlines((confidence / count)[some], centres[some] - 0.47 / BINS,
+                centres[some] + 0.47 / BINS, color=plots.ORANGE, linewidth=2.5,
                 label="mean confidence")
-    left.plot([0, 1], [0, 1], color=grey, linestyle="--", linewidth=1)
-    left.set(title=f"Reliability, ECE {100 * clean['ece']:.2f} %", xlabel="confidence",
+    left.plot([0, 1], [0, 1], color=plots.MUTED, linestyle="--", linewidth=1)
+    left.set(title=f"Reliability, ECE {100 * results['clean']['ece']:.2f} %", xlabel="confidence",
              xlim=(0, 1), ylim=(0, 1))
     left.legend(frameon=False, loc="upper left", fontsize=9)
 
-    seen = {100.0: clean["top1"]} | {float(name.split()[1]): result["top1"] for name, result in
-                                     results.items() if name.startswith("visible")}
     middle.plot(list(seen), list(seen.values()), color=plots.BLUE, marker="o", markersize=4,
                 linewidth=1.8, clip_on=False)
     middle.set(title="Occlusion", xlabel="visible fraction of the image, %", ylabel="accuracy, %",
                xlim=(0, 100), ylim=(0, 100))
 
-    names, values = list(bars), [sum(part) / len(part) for part in bars.values()]
-    right.barh(names, values, color=[grey, *[plots.BLUE] * (len(names) - 1)], height=0.7)
-    for row, value in enumerate(values):
-        right.text(value + 1, row, f"{value:.1f}", va="center", fontsize=8, color=plots.INK)
+    drawn = right.barh(list(bars), [sum(part) / len(part) for part in bars.values()], height=0.7,
+                       color=[plots.MUTED, *[plots.BLUE] * (len(bars) - 1)])
+    right.bar_label(drawn, fmt="%.1f", padding=3, fontsize=8, color=plots.INK)
     right.invert_yaxis()
     right.set(title="Attacks" + " and corruptions" * (len(bars) > 3), xlabel="accuracy, %",
               xlim=(0, 108))

@@ -10,17 +10,17 @@ from common.errors import RunError
 
 
 def find_layer(net: nn.Module, name: str) -> nn.Module:
-    """Block M of stage N of a network for 'layerN.M' (N from 1, M from 0), or its module `name`.
+    """Return block M of stage N for 'layerN.M' (N from 1, M from 0), or the module `name`.
 
     Raises RunError naming the last block when there is none, or for a transformer.
     """
     modules = dict(net.named_modules())
     if name in modules:
         return modules[name]
-    owner = next((part for part in modules.values()
-                  if hasattr(part, "stages") or hasattr(part, "layer1")), net)
-    stages = getattr(owner, "stages", None) or [
-        getattr(owner, f"layer{n}") for n in range(1, 5) if hasattr(owner, f"layer{n}")]
+    stages = next((part.stages if hasattr(part, "stages") else
+                   [part.layer1, part.layer2, part.layer3, part.layer4]
+                   for part in modules.values() if hasattr(part, "stages")
+                   or hasattr(part, "layer4")), None)
     if not stages:
         raise RunError(f"--target_layer {name} is for networks with stages of blocks, not for "
                        f"{type(net).__name__}; its modules: {', '.join([*modules][-4:])}")
@@ -34,39 +34,35 @@ def find_layer(net: nn.Module, name: str) -> nn.Module:
 
 @torch.no_grad()
 def last_layer(net: nn.Module, images: Tensor) -> nn.Module:
-    """The last module that gives a feature map (B, C, h, w) of more than one position."""
+    """Return the last module that gives a feature map (B, C, h, w) of more than one position."""
     seen = []
 
     def note(module, inputs, output):
         if isinstance(output, Tensor) and output.ndim == 4 and output.shape[3] > 1:
             seen.append(module)
 
-    handles = [module.register_forward_hook(note) for module in net.modules()]
-    net(images[:1])
-    for handle in handles:
-        handle.remove()
+    with nn.modules.module.register_module_forward_hook(note):
+        net(images[:1])
     if len(seen) < 2:               # a ViT has its patches' embedding alone
         raise RunError(f"--cam: no feature maps in {type(net).__name__}")
     return seen[-1]
 
 
 def grad_cam(net: nn.Module, layer: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Where `layer` finds the class that `net` (in eval mode) sees in images (B, 3, H, W).
+    """Return maps (B, H, W) of where `layer` finds the predicted class, in [0, 1], and the logits.
 
-    Returns maps (B, H, W) of at least 0, the largest value 1 (or all 0), and logits (B, C).
+    `net` in evaluation mode; images (B, 3, H, W).
     """
-    kept = []
-    handle = layer.register_forward_hook(lambda module, inputs, output: kept.append(output))
-    logits = net(images.detach().requires_grad_())
-    handle.remove()
-    if len(kept) != 1 or not isinstance(kept[0], Tensor) or kept[0].ndim != 4:
+    outputs = []
+    with layer.register_forward_hook(lambda module, inputs, output: outputs.append(output)):
+        logits = net(images.detach().requires_grad_())
+    if len(outputs) != 1 or not isinstance(outputs[0], Tensor) or outputs[0].ndim != 4:
         raise RunError(f"--target_layer: a {type(layer).__name__} gives no feature map")
-    features, = kept
+    features, = outputs
     grad, = torch.autograd.grad(logits.max(1).values.sum(), features)
     maps = (features * grad.mean((2, 3), keepdim=True)).mean(1).relu().detach()
     maps = (maps / maps.amax((1, 2), keepdim=True)).nan_to_num()
-    maps = F.interpolate(maps[:, None], images.shape[-2:], mode="bilinear")[:, 0]
-    return maps, logits.detach()
+    return F.interpolate(maps[:, None], images.shape[-2:], mode="bilinear")[:, 0], logits.detach()
 
 
 def draw(path, net, test, args, info):

@@ -21,10 +21,7 @@ def draw_perm(n: int, generator: torch.Generator | None = None) -> Tensor:
 
 def draw_lambda(alpha: float, generator: torch.Generator | None = None, n: int | None = None
                 ) -> Tensor:
-    """Share of the first image, Beta(alpha, alpha): a float32 scalar, or (n,) with `n` given.
-
-    `alpha` <= 0 means no mixing: 1.
-    """
+    """Return shares of the first image, Beta(alpha, alpha), 1 for alpha <= 0: a scalar, or (n,)."""
     shape = () if n is None else (n,)
     if alpha <= 0:
         return torch.ones(shape)
@@ -38,14 +35,14 @@ def draw_lambda(alpha: float, generator: torch.Generator | None = None, n: int |
 
 def draw_centre(height: int, width: int, generator: torch.Generator | None = None,
                 n: int | None = None) -> Tensor:
-    """Centres (y, x) of CutMix boxes in pixels, uniform over the image: (2,), or (n, 2)."""
+    """Return centres (y, x) of CutMix boxes, uniform over the image: (2,), or (n, 2)."""
     shape = (2,) if n is None else (n, 2)
     return torch.rand(shape, generator=generator) * torch.tensor([height, width])
 
 
 def draw_pixels(n: int, size: tuple[int, int], generator: torch.Generator | None = None
                 ) -> Tensor:
-    """(n, 2) int64 pixels, y and x, uniform over images of `size` (H, W)."""
+    """Return (n, 2) int64 pixels, y and x, uniform over images of `size` (H, W)."""
     return torch.stack([torch.randint(length, (n,), generator=generator) for length in size], 1)
 
 
@@ -78,22 +75,18 @@ def per_image(values: float | Tensor, images: Tensor) -> Tensor:
 
 
 def box_mask(edges, size: tuple[int, int]) -> Tensor:
-    """Bool (B, H, W), true inside the boxes; `size` is (H, W).
-
-    `edges`: first and end (exclusive) of each box's rows, the same of its columns; tensors (B,).
-    """
+    """Return bool (B, H, W), true inside boxes; `edges`: first and end (B,) of rows, of columns."""
     inside = []
     for (low, end), length in zip(edges, size, strict=True):
-        place = torch.arange(length, device=low.device)
-        inside.append((low[:, None] <= place) & (place < end[:, None]))
+        index = torch.arange(length, device=low.device)
+        inside.append((low[:, None] <= index) & (index < end[:, None]))
     return inside[0][:, :, None] & inside[1][:, None]
 
 
 def mixup(images: Tensor, perm: Tensor, lam: float | Tensor) -> tuple[Tensor, Tensor]:
-    """Mixup (Zhang et al. 2018): lam·x + (1 - lam)·x[perm].
+    """Mixup (Zhang et al. 2018): lam·x + (1 - lam)·x[perm], and the first label's weight (B,).
 
-    `images` (B, ...), floats in any range, also hidden activations; `perm` (B,); `lam` in [0, 1],
-    a scalar or (B,). Returns the mixed images and ratio (B,), the weight of the first label.
+    `images` (B, ...) floats, also hidden activations; `perm` (B,); `lam` in [0, 1], scalar or (B,).
     """
     check_floats(images)
     perm = perm.to(images.device, non_blocking=True)
@@ -106,10 +99,9 @@ def cutmix(images: Tensor, perm: Tensor, centre: Tensor, lam: float | Tensor
            ) -> tuple[Tensor, Tensor]:
     """CutMix (Yun et al. 2019): a box of x[perm], sqrt(1 - lam) of each side, is pasted into x.
 
-    `images` (B, C, H, W) in any range; `perm` (B,); `centre` (y, x) of the box in pixels, (2,) or
-    (B, 2); `lam` in [0, 1], a scalar or (B,). The box is clipped to the image and its edges are
-    truncated to whole pixels. Returns the mixed images and ratio (B,), the exact share of pixels
-    that stay.
+    `images` (B, C, H, W); `perm` (B,); `centre` (y, x) of the box in pixels, (2,) or (B, 2); `lam`
+    in [0, 1], a scalar or (B,). The box is clipped to the image, its edges truncated to whole
+    pixels. Returns the mixed images and ratio (B,), the exact share of pixels that stay.
     """
     centre = centre.to(images.device, non_blocking=True)
     cut = (1 - per_image(lam, images)).sqrt()                # share of each side
@@ -125,8 +117,7 @@ def cutout(images: Tensor, centres: Tensor, side: float) -> Tensor:
     """Cutout (DeVries & Taylor 2017): a square of every image becomes 0, the mean colour.
 
     `images` (B, C, H, W), normalised; `centres` (B, 2) pixels y, x. The square reaches from
-    side // 2 pixels before the centre to just before side // 2 pixels after it, cut off at the
-    borders.
+    side // 2 pixels before the centre to just before as many after it, cut off at the borders.
     """
     centres = centres.to(images.device, non_blocking=True)
     edges = zip((centres - side // 2).unbind(1), (centres + side // 2).unbind(1), strict=True)
@@ -159,10 +150,9 @@ def input_gradient(model: nn.Module, images: Tensor, labels: Tensor, *,
     """Return the gradient (B, C, H, W) of the loss with respect to the images.
 
     `loss` of outputs and labels: by default the mean cross-entropy, of class indices or
-    probabilities. The pass is in evaluation mode; with `train` it is in training mode, and
-    BatchNorm's running statistics follow. Gradients of the parameters are neither computed nor
-    touched, modes come back. Inside DistributedDataParallel, DataParallel and torch.compile the
-    plain module is used.
+    probabilities. The pass is in evaluation mode, or with `train` in training mode, where
+    BatchNorm's running statistics follow. Gradients of the parameters are not touched, modes come
+    back. Inside DistributedDataParallel, DataParallel and torch.compile the plain module is used.
     """
     check_floats(images)
     wrappers = nn.DataParallel, nn.parallel.DistributedDataParallel
@@ -183,10 +173,10 @@ def input_gradient(model: nn.Module, images: Tensor, labels: Tensor, *,
 
 
 def softmax_bce(logits: Tensor, targets: Tensor) -> Tensor:
-    """Binary cross entropy of the softmax probabilities, mean over all B·C entries; a scalar.
+    """Return the binary cross entropy of softmax probabilities, mean over all B·C entries.
 
-    `logits` and `targets` (B, C), targets in [0, 1]. Logarithms are clamped at -100; computed in
-    float32, also under autocast. SAGE, Puzzle Mix and Co-Mixup train with it.
+    `logits` and `targets` (B, C). In float32, logarithms clamped at -100. SAGE, Puzzle Mix and
+    Co-Mixup train with it.
     """
     with torch.autocast(logits.device.type, enabled=False):
         share = logits.float().softmax(1)
@@ -195,5 +185,5 @@ def softmax_bce(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross entropy of `logits` (B, C) against probabilities `targets` (B, C); mean over B."""
+    """Return the cross entropy of `logits` (B, C) against probabilities (B, C), mean over B."""
     return F.cross_entropy(logits.float(), targets.float())

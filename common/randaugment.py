@@ -1,7 +1,7 @@
 """RandAugment (Cubuk et al. 2020) and other policies of torchvision's operations, on uint8 batches.
 
-Every image has its own operations. Images with the same kind of operation are computed together.
-The draws are made on the CPU, so the sizes of these groups need no host synchronisation.
+Images with the same kind of operation are computed together. Draws are made on the CPU, so that the
+sizes of these groups need no host synchronisation.
 """
 import functools
 import math
@@ -33,7 +33,7 @@ class Operation(NamedTuple):
 def both_signs(name: str, space: tuple, level: int | None, bins: int, height: int, width: int):
     """Return operation `name` at `level` of `bins`, and its negative (the same if it has no sign).
 
-    space: the operation's entry in torchvision's _AUGMENTATION_SPACE; height, width: the images'.
+    space: its entry in torchvision's _AUGMENTATION_SPACE.
     """
     values, signed = space[0](bins, height, width), space[1]
     magnitude = 0.0 if values is None or not values.ndim else float(values[level])
@@ -48,29 +48,25 @@ def _table(level, height, width):
 
 
 def draw_randaugment(n: int, generator=None, num_ops: int = 2):
-    """Return draws for n images: indices of OPERATIONS (num_ops, n), negative signs (num_ops, n).
-
-    Uniform, with replacement.
-    """
+    """Return uniform draws: indices of OPERATIONS (num_ops, n), negative signs (num_ops, n)."""
     ops = torch.randint(len(OPERATIONS), (num_ops, n), generator=generator)
     return ops, torch.rand(num_ops, n, generator=generator) < 0.5
 
 
 def rand_augment(images: Tensor, ops: Tensor, negative: Tensor, levels: list[int] | None = None
                  ) -> Tensor:
-    """Return images after ops[0] at levels[0], then ops[1] at levels[1], ...; equal to torchvision.
+    """Return images after ops[0] at levels[0] (0 to 30; 9), then ops[1], …; equal to torchvision.
 
-    images, result: as `apply_operations`; ops, negative: CPU tensors of `draw_randaugment`;
-    levels: 0 to 30, None for 9.
+    images as in `apply_operations`; ops, negative: of `draw_randaugment`.
     """
     tables = [_table(level, *images.shape[2:]) for level in levels or [9] * len(ops)]
     return apply_operations(images, tables, 2 * ops + negative)
 
 
 def randaugment(images: Tensor, generator, level: float = 9.0, std: float = 0.0) -> Tensor:
-    """Return images after two random operations; `rand_augment` with its draws made.
+    """Return images after two random operations.
 
-    Each operation's level, N(level, std²) clipped to [0, 30], is the same for the whole batch.
+    Each one's level, N(level, std²) clipped to [0, 30], is the same for the whole batch.
     """
     draws = draw_randaugment(len(images), generator)
     levels = level + std * torch.randn(2, generator=generator) if std else torch.full((2,), level)
@@ -78,23 +74,22 @@ def randaugment(images: Tensor, generator, level: float = 9.0, std: float = 0.0)
 
 
 def apply_operations(images: Tensor, tables: list[tuple[Operation, ...]], chosen: Tensor) -> Tensor:
-    """Return images after tables[0][chosen[0, i]], then tables[1][chosen[1, i]], ... for image i.
+    """Return images after tables[0][chosen[0, i]], then tables[1][chosen[1, i]], … for image i.
 
-    images (B, 3, H, W) uint8, H and W at least 3; chosen (len(tables), B) int64 on the CPU.
-    Warps take the nearest pixel, black outside. Returns (B, 3, H, W) uint8. Raises ValueError for
-    other images.
+    images (B, 3, H, W) uint8, H and W at least 3, else ValueError; chosen (len(tables), B) int64 on
+    the CPU. Warps take the nearest pixel, black outside.
     """
     if images.dtype != torch.uint8 or images.shape[1] != 3:
         raise ValueError("augmentation takes uint8 images (B, 3, H, W), not "
                          f"{images.dtype} {tuple(images.shape)}")
-    place = torch.arange(len(images))                       # row -> original image
+    position = torch.arange(len(images))                    # row -> original image
     for table, codes in zip(tables, chosen, strict=True):
         sort = sorted(range(len(table)), key=lambda k, table=table: ORDER.index(table[k].name))
-        codes, order = torch.tensor(sort).argsort()[codes[place]].sort()
+        codes, order = torch.tensor(sort).argsort()[codes[position]].sort()
         counts = torch.bincount(codes, minlength=len(table))
         images = _apply(images[_send(order, images)], [table[k] for k in sort], counts)
-        place = place[order]
-    return images[_send(place.argsort(), images)]
+        position = position[order]
+    return images[_send(position.argsort(), images)]
 
 
 def _send(values, images):
@@ -103,10 +98,7 @@ def _send(values, images):
 
 
 def _apply(images, table, counts):
-    """Apply table[0] to the first counts[0] images, table[1] to the next counts[1], ...
-
-    The table is sorted by ORDER.
-    """
+    """Apply table[0] to the first counts[0] images, table[1] to the next, …; sorted by ORDER."""
     sizes = torch.zeros(len(ORDER), dtype=torch.int64).index_add(
         0, torch.tensor([ORDER.index(op.name) for op in table]), counts).tolist()
     groups = [sizes[0], sum(sizes[1:6]), sum(sizes[6:10]), sizes[10], sum(sizes[11:13]),
@@ -134,28 +126,24 @@ def _warp(images, warps, counts):
 
 @functools.lru_cache(maxsize=16)
 def _sources(height, width, warps, device):
-    """Return each pixel's source under each warp, (len(warps), H * W) int64 from 1; 0: outside.
-
-    Made by torchvision's own functions, applied to a picture of pixel numbers.
-    """
+    """Return each pixel's source under each warp, (len(warps), H * W) int64 from 1; 0: outside."""
+    # torchvision's own functions, of a picture of pixel numbers
     numbers = torch.arange(1.0, height * width + 1).view(1, height, width)
     maps = [torch.empty(0, height, width)]
     for name, magnitude in warps:
         along = [magnitude, 0.0] if name.endswith("X") else [0.0, magnitude]
-        if name == "Rotate":
-            maps.append(TF.rotate(numbers, magnitude))
-        elif name.startswith("Shear"):
-            shear = [math.degrees(math.atan(tangent)) for tangent in along]
-            maps.append(TF.affine(numbers, 0.0, [0, 0], 1.0, shear, center=[0, 0]))
-        else:
-            maps.append(TF.affine(numbers, 0.0, [int(shift) for shift in along], 1.0, [0.0, 0.0]))
+        shear = [math.degrees(math.atan(tangent)) for tangent in along]
+        maps.append(
+            TF.rotate(numbers, magnitude) if name == "Rotate" else
+            TF.affine(numbers, 0.0, [0, 0], 1.0, shear, center=[0, 0]) if name[0] == "S" else
+            TF.affine(numbers, 0.0, [int(shift) for shift in along], 1.0, [0.0, 0.0]))
     return torch.cat(maps).long().flatten(1).to(device)
 
 
 def _blend(images, changes, counts):
     """Brightness, colour, contrast, sharpness: factor * image + (1 - factor) * a plainer image.
 
-    changes (B, 1, 1, 1): factor - 1, float64 on the CPU; counts: images of each kind, in order.
+    changes (B, 1, 1, 1): factor - 1, float64 on the CPU; counts: images of each of the four.
     """
     factors = 1 + changes
     factor, rest = _send(torch.stack([factors, 1 - factors]).float(), images)

@@ -15,9 +15,8 @@ LEAST_IOU = 0.5                # with the true box
 def boxes_of(maps: Tensor, height: int, width: int) -> Tensor:
     """Return boxes (B, 4) of (x1, y1, x2, y2) in pixels of height × width images, on the CPU.
 
-    `maps` (B, h, w) >= 0, one class activation map an image, are enlarged bilinearly; the box is
-    that of the largest 4-connected component above THRESHOLD of the maximum, its far edges beyond
-    the last pixel. A map that is 0 everywhere gives the whole image.
+    Each surrounds the largest 4-connected component above THRESHOLD of the maximum of an enlarged
+    class activation map (B, h, w); where the map is 0, the whole image.
     """
     maps = F.interpolate(maps.detach().float()[:, None], (height, width), mode="bilinear",
                          align_corners=False)[:, 0]
@@ -38,12 +37,10 @@ def localised(logits: Tensor, maps: Tensor, labels: Tensor, boxes: Tensor, heigh
               ) -> tuple[Tensor, Tensor]:
     """Return whether each image is localised (B,): with the right class, and with it given.
 
-    `logits` (B, K) and `maps` (B, K, h, w) as `Network.activation_maps` returns them; `labels`
-    (B,); `boxes` (B, 4), the true ones (x1, y1, x2, y2) in pixels of the height × width images.
-    Localised: IoU of at least LEAST_IOU. Both are on the CPU.
+    `logits` (B, K) and `maps` (B, K, h, w) of `Network.activation_maps`; `labels` (B,); `boxes`
+    (B, 4), the true ones. Localised: IoU of at least LEAST_IOU. Both are on the CPU.
     """
-    image = torch.arange(len(labels), device=labels.device)
-    found = boxes_of(maps[image, labels], height, width)
+    found = boxes_of(maps[torch.arange(len(labels)), labels], height, width)
     given = box_iou(found, boxes.cpu().float()).diagonal() >= LEAST_IOU
     return given & (logits.argmax(1) == labels).cpu(), given
 
@@ -52,8 +49,7 @@ def localised(logits: Tensor, maps: Tensor, labels: Tensor, boxes: Tensor, heigh
 def localise(net, batches, args) -> tuple[float, float]:
     """Return the % of images localised, over all processes: with the right class, and given it.
 
-    `net` is a `Network`, in evaluation mode afterwards; `batches` (images, labels) in the order of
-    `batches.boxes()`; `args`: --amp and --max_steps.
+    `batches` of images and labels in the order of `batches.boxes()`.
     """
     boxes, hits, start = batches.boxes(), torch.zeros(3, device=batches.device), 0
     net.eval()

@@ -16,8 +16,8 @@ def local_cross_entropy(logits: Tensor, labels: Tensor, kept: Tensor,
                         weights: Tensor | None = None) -> Tensor:
     """Return the cross-entropy of the selected superpixels, mean over the images; a scalar.
 
-    `logits` (B, T, K); `labels` (B, T) classes; `kept` (B, T) bool. An image's terms are summed
-    (LGCOAMix), or averaged with `weights` (B, T) >= 0, which get no gradient (SAFuse).
+    `logits` (B, T, K); `labels` (B, T); `kept` (B, T) bool. An image's terms are summed (LGCOAMix),
+    or averaged with `weights` (B, T) >= 0, which get no gradient (SAFuse).
     """
     losses = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none")
     share = kept.float()
@@ -32,13 +32,13 @@ def superpixel_contrastive(logits: Tensor, labels: Tensor, kept: Tensor,
                            base_temperature: float = 0.07, gather: bool = False) -> Tensor:
     """Return the supervised contrastive loss of the batch's selected superpixels; a scalar.
 
-    `logits` (B, T, K) are compared by their cosine s / temperature; `labels` (B, T) classes;
-    `kept` (B, T) bool. For i and every j of its class, i itself included,
+    `logits` (B, T, K) are compared by s, their cosine / temperature; `labels` (B, T); `kept` (B, T)
+    bool. For i and every j of its class, i itself included,
     log p_ij = s_ij - log(exp s_ij + sum of exp s_ik over the k of other classes), and
     l_i = -(temperature / base_temperature) · mean of log p_ij over j. Returned is the mean of l_i
-    (LGCOAMix) or, with `weights` (B, T) >= 0, the mean with these, which get no gradient (SAFuse).
-    `gather`: over the superpixels of all processes, each of which must have the same (B, T); the
-    gradient is scaled so that DistributedDataParallel's mean is the whole batch's.
+    (LGCOAMix), weighed by `weights` (B, T) >= 0, which get no gradient, if given (SAFuse).
+    `gather`: over all processes, of equal (B, T); the gradient is scaled so that
+    DistributedDataParallel's mean is the whole batch's.
     """
     with torch.autocast(logits.device.type, enabled=False):
         features = F.normalize(logits.float(), dim=-1).flatten(0, 1)

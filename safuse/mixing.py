@@ -1,19 +1,19 @@
 """Superpixel mixing of SAFuse, LGCOAMix and OcCaMix, their label shares, and their random draws.
 
-Draws come from a CPU `torch.Generator` and are arguments of the mixing functions. Superpixels are
-padded to one number per image: on a CPU what the batch needs; on a GPU pass the bounds of
-`superpixels.most_superpixels`, since looking would be a host synchronisation.
+Superpixels are padded to one number per image: on a CPU what the batch needs; on a GPU pass the
+bounds of `superpixels.most_superpixels`, since looking would be a host synchronisation. Draws are
+by a CPU generator, or by torch's own (see `common.mixing`).
 """
 import torch
 from torch import Tensor
 
 
-def draw_segments(batch: int, low: int, high: int, generator: torch.Generator) -> Tensor:
+def draw_segments(batch: int, low: int, high: int, generator=None) -> Tensor:
     """Draw `n_segments` (batch,) of `slic`, uniform in low … high, both included."""
     return torch.randint(low, high + 1, (batch,), generator=generator)
 
 
-def draw_chosen(batch: int, num_superpixels: int, p: float, generator: torch.Generator) -> Tensor:
+def draw_chosen(batch: int, num_superpixels: int, p: float, generator=None) -> Tensor:
     """Draw which superpixels of the second image are pasted: (batch, num_superpixels) bool."""
     return torch.rand(batch, num_superpixels, generator=generator) < p
 
@@ -34,16 +34,12 @@ def superpixel_mix(images: Tensor, perm: Tensor, labels_a: Tensor, labels_b: Ten
                    ) -> tuple[Tensor, Tensor, Tensor]:
     """Paste the chosen superpixels of images[perm] into images (LGCOAMix, SAFuse: section 3).
 
-    `images` (B, C, H, W) in any range; `perm` (B,); `labels_a`, `labels_b` (B, H, W) integer
-    superpixels of images and of images[perm], from 0; `chosen` (B, S) bool over labels_b < S.
-    One segmentation of each image may serve in both roles: labels_b = labels_a[perm].
-    Returns
-    mixed (B, C, H, W);
-    fused (B, H, W) int64: the superpixels of the mixed image from 0 without a gap, first what is
-    left of the first image's (possibly in pieces), then the pasted ones;
-    from_b (B, S') bool: which of them are pasted, False in the padding.
-    S' is num_a + S, or with `trim` (default: on a CPU) what the largest image of the batch needs;
-    `num_a` bounds labels_a (default: its maximum + 1, a host synchronisation).
+    `images` (B, C, H, W); `perm` (B,); `labels_a`, `labels_b` (B, H, W) integer superpixels of
+    images and of images[perm], from 0; `chosen` (B, S) bool over labels_b < S. Returns mixed
+    (B, C, H, W); fused (B, H, W) int64, the superpixels of the mixed image from 0 without a gap,
+    first what is left of the first image's (possibly in pieces), then the pasted ones; and from_b
+    (B, S') bool, which of them are pasted, False in the padding. S' is num_a + S, or with `trim`
+    (default: on a CPU) what the batch needs; `num_a` bounds labels_a (default: its maximum + 1).
     """
     perm, chosen = (t.to(images.device, non_blocking=True) for t in (perm, chosen))
     num_a = bound(labels_a, num_a)
@@ -55,9 +51,9 @@ def superpixel_mix(images: Tensor, perm: Tensor, labels_a: Tensor, labels_b: Ten
     count_a, count = number[:, num_a - 1:num_a], number[:, -1:]
     if images.device.type == "cpu" if trim is None else trim:
         present = present[:, :int(count.max())]
-    place = torch.arange(present.shape[1], device=images.device)
+    index = torch.arange(present.shape[1], device=images.device)
     fused = (number - 1).gather(1, joint).view(labels_a.shape)
-    return paste(images, perm, mask), fused, (place >= count_a) & (place < count)
+    return paste(images, perm, mask), fused, (index >= count_a) & (index < count)
 
 
 def area_ratio(counts: Tensor, from_b: Tensor) -> Tensor:
@@ -68,9 +64,8 @@ def area_ratio(counts: Tensor, from_b: Tensor) -> Tensor:
 def attention_ratio(weights: Tensor, counts: Tensor, from_b: Tensor) -> Tensor:
     """Return the second image's share (B,) of the attention (weight times pixels); no gradient.
 
-    `weights` (B, S) >= 0 of the fused superpixels, their pixel `counts` (B, S), 0 in the padding;
-    `from_b` (B, S). SAFuse takes the mean of this and `area_ratio`, which it is where all weights
-    of an image are 0.
+    `weights` (B, S) >= 0 and pixel `counts` (B, S), 0 in the padding; `from_b` (B, S). Where all
+    weights of an image are 0, `area_ratio`.
     """
     mass = weights.detach().float() * counts
     mass = torch.where(mass.sum(1, keepdim=True) > 0, mass, counts)
@@ -81,9 +76,9 @@ def top_superpixels(scores: Tensor, counts: Tensor, ratio: float, *, at_least_on
                     ) -> tuple[Tensor, Tensor]:
     """Return the int(ratio·n) superpixels with the highest scores of each image's n.
 
-    `scores` and `counts` (B, S); padding has count 0. Where int(ratio·n) is 0, the best one
-    (LGCOAMix), or with at_least_one=False all (SAFuse). Returns index (B, T), in descending
-    order of the scores, and kept (B, T) bool: False where an image has fewer than T.
+    `scores` and `counts` (B, S), 0 in the padding. Where int(ratio·n) is 0, the best one
+    (LGCOAMix), or with at_least_one=False all (SAFuse). Returns index (B, T) by descending scores,
+    and kept (B, T) bool: False where an image has fewer than T.
     """
     present = counts > 0
     n = present.sum(1)
@@ -100,9 +95,9 @@ def attentive_mask(scores: Tensor, labels: Tensor, cells: int = 3, *, num_b: int
                    ) -> Tensor:
     """Return OcCaMix's mask (B, H, W): the superpixels of each image's most attentive cells.
 
-    `scores` (B, h, w) of the cells; `labels` (B, H, W) superpixels of the same images, from 0,
-    below `num_b` (default: the maximum + 1, a host synchronisation). Each of the `cells` best cells
-    takes the superpixel with the largest share of its own area inside it; of equals, the lowest.
+    `scores` (B, h, w) of the cells; `labels` (B, H, W) superpixels from 0, below `num_b` (default:
+    the maximum + 1). Each of the `cells` best cells takes the superpixel with the largest share of
+    its own area inside it; of equals, the lowest.
     """
     batch, rows, columns = scores.shape
     height, width = labels.shape[1:]

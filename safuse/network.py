@@ -1,7 +1,7 @@
-"""Encoder, decoder and superpixel attention of SAFuse and LGCOAMix.
+"""Encoder (ResNet or ViT), decoder and superpixel attention of SAFuse and LGCOAMix.
 
-The encoder is a ResNet or ViT; the decoder brings its features back to the size of the images,
-where they are averaged over superpixels, which attend to each other and are classified one by one.
+The decoder brings features back to the size of the images, where they are averaged over
+superpixels, which attend to each other and are classified one by one.
 """
 from functools import partial
 
@@ -52,7 +52,7 @@ class ResNet(nn.Module):
             block, channels, self.widths[1:], depths, (1, 2, 2, 1 if form == 224 else 2))
 
     def forward(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Stages [x0, …, x4] and the mean (B, features) of the last."""
+        """Return stages [x0, …, x4] and the mean (B, features) of the last."""
         stages = [self.relu(self.bn1(self.conv1(images)))]
         x = self.maxpool(stages[0])
         for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
@@ -71,7 +71,7 @@ class ViT(models.VisionTransformer):
         self.widths = [width]
 
     def forward(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
-        """The patches' tokens as a map (B, features, h, w), in a list, and the class token."""
+        """Return [the patches' tokens as a map (B, features, h, w)], and the class token."""
         patches = self.conv_proj(images)
         tokens = torch.cat([self.class_token.expand(len(images), -1, -1),
                             patches.flatten(2).mT], 1)
@@ -130,10 +130,9 @@ def make_decoder(arch: str, form: int, encoder: nn.Module, channels: int, kind: 
 
 def superpixel_pool(features: Tensor, fused: Tensor, num_superpixels: int
                     ) -> tuple[Tensor, Tensor]:
-    """Return each superpixel's mean features (B, S, C) and pixels (B, S); S = num_superpixels.
+    """Return each superpixel's mean features (B, S, C) and pixels (B, S), 0 where there is none.
 
-    `features` (B, C, H, W); `fused` (B, H, W) integer labels below S. Labels that an image lacks
-    have mean 0 and count 0. Sums are in float32.
+    `features` (B, C, H, W); `fused` (B, H, W) integer labels below S. Sums are in float32.
     """
     batch, channels = features.shape[:2]
     index = fused.flatten(1).long()
@@ -149,7 +148,7 @@ class SuperpixelAttention(nn.Module):
     """One-head self-attention of the superpixels of each image, with residual and LayerNorm.
 
     A superpixel's score is the sum over its channels: `post_norm` after LayerNorm, as the original
-    (always 0 while gain is 1 and bias is 0, as at initialisation), or `pre_norm` before it.
+    (0 while gain is 1 and bias is 0, as at first), or `pre_norm` before it.
     """
 
     def __init__(self, dim: int, score: str = "post_norm"):
@@ -161,10 +160,9 @@ class SuperpixelAttention(nn.Module):
         self.score = score
 
     def forward(self, pooled: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-        """Attended features (B, S, C) and scores (B, S) of pooled (B, S, C), in float32.
+        """Return attended features (B, S, C) and scores (B, S) of pooled (B, S, C), in float32.
 
-        Superpixels with count 0 are padding: masked in the attention, their score is -inf, their
-        features are 0. sigmoid(score) is the weight.
+        Of padding (count 0) the score is -inf, the features are 0. sigmoid(score) is the weight.
         """
         with torch.autocast(pooled.device.type, enabled=False):
             pooled, present = pooled.float(), counts > 0
@@ -197,9 +195,8 @@ class Network(nn.Module):
             self.fc_local = nn.Linear(decoder.channels, num_classes)
 
     def forward(self, images: Tensor, fused: Tensor | None = None, num_superpixels: int = 0):
-        """Logits (B, num_classes); with superpixels `fused` (B, H, W) of the images also
-        (logits of each superpixel (B, S, num_classes), attention scores (B, S), pixels (B, S)).
-        """
+        """Return logits (B, num_classes); with superpixels `fused` (B, H, W) also the logits
+        (B, S, num_classes), attention scores (B, S) and pixels (B, S) of each superpixel."""
         stages, mean = self.encoder(images)
         decoded = self.decoder(stages) if self.joint or fused is not None else None
         logits = self.fc(torch.cat([mean, decoded.mean((2, 3))], 1) if self.joint else mean)
@@ -217,10 +214,8 @@ class Network(nn.Module):
         return [p for part in parts for p in part.parameters()]
 
     def activation_maps(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (B, K) and class activation maps (B, K, h, w) >= 0 over the last stage.
-
-        max(0, w_k · x4) with the classifier's weights for the encoder's features (Zhou 2016).
-        """
+        """Return logits (B, K) and class activation maps (B, K, h, w), max(0, w_k · x4) with the
+        classifier's weights for the encoder's features (Zhou 2016)."""
         stages, mean = self.encoder(images)
         if self.joint:
             mean = torch.cat([mean, self.decoder(stages).mean((2, 3))], 1)
@@ -234,10 +229,7 @@ def activation_maps(features: Tensor, weight: Tensor) -> Tensor:
 
 @torch.no_grad()
 def attention_scores(net: Network, images: Tensor) -> Tensor:
-    """Return OcCaMix's attention (B, h, w): the largest class activation at each position.
-
-    The network is in evaluation mode meanwhile and in its former mode afterwards.
-    """
+    """Return OcCaMix's attention (B, h, w): the largest class activation, in evaluation mode."""
     training = net.training
     net.eval()
     maps = net.activation_maps(images)[1]
@@ -253,8 +245,7 @@ def build(arch: str, num_classes: int, image_size: int = 32, *, decoder: str = "
     """Return the network `arch` (one of ARCHS) for images of `image_size` (× `width`) pixels.
 
     `decoder`: joint (SAFuse: also feeds the classifier), local (LGCOAMix: only for superpixels) or
-    none (a plain classifier). `initial_channels` scales all widths (64: the papers'). Raises
-    RunError for sizes the network cannot take.
+    none (a plain classifier). Raises RunError for sizes the network cannot take.
     """
     form = 224 if arch == "deit_b16" else form_of(image_size)
     multiple = 16 if form == 224 else 8

@@ -1,5 +1,4 @@
-"""Pictures of superpixels: borders drawn into the images, two mixed images and what became of them.
-"""
+"""Pictures of superpixels: their borders, two images and their mixture."""
 from pathlib import Path
 
 import torch
@@ -11,8 +10,7 @@ SIDE = 224                     # pixels at which borders are drawn
 
 
 def borders(pixels: Tensor, labels: Tensor):
-    """Return images (B, 3, H, W) in [0, 1] as enlarged (B, side, side, 3) arrays, with the borders
-    of superpixels `labels` (B, H, W) in yellow."""
+    """Return images (B, 3, H, W) in [0, 1] as enlarged arrays, superpixels' borders in yellow."""
     factor = max(1, SIDE // pixels.shape[-1])
     pixels, labels = (t.repeat_interleave(factor, -2).repeat_interleave(factor, -1).cpu()
                       for t in (pixels, labels))
@@ -27,9 +25,8 @@ def draw_mixed(path, title: str, images: Tensor, mixed: Tensor, perm: Tensor, la
                mask: Tensor, names: list[str], shares: dict[str, Tensor]) -> Path:
     """Draw `images` (B, 3, H, W) in [0, 1], images[perm], and their mixture; return the path.
 
-    `mixed` (B, 3, H, W); `labels` (B, H, W) superpixels of the images; `mask` (B, H, W) where
-    images[perm] was pasted; `names` of the images' classes; `shares`: name -> (B,) of the first
-    image in the label.
+    `labels` (B, H, W) superpixels of the images; `mask` (B, H, W) where images[perm] was pasted;
+    `names` of the images' classes; `shares`: name -> (B,) of the first image in the label.
     """
     fused = torch.where(mask, labels[perm] + labels.max() + 1, labels)
     rows = {"image a": borders(images, labels), "image b": borders(images[perm], labels[perm]),

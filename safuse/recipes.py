@@ -62,11 +62,10 @@ def defaults(method: str, dataset: str, arch: str, image_size: int | None = None
 
 def learning_rate(epoch: int, base: float, schedule: str, milestones=(), gamma: float = 0.1
                   ) -> float:
-    """Return the learning rate of an epoch, from 0: schedule A, B or C of the papers, or "step":
-    `base` times `gamma` from each of the `milestones` on."""
+    """Return the learning rate of an epoch, from 0, by SCHEDULES or "step"."""
     if schedule == "step":
         return base * gamma ** sum(epoch >= start for start in milestones)
-    places = SCHEDULES[schedule]
-    if epoch < places[0][0]:
-        return base * (epoch + 1) / places[0][0]            # warm-up
-    return base / [divisor for start, divisor in places if start <= epoch][-1]
+    steps = SCHEDULES[schedule]
+    if epoch < steps[0][0]:
+        return base * (epoch + 1) / steps[0][0]             # warm-up
+    return base / [divisor for start, divisor in steps if start <= epoch][-1]

@@ -2,8 +2,7 @@
 
 k-means over (colour, position) with scikit-image's grid, Lab colours and compactness. Then its
 connectivity rule: components below half a grid cell join a neighbour, here the one of the most
-similar colour. No host synchronisation; on a CPU loops end once converged. Few kernels: what
-many images, channels or directions need is one tensor.
+similar colour. No host synchronisation; on a CPU loops end once converged.
 """
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -31,8 +30,7 @@ LAB = ((0, 116, 0), (500, -500, 0), (0, 200, -200))
 def grid(n_segments: int | Tensor, batch: int, height: int, width: int) -> tuple[Tensor, ...]:
     """Return scikit-image's regular grid of about `n_segments` centres for each image.
 
-    First centre (batch, 2) and spacing (batch, 2) in pixels (y, x), and the number of rows and
-    columns (batch, 2), all int64 on the CPU.
+    First centre and spacing in pixels (y, x), rows and columns, all (batch, 2) int64 on the CPU.
     """
     n = torch.as_tensor(n_segments).cpu().double().expand(batch)[:, None]
     if not torch.compiler.is_compiling() and (n < 1).any():
@@ -76,8 +74,8 @@ def nearest(centres: Tensor, points: Tensor, number: Tensor, bits: Tensor) -> Te
     product is the squared distance (see `kmeans`).
 
     `number` (K, 1): 0 … K-1; `bits`: a power of two, at least K. The index replaces the lowest bits
-    of the distance, whose order as an integer is that of the float: one minimum then finds both,
-    where min with indices is ten times slower on a CPU.
+    of the distance, ordered as an integer like the float: one minimum then finds both, ten times
+    faster on a CPU than min with indices.
     """
     pieces, labels = 1, []
     if points.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -93,9 +91,8 @@ def kmeans(colour: Tensor, first: Tensor, step: Tensor, cells: Tensor, height: i
            iterations: int) -> Tensor:
     """Cluster pixels by |difference of colour|² + |distance in steps|²; labels (B, H, W).
 
-    `colour` (B, 3, N), divided by the compactness; grid as `grid` returns it. The first of
-    the iterations is by position alone, as in scikit-image. In images of 128 pixels and more the
-    centres are means over every second pixel in both directions.
+    `colour` (B, 3, N), divided by the compactness. The first iteration is by position alone, as in
+    scikit-image. From 128 pixels on centres are means over every second pixel in both directions.
     """
     batch, device = len(colour), colour.device
     cells_of = cells.prod(1, keepdim=True)
@@ -106,14 +103,14 @@ def kmeans(colour: Tensor, first: Tensor, step: Tensor, cells: Tensor, height: i
     start, step, last, scale, cells_of = torch.cat(
         [first - step // 2, step, cells - 1, step.amax(1, keepdim=True), cells_of], 1
     ).to(device, non_blocking=True)[..., None].split([2, 2, 2, 1, 1], 1)
-    place = torch.arange(max(height, width), device=device)
-    cell = ((place - start) // step).clamp(min=0).minimum(last)              # (B, 2, longer side)
+    pixel = torch.arange(max(height, width), device=device)
+    cell = ((pixel - start) // step).clamp(min=0).minimum(last)              # (B, 2, longer side)
     labels = (cell[:, 0, :height, None] * (last[:, 1:] + 1) + cell[:, 1, None, :width])
 
     # Sums hold the old centres, so that an empty cluster keeps its own: 6 numbers a pixel p are
     # (p, PIXEL), 6 a centre (c / PIXEL, 1). Distances are the product of 7, (-2p·PIXEL, |p|²,
     # PIXEL²) and (c / PIXEL, 1, |c / PIXEL|²), a little more so that rounding leaves it positive
-    position, plane = place / scale, (batch, 1, height, width)
+    position, plane = pixel / scale, (batch, 1, height, width)
     weight, square = (colour.new_full((), PIXEL ** n).expand(plane) for n in (1, 2))
     members = torch.cat([colour.view(batch, 3, height, width),
                          position[:, :, :height, None].expand(plane),
@@ -162,9 +159,8 @@ def components(labels: Tensor) -> Tensor:
 def merge(region: Tensor, root: Tensor, means: Tensor, shape: tuple[int, int, int]) -> Tensor:
     """Join components without a region to the touching region of the most similar mean colour.
 
-    `region` (B, N): the region of each root, N where it has none; `root` (B, N) as from
-    `components`; `means` (B, 3, N) colours of the roots. Returns region (B, N) after MERGE_ROUNDS;
-    components that touch no region stay without one.
+    `region` (B, N) of each root, N where it has none; `root` (B, N) of `components`; `means`
+    (B, 3, N) colours of the roots. Returns region (B, N); what touches none stays without.
     """
     batch, height, width = shape
     none = height * width
@@ -195,30 +191,30 @@ def merge(region: Tensor, root: Tensor, means: Tensor, shape: tuple[int, int, in
 def fill(region: Tensor, none: int) -> Tensor:
     """Continue regions (B, H, W) along rows, then columns, over the pixels at `none`."""
     for dim in (2, 1):
-        place = torch.arange(region.shape[dim], device=region.device)
+        index = torch.arange(region.shape[dim], device=region.device)
         known = region != none
-        last = (known * (place if dim == 2 else place[:, None])).cummax(dim).values
+        last = (known * (index if dim == 2 else index[:, None])).cummax(dim).values
         # before the first that is known: that one
         region = region.gather(dim, last.maximum(known.byte().argmax(dim, keepdim=True)))
     return region
 
 
 def connect(labels: Tensor, colour: Tensor, least: Tensor) -> Tensor:
-    """Return superpixels (B, H, W), numbered from 0 in each image, each of them 4-connected.
+    """Return 4-connected superpixels (B, H, W), numbered from 0 in each image.
 
-    `labels` (B, H, W) clusters; `colour` (B, 3, N); `least` (B,) pixels: components at least that
-    large, and the largest in any case, stay and absorb the others.
+    `labels` (B, H, W) clusters; `colour` (B, 3, N). Components of at least `least` (B,) pixels, and
+    the largest in any case, stay and absorb the others.
     """
     root = components(labels)
     sums = torch.cat([colour, torch.ones_like(colour[:, :1])], 1)
     sums = torch.zeros_like(sums).scatter_add_(2, root[:, None].expand(-1, 4, -1), sums)
     sizes = sums[:, 3]
-    kept = (sizes >= least[:, None]).scatter(1, sizes.argmax(1, keepdim=True), True)
+    large = (sizes >= least[:, None]).scatter(1, sizes.argmax(1, keepdim=True), True)
     none = root.shape[1]
-    region = torch.where(kept, torch.arange(none, device=root.device), none)
+    region = torch.where(large, torch.arange(none, device=root.device), none)
     region = merge(region, root, sums[:, :3] / sums[:, 3:].clamp(min=1), labels.shape)
     region = fill(region.gather(1, root).view(labels.shape), none)
-    return (kept.cumsum(1) - 1).gather(1, region.flatten(1)).view(labels.shape)
+    return (large.cumsum(1) - 1).gather(1, region.flatten(1)).view(labels.shape)
 
 
 @torch.no_grad()
@@ -226,11 +222,10 @@ def slic(images: Tensor, n_segments: int | Tensor, compactness: float = 10.0,
          iterations: int = 10) -> Tensor:
     """Return superpixels (B, H, W) int64 of `images` (B, 3, H, W), sRGB in [0, 1] or bytes.
 
-    `n_segments`, about how many are wanted, an int or (B,) on the CPU, and `compactness` mean what
-    they mean in skimage.segmentation.slic; each image is stretched to the range [0, 1] first. The
-    labels of an image are 0, 1, … without a gap, at most `most_superpixels`; each superpixel is
-    4-connected. Runs in float32 on the images' device. Raises ValueError for n_segments below 1,
-    and on a CPU for normalised images, whose colours would be wrong.
+    `n_segments`, an int or (B,) on the CPU, and `compactness` as in skimage.segmentation.slic; each
+    image is stretched to [0, 1] first. An image's labels are 0, 1, … without a gap, at most
+    `most_superpixels`. Runs in float32 on the images' device. Raises ValueError for n_segments
+    below 1, and on a CPU for normalised images, whose colours would be wrong.
     """
     batch, _, height, width = images.shape
     first, step, cells = grid(n_segments, batch, height, width)

@@ -13,9 +13,7 @@ from torchvision.ops import StochasticDepth
 from common import mixing, models
 from common.errors import RunError
 from common.models.features import Backbone
-from common.models.parts import Scale
-from common.models.pyramidnet import ShakeDrop
-from common.models.shakeshake import ShakeBlock
+from common.models.shake import Scale, ShakeBlock, ShakeDrop
 
 PARAMETERS = [                 # name, image size, {classes: parameters}
     ("preactresnet18", 32, {10: 11171146, 100: 11217316, 200: 11268616}),

@@ -1,24 +1,28 @@
-"""Networks: build(name, …); one file a family."""
+"""Networks: build(name, …); families that share their blocks stand in one file."""
 from torch import nn
 
-from common.models import preactresnet, pyramidnet, resnet, shakeshake, transformer, wideresnet
+from common.models import resnet, shake, transformer
 
-FAMILIES = {"preactresnet": preactresnet, "wideresnet": wideresnet, "resnet": resnet,
-            "pyramidnet": pyramidnet, "shakeshake": shakeshake, "transformer": transformer}
-NAMES = {family: tuple(module.SPECS) for family, module in FAMILIES.items()}
+FAMILIES = {                            # networks by name, and what builds them
+    "preactresnet": (resnet.PREACT, resnet.preact), "wideresnet": (resnet.WIDE, resnet.wide),
+    "resnet": (resnet.POSTACT, resnet.postact), "pyramidnet": (shake.PYRAMID, shake.pyramid),
+    "shakeshake": (shake.SHAKE, shake.shake),
+    "transformer": (transformer.SPECS, transformer.transformer)}
+NAMES = {family: tuple(specs) for family, (specs, _) in FAMILIES.items()}
 ALL = [name for names in NAMES.values() for name in names]
 
 
-def build(name: str, num_classes: int, image_size: int = 32, **options) -> nn.Module:
-    """The network `name` for square RGB images of about `image_size` pixels a side.
+def build(name: str, num_classes: int, image_size: int = 32, *, initial_channels: int = 64,
+          dropout: float = 0.0, **options) -> nn.Module:
+    """Return the network `name` for square RGB images of about `image_size` pixels a side.
 
     Any size runs, since all pool globally (but deit_s takes `image_size` alone); `image_size`
-    chooses the stem's stride and, for ResNets, ImageNet's form from 128 pixels on. Options of every
-    network: `initial_channels` (64 is the network as published; 16 has a quarter of all its
-    widths), `dropout` (probability before the last layer); of the transformers: `drop_path`.
+    chooses the stem's stride and, for ResNets, ImageNet's form from 128 pixels on.
+    `initial_channels`: 64 is the network as published, 16 has a quarter of all its widths.
+    `dropout`: probability before the last layer. Of the transformers: `drop_path`.
     Raises ValueError for a name that is not in NAMES, RunError for sizes that it cannot have.
     """
-    for module in FAMILIES.values():
-        if name in module.SPECS:
-            return module.build(name, num_classes, image_size, **options)
+    for specs, family in FAMILIES.values():
+        if name in specs:
+            return family(name, num_classes, image_size, initial_channels, dropout, **options)
     raise ValueError(f"unknown network {name!r}; known: {', '.join(ALL)}")

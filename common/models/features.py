@@ -14,10 +14,10 @@ from common.models.parts import Network
 class Backbone(nn.Module):
     """A network of `build` without its classifier: images (B, 3, H, W) -> (middle, pooled).
 
-    `middle` (B, channels, h, w): behind stage `layer` (of Swin with the merging of patches that
-    follows it; of a ViT behind block `layer`, without the class token), counted from 1. `pooled`
-    (B, width): what the classifier sees, the mean of the last features over their positions, of a
-    ViT the class token. Raises RunError for a layer that is not there or is the last.
+    `middle` (B, channels, h, w): behind stage `layer`, counted from 1 (of Swin with the merging of
+    patches that follows it; of a ViT behind block `layer`, without the class token). `pooled`
+    (B, width): what the classifier sees. Raises RunError for a layer that is not there or is the
+    last.
     """
 
     def __init__(self, network: nn.Module, layer: int, image_size: int):
@@ -60,10 +60,10 @@ class Backbone(nn.Module):
 
 
 def build_backbone(name: str, image_size: int, layer: int, **options) -> Backbone:
-    """The network `name` without its classifier, for images of exactly `image_size` pixels.
+    """Return the network `name` without its classifier, for images of exactly `image_size` pixels.
 
-    Up to 64 pixels the convolutional ones have a stem of stride 1. `options` of `models.build`.
-    Raises RunError for what does not exist or fit.
+    Up to 64 pixels the convolutional ones have a stem of stride 1. Raises RunError for what does
+    not exist or fit.
     """
     form = image_size if image_size > 64 or name in ("deit_s", "swin_t") else 32
     try:

@@ -1,7 +1,6 @@
 """What the families of networks share."""
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor, nn
 
 from common.mixing import mixup
@@ -110,16 +109,3 @@ def he_init(network: nn.Module) -> nn.Module:
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
     return network
-
-
-class Scale(torch.autograd.Function):
-    """Scale.apply(x, a, b): x·a, whose gradient is the incoming one times b instead of a."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        ctx.save_for_backward(b)
-        return x * a
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        return grad * ctx.saved_tensors[0], None, None

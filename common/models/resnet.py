@@ -1,18 +1,14 @@
-"""ResNet and its bottleneck form (He et al. 2016), stride on the 3×3 convolution, post-activation;
-ResNeXt 32×4d and, of three stages, 29 4×24d (Xie et al. 2017).
-
-Up to 64 pixels: torchvision's blocks behind a 3×3 stem, PyTorch's default initialisation. From 128
-pixels on: torchvision's whole network, whose state_dict takes pretrained weights (without dropout).
-ResNeXt-29 is the former at any size, with He's initialisation.
-"""
+"""ResNets: pre-activation and post-activation (He et al. 2016), wide (Zagoruyko & Komodakis 2016),
+ResNeXt (Xie et al. 2017)."""
 from functools import partial
 
-from torch import nn
+from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from common.errors import RunError
 from common.models.parts import (
     Network,
+    PreActBlock,
     conv,
     he_init,
     make_stages,
@@ -21,7 +17,14 @@ from common.models.parts import (
     stem_stride,
 )
 
-SPECS = {                      # block, blocks per stage, groups, width of a group
+PREACT = {                     # bottleneck blocks?, blocks per stage
+    "preactresnet18": (False, (2, 2, 2, 2)),
+    "preactresnet34": (False, (3, 4, 6, 3)),
+    "preactresnet50": (True, (3, 4, 6, 3)),
+    "preactresnet101": (True, (3, 4, 23, 3)),
+    "preactresnet152": (True, (3, 8, 36, 3)),
+}
+POSTACT = {                    # block, blocks per stage, groups, width of a group
     "resnet18": (BasicBlock, (2, 2, 2, 2), 1, 64),
     "resnet34": (BasicBlock, (3, 4, 6, 3), 1, 64),
     "resnet50": (Bottleneck, (3, 4, 6, 3), 1, 64),
@@ -33,27 +36,84 @@ SPECS = {                      # block, blocks per stage, groups, width of a gro
     "resnext29_4_24": (Bottleneck, (3, 3, 3), 4, 24),
     "resnext29_4_24_new": (Bottleneck, (3, 3, 3), 4, 24),    # SAGE's second name for the same
 }
+WIDE = {                       # depth, widening factor, biases?, momentum of the last norm
+    "wrn16_8": (16, 8, True, 0.9),
+    "wrn28_2": (28, 2, True, 0.9),
+    "wrn28_10": (28, 10, True, 0.9),
+    "wresnet28_10": (28, 10, True, 0.1),
+    "wresnet40_2": (40, 2, True, 0.1),
+    "wideresnet28": (28, 10, False, 0.1),
+    "wrn28_8": (28, 8, False, 0.1),
+}
 
 
-def build(name: str, num_classes: int, image_size: int = 32, *, initial_channels: int = 64,
-          dropout: float = 0.0) -> nn.Module:
-    """The network `name` of this family; see `common.models.build`."""
-    block, depths, groups, width = SPECS[name]
+def preact(name, num_classes, image_size, channels, dropout) -> Network:
+    """Return a pre-activation ResNet without a norm after the last block."""
+    bottleneck, depths = PREACT[name]
+    widths = [channels * 2 ** stage * (4 if bottleneck else 1) for stage in range(4)]
+    return Network(
+        conv(3, channels, 3, stem_stride(image_size)),
+        make_stages(partial(PreActBlock, bottleneck=bottleneck), channels, widths, depths),
+        nn.Identity(), widths[-1], num_classes, dropout)
+
+
+def postact(name, num_classes, image_size, channels, dropout) -> nn.Module:
+    """Return a ResNet or ResNeXt, stride on the 3×3 convolution.
+
+    Up to 64 pixels: torchvision's blocks behind a 3×3 stem, PyTorch's default initialisation. From
+    128 pixels on: torchvision's network, which takes its pretrained weights (without dropout).
+    ResNeXt-29 has the former at any size, with He's initialisation.
+    """
+    block, depths, groups, width = POSTACT[name]
     if image_size >= 128 and len(depths) == 4:
-        if initial_channels != 64:
+        if channels != 64:
             raise RunError(f"{name} for {image_size} pixels has --initial_channels 64")
         network = ResNet(block, depths, num_classes, groups=groups, width_per_group=width)
         if dropout:
             network.fc = nn.Sequential(nn.Dropout(dropout), network.fc)
         return network
-    widths = [initial_channels * 2 ** stage * block.expansion for stage in range(len(depths))]
-    stem = nn.Sequential(conv(3, initial_channels, 3, stem_stride(image_size)),
-                         *norm_relu(initial_channels))
+    widths = [channels * 2 ** stage * block.expansion for stage in range(len(depths))]
+    stem = nn.Sequential(conv(3, channels, 3, stem_stride(image_size)), *norm_relu(channels))
     block = partial(post_act_block, block, groups=groups, base_width=width)
-    network = Network(stem, make_stages(block, initial_channels, widths, depths), nn.Identity(),
+    network = Network(stem, make_stages(block, channels, widths, depths), nn.Identity(),
                       widths[-1], num_classes, dropout)
     if len(depths) == 3:
         he_init(network)
         nn.init.kaiming_normal_(network.fc.weight)
+        nn.init.zeros_(network.fc.bias)
+    return network
+
+
+class BiasedBlock(nn.Module):
+    """BN-ReLU-conv3 twice, with bias; the second convolution has the stride."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int):
+        super().__init__()
+        self.convs = nn.Sequential(
+            *norm_relu(in_channels), conv(in_channels, out_channels, 3, bias=True),
+            *norm_relu(out_channels), conv(out_channels, out_channels, 3, stride, bias=True))
+        same = stride == 1 and in_channels == out_channels
+        self.shortcut = (nn.Identity() if same
+                         else conv(in_channels, out_channels, 1, stride, bias=True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.convs(x) + self.shortcut(x)
+
+
+def wide(name, num_classes, image_size, channels, dropout) -> Network:
+    """Return a Wide ResNet in one of the two forms that the papers trained.
+
+    With biases (SAGE, ResizeMix): `BiasedBlock`, shortcut from the raw input, PyTorch's default
+    initialisation. Without (Soft Augmentation, SAMix): `PreActBlock`, He initialisation.
+    """
+    depth, factor, biased, momentum = WIDE[name]
+    base = channels // 4                         # the paper's 16
+    widths = [base * factor * 2 ** stage for stage in range(3)]
+    network = Network(
+        conv(3, base, 3, stem_stride(image_size), bias=biased),
+        make_stages(BiasedBlock if biased else PreActBlock, base, widths, [(depth - 4) // 6] * 3),
+        nn.Sequential(*norm_relu(widths[-1], momentum)), widths[-1], num_classes, dropout)
+    if not biased:
+        he_init(network)
         nn.init.zeros_(network.fc.bias)
     return network

@@ -21,11 +21,10 @@ SPECS = {                      # blocks, width of the (first) stage at 64 initia
 }
 
 
-def build(name: str, num_classes: int, image_size: int = 224, *, initial_channels: int = 64,
-          dropout: float = 0.0, drop_path: float = 0.0) -> nn.Module:
-    """The network `name` of this family; see `common.models.build`."""
+def transformer(name, num_classes, image_size, channels, dropout, drop_path=0.0) -> nn.Module:
+    """Return a transformer or ConvNeXt."""
     depths, width = SPECS[name]
-    width = width * initial_channels // 64
+    width = width * channels // 64
     if name == "deit_s":
         if image_size % 16:
             raise RunError(f"deit_s takes images of a multiple of 16 pixels, not {image_size}")

@@ -30,24 +30,21 @@ def load_weights(network, source: str, arch: str):
     own = network.state_dict()
     loaded = {name: state[name] for name, value in own.items()
               if getattr(state.get(name), "shape", None) == value.shape}
-    wrong = [name for name in own if name not in loaded and not name.startswith(CLASSIFIERS)
-             and not name.endswith("num_batches_tracked")]
-    if wrong:
-        name = wrong[0]
-        theirs = tuple(state[name].shape) if name in state else "missing"
-        raise DataError(f"{source} does not fit {arch} at this image size: {len(wrong)} of "
-                        f"{len(own)} tensors, first {name}: {theirs}, {tuple(own[name].shape)} "
-                        "needed")
+    new = [name for name in own if name not in loaded and not name.endswith("batches_tracked")]
+    for name in new:
+        if not name.startswith(CLASSIFIERS):
+            theirs = tuple(state[name].shape) if name in state else "missing"
+            raise DataError(f"{source} does not fit {arch} at this image size: {name}: {theirs}, "
+                            f"{tuple(own[name].shape)} needed")
     network.load_state_dict(loaded, strict=False)
-    fresh = sorted(name for name in own if name not in loaded and name.startswith(CLASSIFIERS))
-    log(f"weights: {source}'s" + (f"; new: {', '.join(fresh)}" if fresh else ""))
+    log(f"weights: {source}'s" + f"; new: {', '.join(sorted(new))}" * bool(new))
 
 
 def read(path: Path) -> dict[str, torch.Tensor]:
-    """Return the state_dict in a file, read with weights_only.
+    """Return the state_dict in a file, read with weights_only. Raises DataError.
 
-    It may lie under the keys state_dict or model, its names may begin with module. (of DDP) and
-    _orig_mod. (of torch.compile); what else the file holds is left out. Raises DataError.
+    It may lie under state_dict or model, its names begin with module. (of DDP) and _orig_mod. (of
+    torch.compile).
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -55,18 +52,15 @@ def read(path: Path) -> dict[str, torch.Tensor]:
         raise DataError(f"{path}: no such file of weights") from None
     except Exception as fault:                              # torch raises nearly anything
         code = re.search(r"GLOBAL (\S+)", str(fault))
-        if code:
-            raise DataError(f"{path} holds more than tensors ({code[1]}), which would run code "
-                            "when read: save its state_dict alone") from None
-        raise DataError(f"{path}: not a readable file of weights "
-                        f"({(str(fault).splitlines() or ['empty'])[0][:100]})") from None
-    inner = state
-    while isinstance(inner, dict):
-        state, inner = inner, next((inner[key] for key in ("state_dict", "model")
-                                    if isinstance(inner.get(key), dict)), None)
+        raise DataError(f"{path} holds more than tensors ({code[1]}), which would run code when "
+                        "read: save its state_dict alone" if code else
+                        f"{path}: not a readable file of weights") from None
+    for key in ("state_dict", "model", "state_dict"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
     state = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): value
              for name, value in (state.items() if isinstance(state, dict) else ())
-             if isinstance(name, str) and isinstance(value, torch.Tensor)}
+             if isinstance(value, torch.Tensor)}
     if not state:
         raise DataError(f"{path}: not a readable file of weights (it holds no state_dict)")
     return state
@@ -81,17 +75,16 @@ def download(arch: str) -> Path:
         url = torchvision.models.get_model_weights(TORCHVISION.get(arch, arch)).IMAGENET1K_V1.url
     except (ValueError, AttributeError):
         raise DataError(f"torchvision has no ImageNet weights of {arch}") from None
-    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
-    expected = torch.hub.HASH_REGEX.search(path.name)[1]
+    path = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1])
+    expected = path.stem.rsplit("-", 1)[1]
     try:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, path, expected, progress=False)
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
     except (OSError, RuntimeError) as fault:
         raise DataError(f"{url} could not be downloaded ({fault}); fetch it elsewhere and give the "
                         "file: --pretrained FILE") from None
-    if not digest.startswith(expected):
-        raise DataError(f"{path} is not torchvision's: its SHA-256 begins with {digest[:8]}, not "
-                        f"{expected}; delete it to have it downloaded again")
+    if not hashlib.sha256(path.read_bytes()).hexdigest().startswith(expected):
+        raise DataError(f"{path} is not torchvision's: its SHA-256 begins otherwise; delete it to "
+                        "have it downloaded again")
     return path

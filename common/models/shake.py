@@ -1,0 +1,161 @@
+"""Networks that draw random factors in training: PyramidNet-272, alpha 200 (Han et al. 2017) with
+ShakeDrop (Yamada et al. 2019), and Shake-Shake 26 (Gastaldi 2017), plain and ResNeXt."""
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common.models.parts import Network, conv, he_init, make_stages, norm_relu, stem_stride
+
+PYRAMID = {"pyramidnet272": (272, 200), "pyramid272": (272, 200)}   # depth; growth of the width
+SHAKE = {                      # width of the first stage's branches (64 initial channels), ResNeXt?
+    "shakeshake26_2x32d": (32, False),
+    "shakeshake26_2x64d": (64, False),
+    "shakeshake26_2x96d": (96, False),
+    "shakeshake26_2x112d": (112, False),
+    "shakeshake26_2x96d_next": (256, True),
+}
+
+
+class Scale(torch.autograd.Function):
+    """Scale.apply(x, a, b): x·a, whose gradient is the incoming one times b instead of a."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(b)
+        return x * a
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad * ctx.saved_tensors[0], None, None
+
+
+class ShakeDrop(nn.Module):
+    """With probability `p`, for the whole batch, replaces x by x·a and its gradient g by g·b.
+
+    a ~ U(-1, 1) and b ~ U(0, 1) are drawn for every sample. Evaluation multiplies by 1 - p.
+    """
+
+    def __init__(self, p: float):
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x * (1 - self.p)
+        keep = torch.rand((), device=x.device) >= self.p
+        a, b = torch.rand(2, len(x), 1, 1, 1, device=x.device)
+        a, b = (torch.where(keep, 1, scale).to(x.dtype) for scale in (2 * a - 1, b))
+        return Scale.apply(x, a, b)
+
+
+class PyramidUnit(nn.Module):
+    """BN-1×1-BN-ReLU-3×3-BN-ReLU-1×1-BN; new channels of the shortcut are zero."""
+
+    def __init__(self, in_channels: int, width: int, stride: int, p: float):
+        super().__init__()
+        self.stride, self.new_channels = stride, 4 * width - in_channels
+        self.convs = nn.Sequential(
+            nn.BatchNorm2d(in_channels), conv(in_channels, width, 1),
+            *norm_relu(width), conv(width, width, 3, stride),
+            *norm_relu(width), conv(width, 4 * width, 1), nn.BatchNorm2d(4 * width),
+            ShakeDrop(p))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.convs(x)
+        if self.stride == 2:
+            x = F.avg_pool2d(x, 2, ceil_mode=True)
+        return out + F.pad(x, (0, 0, 0, 0, 0, self.new_channels))
+
+
+def pyramid(name, num_classes, image_size, channels, dropout) -> Network:
+    """Return a PyramidNet."""
+    depth, alpha = PYRAMID[name]
+    per_stage = (depth - 2) // 9
+    units = 3 * per_stage
+    base = channels = channels // 4              # the paper's 16
+    stem = nn.Sequential(conv(3, base, 3, stem_stride(image_size)), nn.BatchNorm2d(base))
+    stages = []
+    for stage in range(3):
+        stages.append(nn.Sequential())
+        for number in range(per_stage):
+            unit = stage * per_stage + number + 1
+            width = round(base + alpha * base / 16 * unit / units)
+            stride = 2 if stage and not number else 1
+            # the probability grows linearly to 0.5
+            stages[-1].append(PyramidUnit(channels, width, stride, 0.5 * unit / units))
+            channels = 4 * width
+    return he_init(Network(stem, stages, nn.Sequential(*norm_relu(channels)), channels,
+                           num_classes, dropout))
+
+
+class Shortcut(nn.Module):
+    """Two 1×1 convolutions, one of the input, one of the input shifted by a pixel, side by side."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int):
+        super().__init__()
+        self.stride = stride
+        self.convs = nn.ModuleList(conv(in_channels, out_channels // 2, 1) for _ in range(2))
+        self.norm = nn.BatchNorm2d(out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(x)
+        shifted = F.pad(x, (-1, 1, -1, 1))
+        halves = [conv(z[:, :, ::self.stride, ::self.stride])
+                  for conv, z in zip(self.convs, (x, shifted), strict=True)]
+        return self.norm(torch.cat(halves, 1))
+
+
+def make_branch(in_channels: int, out_channels: int, stride: int, resnext: bool) -> nn.Sequential:
+    """Return ReLU-conv3-BN twice; of ResNeXt conv1, conv3 in four groups, conv1, no ReLU before."""
+    if resnext:
+        return nn.Sequential(
+            conv(in_channels, out_channels, 1),
+            *norm_relu(out_channels), conv(out_channels, out_channels, 3, stride, groups=4),
+            *norm_relu(out_channels), conv(out_channels, out_channels, 1),
+            nn.BatchNorm2d(out_channels))
+    return nn.Sequential(
+        nn.ReLU(), conv(in_channels, out_channels, 3, stride),
+        *norm_relu(out_channels), conv(out_channels, out_channels, 3),
+        nn.BatchNorm2d(out_channels))
+
+
+class ShakeBlock(nn.Module):
+    """x + a·f(x) + (1 - a)·g(x): a is drawn for every sample, and another one for the gradient.
+
+    Both are uniform on [0, 1] in training, 1/2 in evaluation.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int, resnext: bool = False):
+        super().__init__()
+        self.branches = nn.ModuleList(make_branch(in_channels, out_channels, stride, resnext)
+                                      for _ in range(2))
+        self.same = stride == 1 and in_channels == out_channels
+        self.shortcut = None
+        if not (self.same and resnext):
+            # the plain original also holds idle shortcuts: frozen here, so that counts agree
+            self.shortcut = Shortcut(in_channels, out_channels, stride)
+            self.shortcut.requires_grad_(not self.same)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.same else self.shortcut(x)
+        f, g = (branch(x) for branch in self.branches)
+        if not self.training:
+            return shortcut + (f + g) / 2
+        a, b = torch.rand(2, len(x), 1, 1, 1, device=x.device).to(f.dtype)
+        return shortcut + Scale.apply(f, a, b) + Scale.apply(g, 1 - a, 1 - b)
+
+
+def shake(name, num_classes, image_size, channels, dropout) -> Network:
+    """Return a Shake-Shake network."""
+    width, resnext = SHAKE[name]
+    width = width * channels // 64
+    stem_width = channels if resnext else channels // 4
+    widths, depths = [width, 2 * width, 4 * width], [2 if resnext else 4] * 3
+    network = he_init(Network(
+        conv(3, stem_width, 3, stem_stride(image_size), bias=True),
+        make_stages(partial(ShakeBlock, resnext=resnext), stem_width, widths, depths),
+        nn.ReLU(), widths[-1], num_classes, dropout))
+    nn.init.zeros_(network.fc.bias)
+    return network
