@@ -164,7 +164,7 @@ def parse_args(argv=None):
 # --------------------------------------------------------------------------------------- one step
 
 class Draws(NamedTuple):
-    """The random choices of one step: for the MixBlock's own lesson (mb) and for branch q (bb)."""
+    """The random choices of one step: for the MixBlock's losses (mb) and for branch q (bb)."""
     lam_mb: Tensor                  # scalars: shares of the first image
     lam_bb: Tensor
     perm_bb: Tensor                 # (B,) partners

@@ -588,7 +588,7 @@ def test_config_values(name):
 SETTINGS = {"mask_anneal": True, "ema_start": .1, "ema_base": .999, "lr_every": "epoch",
             "warmup_epochs": 0, "clip_grad": 0, "optimizer": "sgd", "momentum": .9,
             "mode": ("bilinear",), "crop": "resized", "crop_scale": .08, "resize_first": False,
-            "randaugment": False, "label_smoothing": 0, "no_repeat": False, "pretrained": False,
+            "randaugment": False, "label_smoothing": 0, "no_repeat": False, "pretrained": "",
             "drop_last": False, "neg_weight": 1, "lam_margin": .08, "mask_loss": .1,
             "mask_margin": .1, "alpha": 2, "image_size": 224, "layer": 3, "mask_adjust": 0}
 VIT = {"optimizer": "adamw", "lr_every": "step", "warmup_epochs": 20, "clip_grad": 20,
@@ -603,7 +603,7 @@ FAMILIES = {
                             "neg_weight": .5, "layer": 2},
     ("tiny_r18", "tiny_rx50"): {"mask_anneal": False, "image_size": 64, "neg_weight": .5},
     ("cub_r18", "cub_rx50", "aircraft_r18", "aircraft_rx50"): {
-        "crop_scale": .5, "resize_first": True, "no_repeat": True, "pretrained": True,
+        "crop_scale": .5, "resize_first": True, "no_repeat": True, "pretrained": "torchvision",
         "drop_last": True},
     ("cifar100_deit_s",): {**VIT, "layer": 6},
     ("cifar100_swin_t",): VIT,

@@ -47,6 +47,7 @@ def pictures(request, monkeypatch):
     """Pictures take longer than the training here: made only for tests that look at them."""
     if "drawn" not in request.fixturenames:
         monkeypatch.setattr(samix, "draw_preview", lambda path, *words: path)
+        monkeypatch.setattr(samix.evaluation, "report", lambda *words: None)
         monkeypatch.setattr(plots, "curves", lambda *args: "curves.png")
 
 
@@ -62,7 +63,7 @@ def test_every_method_trains_and_closes(tmp_path, method, capsys, drawn):
     assert folder.name == f"digits_resnet18_{method}_seed0"
     assert {f.name for f in folder.iterdir()} == {
         "args.json", "log.csv", "curves.png", "mixed_start.png", "mixed.png", "checkpoint.pt",
-        "best.pt", ".lock", "tensorboard"}
+        "best.pt", ".lock", "tensorboard", "evaluation.csv", "evaluation.png"}
     header = (folder / "log.csv").read_text().splitlines()[0].split(",")
     assert [name for name in header if name[:4] in ("one_", "mix_")] == [
         f"{head}_accuracy" for head in heads]
@@ -149,7 +150,7 @@ def ends(tmp_path_factory):
 
 @pytest.mark.parametrize("before, words", [*(("", words) for words in FLAGS), *PAIRS])
 def test_no_flag_is_idle(ends, monkeypatch, before, words):
-    heads = {"one_k": {"loss": 1.0, "top1": 1.0, "top5": 1.0}}
+    heads = {"one_k": {"loss": 1.0, "top1": 1.0, "top5": 1.0, "ece": 0.1}}
     monkeypatch.setattr(samix, "measure", lambda *words: heads)     # it takes long
     assert not same(ends(before), ends(words))
     assert all(value.isfinite().all() for value in ends(words).values())
@@ -332,7 +333,7 @@ def test_every_configuration_trains(sets, tmp_path, alias, capsys):
     folder = next(tmp_path.iterdir())
     assert folder.name.startswith(f"{values['dataset']}_{values['arch']}_samix")
     args = json.loads((folder / "args.json").read_text())["args"]
-    ours = {"image_size": size, "batch_size": 4, "pretrained": "False"}
+    ours = {"image_size": size, "batch_size": 4, "pretrained": ""}
     for name, value in (values | ours).items():             # every value reached the program
         assert args[name] == (list(value) if isinstance(value, tuple) else value), name
 
