@@ -93,7 +93,9 @@ class Stream:
             yield self.finish(images.to(self.device, non_blocking=True), step), labels
 
     def finish(self, images: torch.Tensor, step: int) -> torch.Tensor:
-        """Return the uint8 images of a step as the network sees them."""
+        """Return the images of a step as the network sees them."""
+        if images.dtype != torch.uint8:             # normalised by DALI
+            return images.permute(0, 3, 1, 2) if self.channels_last else images
         if self.train and self.recipe.transform:
             generator = torch.Generator().manual_seed(self.number("transform", step, self.rank))
             images = self.recipe.transform(images, generator)
@@ -186,15 +188,14 @@ class DaliStream(Stream):
         raise RunError(f"{self.data.path}: DALI stopped: {reason}")
 
     def pipeline(self, source):
-        """Return a DALI pipeline that makes uint8 images of the encoded ones from `source`."""
+        """Return a DALI pipeline that makes images of the encoded ones from `source`."""
         from nvidia.dali import fn, pipeline_def, types
         on_gpu = self.device.type == "cuda"
 
         def graph():
             encoded = fn.external_source(source, batch_info=True, dtype=types.UINT8, ndim=1)
-            images = self.graph(encoded, device="mixed" if on_gpu else "cpu",
-                                output_type=types.RGB, adjust_orientation=True)
-            return images
+            return self.graph(encoded, device="mixed" if on_gpu else "cpu",
+                              output_type=types.RGB, adjust_orientation=True)
 
         return pipeline_def(graph)(
             batch_size=self.batch_size, num_threads=self.workers, prefetch_queue_depth=AHEAD,
@@ -209,7 +210,7 @@ class DaliStream(Stream):
                 "mag_filter": getattr(types, f"INTERP_{enlarge}")}
 
     def graph(self, encoded, **decoder):
-        """Return the augmented uint8 images (3, S, S) of the encoded ones."""
+        """Return the augmented images of the encoded ones: normalised, or bytes to `transform`."""
         from nvidia.dali import fn, types
         recipe, filters, mirror = self.recipe, self.filters(), 0
         area = {"random_area": recipe.scale, "random_aspect_ratio": recipe.ratio}
@@ -237,8 +238,12 @@ class DaliStream(Stream):
                                     saturation=factors[2])
         if self.train and recipe.flip:
             mirror = fn.random.coin_flip(probability=0.5)
-        return fn.crop_mirror_normalize(images, crop=square, mirror=mirror, dtype=types.UINT8,
-                                        output_layout="CHW")
+        if self.train and recipe.transform:         # of bytes
+            return fn.crop_mirror_normalize(images, crop=square, mirror=mirror, dtype=types.UINT8,
+                                            output_layout="CHW")
+        return fn.crop_mirror_normalize(
+            images, crop=square, mirror=mirror, output_layout="HWC" if self.channels_last else
+            "CHW", mean=[255 * v for v in recipe.mean], std=[255 * v for v in recipe.std])
 
 
 # ------------------------------------------------------------------------------------------ torch
