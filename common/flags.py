@@ -139,6 +139,8 @@ def add_flags(parser, datasets, archs, names: dict, **defaults):
     ours("root_dir", "where the run's folder is made", type=path)
     ours("job_name", "suffix of the run's folder", type=part_of_a_name)
     ours("labels_per_class", "training images of each class, if not all", type=positive)
+    ours("val_split", "share of each class to test on, where a folder or imagenet has no test part "
+         "(drawn by --seed)", type=number(above=0, high=0.9))
     ours("image_size", "side of the square images in pixels, if not the data set's",
         type=positive)
     ours("arch", ", ".join(archs), choices=archs, metavar="NET")

@@ -282,7 +282,7 @@ def main(argv=None):
         **CIFAR if args.dataset in ("cifar10", "cifar100") else {})
     train, test, info = data.load(
         args.dataset, args.data_dir, recipe, batch_size=args.batch_size, device=device,
-        seed=args.seed, loader=args.loader, image_size=args.image_size,
+        seed=args.seed, loader=args.loader, image_size=args.image_size, val_split=args.val_split,
         labels_per_class=args.labels_per_class, workers=args.workers,
         drop_last=args.dataset != "imagenet")
     torch.manual_seed(args.seed)

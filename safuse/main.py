@@ -311,7 +311,7 @@ def main(argv=None):
     recipe = Recipe(padding=args.padding, **CROPS.get(args.dataset, {}), **pixels)
     train, test, info = data.load(
         args.dataset, args.data_dir, recipe, batch_size=args.batch_size, device=device,
-        seed=args.seed, loader=args.loader, image_size=args.image_size,
+        seed=args.seed, loader=args.loader, image_size=args.image_size, val_split=args.val_split,
         labels_per_class=args.labels_per_class, workers=args.workers)
     if args.NUM_CLASS not in (None, info.num_classes):
         raise RunError(f"--NUM_CLASS {args.NUM_CLASS}: {info.name} has {info.num_classes} classes")

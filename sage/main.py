@@ -377,7 +377,7 @@ def main(argv=None):
     # Data, network, optimizer
     train, test, info = data.load(
         args.dataset, args.data_dir, Recipe(), batch_size=args.batch_size, device=device,
-        seed=args.seed, loader=args.loader, image_size=args.image_size,
+        seed=args.seed, loader=args.loader, image_size=args.image_size, val_split=args.val_split,
         labels_per_class=args.labels_per_class,
         valid_labels_per_class=args.valid_labels_per_class, workers=args.workers)
     check_sizes(args, info.image_size, info.width)

@@ -346,7 +346,7 @@ def load_data(args, device):
         mean=args.mean, std=args.std)
     return data.load(
         args.dataset, args.data_dir, recipe, batch_size=args.batch_size, device=device,
-        seed=args.seed, loader=args.loader, image_size=args.image_size,
+        seed=args.seed, loader=args.loader, image_size=args.image_size, val_split=args.val_split,
         labels_per_class=args.labels_per_class, workers=args.workers, drop_last=args.drop_last)
 
 

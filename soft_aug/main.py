@@ -104,7 +104,7 @@ def parse_args(argv=None):
     add_boolean(add, "--no-soften", False, "st: hard targets, only reweighted")
     add_boolean(add, "--other", False, "st: the rest goes to a class of its own")
     flags.add_flags(
-        parser, data.IN_MEMORY, models.ALL,
+        parser, data.NAMES, models.ALL,
         {"dataset": ["--task"], "arch": ["--net"], "batch_size": ["--b"], "workers": ["--n"],
          "lr": ["--learning_rate"], "weight_decay": ["--wd"], "job_name": ["--prefix"]},
         dataset="cifar10", arch="resnet18", batch_size=128, lr=0.1, weight_decay=5e-4, seed=-1,
@@ -307,11 +307,13 @@ def main(argv=None):
 
     # Data, network, optimizer
     mean, std = STATISTICS.get(args.dataset, (None, None))
-    recipe = Recipe(padding=4 if args.da in (0, 1) else 0, flip=False if args.da == -1 else None,
+    whole = args.da in (-1, 2)                              # SoftCrop sees the whole image
+    recipe = Recipe(crop="centre" if whole and args.dataset in data.STREAMED else None,
+                    padding=0 if whole else 4, flip=False if args.da == -1 else None,
                     transform=randaugment if args.ra else None, mean=mean, std=std)
     train, test, info = data.load(
         args.dataset, args.data_dir, recipe, batch_size=args.batch_size, device=device,
-        seed=args.seed, loader=args.loader, image_size=args.image_size,
+        seed=args.seed, loader=args.loader, image_size=args.image_size, val_split=args.val_split,
         labels_per_class=args.labels_per_class, workers=args.workers)
     if args.ra and min(info.image_size, info.width) < 3:
         raise RunError("--ra needs images of at least 3 pixels a side")

@@ -17,7 +17,7 @@ from common.data import Recipe, sources
 from common.data import images as image_files
 from common.data.memory import MemoryBatches, draw_boxes, resize_boxes
 from common.data.recipe import STATISTICS, to_uint8
-from common.errors import DataError
+from common.errors import DataError, RunError
 
 CPU = torch.device("cpu")
 HALF = SimpleNamespace(mean=(0.5,) * 3, std=(0.25,) * 3)
@@ -212,6 +212,31 @@ def test_faults_name_the_file(tmp_path):
     picture.write_bytes(picture.read_bytes()[:100])
     fault("folder", root, "dog/2.png: damaged, or not an image")
     fault("cifar10", save_folders(tmp_path / "g"), "2 classes, cifar10 has 10")
+
+
+@pytest.mark.parametrize("name", ["folder", "imagenet"])
+@pytest.mark.parametrize("direct", [False, True])
+def test_a_folder_without_test_images_is_split(tmp_path, name, direct):
+    root = save_folders(tmp_path, per_class=10)
+    shutil.copytree(root / "train" / "dog", root / "train" / "emu")
+    for i in range(5):
+        (root / "train" / "emu" / f"{i}.png").unlink()
+    with pytest.raises(DataError, match="test: there are test images, which --val_split"):
+        load(name, root, val_split=0.2)
+    shutil.rmtree(root / "test")
+    with pytest.raises(DataError, match="--val_split 0.2 tests on a fifth"):
+        load(name, root)
+    place = root / "train" if direct else root
+    options = {"val_split": 0.2, "image_size": 32, "loader": "torch"}
+    train, test, info = load(name, place, **options)
+    assert (info.num_train, info.num_test, info.classes) == (20, 5, ["cat", "dog", "emu"])
+    assert torch.cat([labels for _, labels in test]).tolist() == [0, 0, 1, 1, 2]
+    assert load(name, place, **options)[2].fingerprint == info.fingerprint
+    assert load(name, place, **options, seed=4)[2].fingerprint != info.fingerprint
+    if name == "imagenet":
+        assert not set(train.data.files) & set(test.data.files)
+        with pytest.raises(RunError, match="--val_split is for .* digits has test images"):
+            load("digits", "", val_split=0.2)
 
 
 # ------------------------------------------------------------------------------------- batches

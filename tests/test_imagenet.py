@@ -253,6 +253,15 @@ def test_range_of_crops(tmp_path, loader, resize):
 
 
 @LOADERS
+def test_the_whole_central_square(tmp_path, loader):
+    """What Soft Augmentation trains on: of 200×150 pixels always the 150×150 in the middle."""
+    ramps(tmp_path, count=8)
+    images = epoch(stream(tmp_path, loader, image_size=56, crop="centre", **RAW))[0][0]
+    assert torch.allclose(extents(images), torch.tensor(150.0), atol=2)
+    assert (images.mean((2, 3))[:, :2] - torch.tensor([99.5, 74.5])).abs().max() < 2
+
+
+@LOADERS
 def test_evaluation_of_the_whole_image(tmp_path, loader):
     ramps(tmp_path, count=2)
     for test_crop, shown in (("whole", (200, 150)), ("centre", (200 * 56 / 85, 150 * 56 / 64))):

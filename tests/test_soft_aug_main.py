@@ -45,6 +45,22 @@ def no_pictures(monkeypatch):
     monkeypatch.setattr("common.plots.curves", lambda *args: None)
 
 
+@pytest.mark.parametrize("recipe", ["--da 2 --loss st --ra", "--da 0", "--da -1"])
+def test_streamed_sets(tmp_path, no_pictures, recipe):
+    rng = np.random.default_rng(0)
+    for name in "ab":
+        (tmp_path / "set" / name).mkdir(parents=True)
+        for i in range(5):
+            Image.fromarray(rng.integers(0, 256, (30, 40, 3), np.uint8)).save(
+                tmp_path / "set" / name / f"{i}.png")
+    words = (f"--dataset imagenet --data_dir {tmp_path / 'set'} --val_split 0.4 --image_size 16 "
+             f"--batch_size 4 --net resnet18 --initial_channels 4 --epochs 1 --ft 0 --seed 0 "
+             f"--workers 1 --device cpu --root_dir {tmp_path / 'runs'} {recipe}")
+    soft_aug.main(words.split())
+    rows = table(next((tmp_path / "runs").rglob("log.csv")))
+    assert len(rows) == 1 and math.isfinite(rows[0]["train_loss"]) and "test_accuracy" in rows[0]
+
+
 @pytest.fixture(scope="module")
 def info_and_batch():
     """Info, images and labels of 64 digits."""

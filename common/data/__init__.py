@@ -56,19 +56,24 @@ class Info:
 def load(name: str, data_dir: str, recipe: Recipe = USUAL, *, batch_size: int, device,
          seed: int = 0, loader: str = "auto", image_size: int | None = None,
          labels_per_class: int | None = None, valid_labels_per_class: int = 0,
-         drop_last: bool = False, workers: int = 2, channels_last: bool = False):
+         val_split: float | None = None, drop_last: bool = False, workers: int = 2,
+         channels_last: bool = False):
     """Return training batches, test batches and Info of a data set.
 
     Batches yield images (B, 3, H, W) float32, normalised, and labels (B,) int64, on `device`.
     batch_size counts the images of one step over all processes. drop_last: no partial batch at an
     epoch's end (unless the whole set is one). workers: threads that decode files or run DALI.
     channels_last: the strides of the images.
-    Raises DataError for data that are not there, RunError for what the engine cannot do.
+    val_split: share of the images of each class to test on, of a folder or imagenet without a test
+    part. Raises DataError for data that are not there, RunError for what the engine cannot do.
     """
     distributed.per_rank(batch_size)                        # or RunError
     place = Path(os.path.expanduser(data_dir))
     options = {"batch_size": batch_size, "device": torch.device(device), "workers": max(1, workers),
                "loader": loader, "channels_last": channels_last}
+    if val_split and name not in ("folder", "imagenet"):
+        raise RunError(f"--val_split is for --dataset folder and imagenet; {name} has test images")
+    options |= {"val_split": val_split}
     if name in STREAMED:
         if labels_per_class or valid_labels_per_class:
             raise RunError("--labels_per_class is for sets that fit in memory, "
@@ -85,11 +90,11 @@ def load(name: str, data_dir: str, recipe: Recipe = USUAL, *, batch_size: int, d
 
 
 def load_in_memory(name, place, recipe, image_size, labels_per_class, valid_labels_per_class, *,
-                   seed, drop_last, **options):
+                   seed, drop_last, val_split, **options):
     """Read the set, take its subsets, and fill in what the recipe leaves to the data set."""
     crop_later = recipe.crop == "resized" and name not in ("digits", "folder")  # of many sizes
     train, test, classes = sources.read(name, place, None if crop_later else image_size,
-                                        options["workers"])
+                                        options["workers"], val_split, seed)
     mean, std = recipe.mean, recipe.std
     if mean is None:                    # of the whole set, also when training on a part of it
         mean, std = STATISTICS.get(name) or channel_statistics(train.images)
@@ -121,7 +126,8 @@ def load_in_memory(name, place, recipe, image_size, labels_per_class, valid_labe
         len(test.labels), sources.fingerprint(train, test), sides[1], valid)
 
 
-def load_streamed(name, place, recipe, image_size, *, seed, drop_last, loader, **options):
+def load_streamed(name, place, recipe, image_size, *, seed, drop_last, val_split, loader,
+                  **options):
     """Open a set that is read from disk as training goes; without class names there are 1000."""
     mean, std = (recipe.mean, recipe.std) if recipe.mean else STATISTICS["imagenet"]
     recipe = dataclasses.replace(
@@ -129,7 +135,7 @@ def load_streamed(name, place, recipe, image_size, *, seed, drop_last, loader, *
         flip=recipe.flip is not False, mean=tuple(mean), std=tuple(std))
     has_dali = importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali")
     kind = DaliStream if has_dali and loader != "torch" else TorchStream
-    parts = open_sets(name, place)
+    parts = open_sets(name, place, val_split, seed)
     train, test = (kind(data, recipe, train=data is parts[0], image_size=image_size, seed=seed,
                         drop_last=drop_last, rank=distributed.rank(), world=distributed.world(),
                         **options) for data in parts)

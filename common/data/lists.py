@@ -4,7 +4,7 @@ from pathlib import Path
 
 from common.data.images import read_file, reading, table
 from common.data.recordio import RecordFile
-from common.data.sources import list_classes, numbered, printable, test_part
+from common.data.sources import SPLIT, list_classes, numbered, printable, split_classes, test_part
 from common.errors import DataError
 
 
@@ -44,11 +44,17 @@ class Files:
 def folder(path: Path, names: list[str] | None = None) -> tuple[Files, list[str]]:
     """Return images in one folder per class (of `names`, see `list_classes`), and the folders."""
     classes = list_classes(path, names)
+    return of_classes(path, classes), list(classes)
+
+
+def of_classes(path: Path, classes: dict[str, list[str]]) -> Files:
+    """Return the image files of each class folder as one list."""
     files, labels = map(list, zip(*numbered(classes), strict=True))
-    return Files(path, files, labels, printable(classes)), list(classes)
+    return Files(path, files, labels, printable(classes))
 
 
-def open_sets(dataset: str, place: Path) -> tuple[Files | RecordFile, Files | RecordFile]:
+def open_sets(dataset: str, place: Path, val_split: float | None = None, seed: int = 0
+              ) -> tuple[Files | RecordFile, Files | RecordFile]:
     """Return training and test images of a streamed set.
 
     imagenet, or any set like it: train and val (or test), each a .rec file or class folders.
@@ -60,8 +66,10 @@ def open_sets(dataset: str, place: Path) -> tuple[Files | RecordFile, Files | Re
         place = inside(place, "stanford_dogs")
         if not (place / "train").is_dir() or (inside(place, "lists") / "train_list.mat").exists():
             return stanford_dogs(place)
+    if val_split:
+        return tuple(of_classes(place, part) for part in split_classes(place, val_split, seed))
     parts, names = [], None
-    for part in ("train", test_part(place, "val", "test")):
+    for part in ("train", test_part(place, "val", "test") or "val"):
         if any((place / f"{part}.{end}").exists() for end in ("rec", "idx")):
             parts.append(RecordFile(place / f"{part}.rec"))
         elif (place / part).is_dir():
@@ -69,7 +77,7 @@ def open_sets(dataset: str, place: Path) -> tuple[Files | RecordFile, Files | Re
             parts.append(files)
         else:
             raise DataError(f"{place} holds neither {part}.rec nor a folder {part}/ with one "
-                            "folder per class")
+                            f"folder per class; {SPLIT}")
     classes = [data.classes for data in parts]
     if all(classes) and classes[0] != classes[1]:
         odd = sorted(set(classes[0]) ^ set(classes[1]))

@@ -153,7 +153,7 @@ class MemoryBatches:
                    types.INTERP_LINEAR, "antialias": True}
 
         @pipeline_def(batch_size=-(-self.batch_size // distributed.world()),
-                      num_threads=self.workers,
+                      num_threads=self.workers, exec_dynamic=True,
                       device_id=self.device.index if on_gpu else None)
         def pipeline():
             images, corner, sides, mirror = fn.external_source(source, num_outputs=4,
@@ -174,11 +174,13 @@ class MemoryBatches:
 def run(pipe, device) -> torch.Tensor:
     """Return the next batch of a DALI pipeline, in the order of the current stream on a GPU.
 
-    DALI uses its buffer again when the stream has passed the copy.
+    On a GPU DALI uses its buffer again when the stream has passed the copy; on a CPU the tensor
+    owns it.
     """
     stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
     images, = pipe.run(stream)
-    return torch.from_dlpack(images.as_tensor()).clone()
+    images = torch.from_dlpack(images.as_tensor())
+    return images.clone() if stream else images
 
 
 def pad(images: torch.Tensor, border: int, mode: str = "constant") -> torch.Tensor:

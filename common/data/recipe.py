@@ -26,8 +26,9 @@ class Recipe:
     Training images, in this order (None: what is usual for the data set):
     crop: "padded", RandomCrop of the image with `padding` pixels around it, zeros ("constant") or
         its reflection ("reflect"); "resized", RandomResizedCrop of `scale` and `ratio`; "random",
-        RandomCrop. Usual: padded for sets in memory (by 2 up to 32 pixels a side, else 4), resized
-        for streamed ones. resize, before it: "shorter" side to image_size * 256/224, or "square".
+        RandomCrop; "centre", the whole central square (streamed sets). Usual: padded for sets in
+        memory (by 2 up to 32 pixels a side, else 4), resized for streamed ones. resize, before
+        it: "shorter" side to image_size * 256/224, or "square".
     flip: RandomHorizontalFlip. Usual: all sets but digits. color_jitter: ColorJitter of
         brightness, contrast and saturation.
     transform(images uint8 (B, 3, H, W), CPU generator) -> images uint8, after crop and flip

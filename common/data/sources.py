@@ -27,6 +27,7 @@ STREAMED = ("imagenet", "cub200", "stanford_dogs")
 NAMES = (*IN_MEMORY, *STREAMED)
 CIFAR = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}
 UNNAMED = 1000                          # labels up to here need no names
+SPLIT = "--val_split 0.2 tests on a fifth of the training images"
 ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 
 
@@ -40,7 +41,8 @@ class Split:
         return Split(self.images[index], self.labels[index])
 
 
-def read(name: str, place: Path, image_size: int | None, workers: int):
+def read(name: str, place: Path, image_size: int | None, workers: int,
+         val_split: float | None = None, seed: int = 0):
     """Reads a data set: (train Split, test Split, class names).
 
     image_size resizes where the stored images are of another size: image files by their shorter
@@ -56,7 +58,7 @@ def read(name: str, place: Path, image_size: int | None, workers: int):
     elif name == "npz":
         train, test, classes = read_npz(place)
     else:
-        train, test, classes = read_folder(place, image_size, workers)
+        train, test, classes = read_folder(place, image_size, workers, val_split, seed)
     if image_size and (image_size, image_size) != train.images.shape[1:3]:
         train, test = (Split(resize(part.images, image_size), part.labels)
                        for part in (train, test))
@@ -243,16 +245,42 @@ def printable(names) -> list[str]:
 
 
 def test_part(place: Path, *first: str) -> str:
-    """Return "test" or "val", whichever `place` holds as a folder or RecordIO, by preference."""
-    found = [part for part in first for end in ("", ".rec", ".idx")
-             if (place / f"{part}{end}").exists()]
-    return found[0] if found else first[-1]
+    """Return the part of `first` that `place` holds as a folder or RecordIO, or ""."""
+    return next((part for part in first for end in ("", ".rec", ".idx")
+                 if (place / f"{part}{end}").exists()), "")
 
 
-def read_folder(place: Path, image_size: int | None, workers: int):
-    """train/<class>/* and test/<class>/* (or val/<class>/*)."""
-    train = list_classes(place / "train")
-    test = list_classes(place / test_part(place, "test", "val"), list(train))
+def split_classes(place: Path, share: float, seed: int) -> tuple[dict, dict]:
+    """Return class folders of place/train (or of `place`), as training and as test images.
+
+    A seeded `share` of each class is for testing: at least one image, but never all of them.
+    Raises DataError where there are test images already.
+    """
+    part = test_part(place, "test", "val")
+    if part:
+        raise DataError(f"{place / part}: there are test images, which --val_split would replace")
+    generator = torch.Generator().manual_seed(distributed.seed_of(seed, "val_split"))
+    train, test = {}, {}
+    for name, files in list_classes(place / "train" if (place / "train").is_dir() else place
+                                    ).items():
+        count = min(max(1, round(share * len(files))), len(files) - 1)
+        chosen = set(torch.randperm(len(files), generator=generator)[:count].tolist())
+        test[name] = [file for i, file in enumerate(files) if i in chosen]
+        train[name] = [file for i, file in enumerate(files) if i not in chosen]
+    if not any(test.values()):
+        raise DataError(f"{place}: no class has two images to split")
+    return train, test
+
+
+def read_folder(place: Path, image_size: int | None, workers: int, val_split=None, seed=0):
+    """train/<class>/* and test/<class>/* (or val/<class>/*); val_split: see `split_classes`."""
+    if val_split:
+        train, test = split_classes(place, val_split, seed)
+    else:
+        train, part = list_classes(place / "train"), test_part(place, "test", "val")
+        if not part:
+            raise DataError(f"{place} holds neither test/ nor val/; {SPLIT}")
+        test = list_classes(place / part, list(train))
     splits = []
     for classes in (train, test):
         splits.append(decode_files(numbered(classes), image_size, workers))

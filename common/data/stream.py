@@ -43,14 +43,14 @@ class Stream:
     def __init__(self, data, recipe: Recipe, *, image_size: int, batch_size: int, device,
                  train: bool, seed: int = 0, rank: int = 0, world: int = 1, workers: int = 4,
                  drop_last: bool = False, channels_last: bool = False):
-        recipe.check("a streamed set", crop=("resized", "random"), transform_first=(False,),
-                     resize=(None, "shorter", "square"), test_crop=("centre", "whole"),
-                     interpolation=tuple(FILTERS))
+        recipe.check("a streamed set", crop=("resized", "random", "centre"),
+                     transform_first=(False,), resize=(None, "shorter", "square"),
+                     test_crop=("centre", "whole"), interpolation=tuple(FILTERS))
         self.data, self.recipe, self.size = data, recipe, image_size
         self.device, self.batch_size = torch.device(device), batch_size // world
         self.seed, self.rank, self.world, self.workers = seed, rank, world, workers
         self.train, self.channels_last, self.count = train, channels_last, len(data)
-        self.resize = recipe.resize or ("shorter" if recipe.crop == "random" else None)
+        self.resize = recipe.resize or ("shorter" if recipe.crop != "resized" else None)
         if self.count < world:
             raise DataError(f"{data.path}: {self.count} images are too few for {world} processes")
         begin, end = self.count * rank // world, self.count * (rank + 1) // world
@@ -108,8 +108,9 @@ class Stream:
             return label, decode(encoded)
 
     def resize_shorter(self) -> int:
-        """Length of the shorter side before the central crop of the evaluation."""
-        return round(self.size * 256 / 224)
+        """Return the length of the shorter side before a crop: of a centre's in training, size."""
+        whole = self.train and self.recipe.crop == "centre"
+        return self.size if whole else round(self.size * 256 / 224)
 
     def boxes(self) -> torch.Tensor | None:
         """True boxes (x1, y1, x2, y2) in pixels of this rank's images, (N, 4) float32 in order.
@@ -199,6 +200,7 @@ class DaliStream(Stream):
 
         return pipeline_def(graph)(
             batch_size=self.batch_size, num_threads=self.workers, prefetch_queue_depth=AHEAD,
+            exec_dynamic=True,                      # tensors own what they show
             device_id=(self.device.index or 0) if on_gpu else None,
             seed=self.number("pipeline", self.rank))
 
@@ -229,7 +231,7 @@ class DaliStream(Stream):
         if self.train and recipe.crop == "random":
             y, x = (fn.random.uniform(range=(0.0, 1.0)) for _ in range(2))
             images = fn.crop(images, crop=square, crop_pos_x=x, crop_pos_y=y)
-        elif self.train and self.resize:
+        elif self.train and self.resize and recipe.crop == "resized":
             images = fn.random_resized_crop(images, size=square, **area, **filters)
         if self.train and recipe.color_jitter:
             low, high = 1 - recipe.color_jitter, 1 + recipe.color_jitter
@@ -289,11 +291,13 @@ class Images(Dataset):
             return self.augment(self.cropped(image)), label
 
     def cropped(self, image):
-        """A random crop of an image, as a square of the wished size."""
+        """Return the training crop of an image, a square of the recipe's size."""
         if self.stream.resize == "square":
             image = self.resize(image, (self.stream.resize_shorter(),) * 2)
         elif self.stream.resize:
             image = self.resize(image, self.shorter(image))
+        if self.recipe.crop == "centre":
+            return self.centre(image)
         if self.recipe.crop == "random":
             left, top = (int(torch.randint(side - self.size + 1, ())) for side in image.size)
             return image.crop((left, top, left + self.size, top + self.size))
@@ -304,7 +308,10 @@ class Images(Dataset):
         """The square that evaluation sees of an image."""
         if self.recipe.test_crop == "whole":
             return self.resize(image, (self.size, self.size))
-        image = self.resize(image, self.shorter(image))
+        return self.centre(self.resize(image, self.shorter(image)))
+
+    def centre(self, image):
+        """Return the central square of an image."""
         left, top = ((side - self.size + 1) // 2 for side in image.size)   # rounded as DALI does
         return image.crop((left, top, left + self.size, top + self.size))
 
