@@ -15,11 +15,11 @@ import argparse
 import csv
 import json
 import statistics
-import sys
 from pathlib import Path
 
-from common import plots
+from common import plots, runtime
 from common.corruptions import kind
+from common.distributed import warn
 from common.errors import RunError
 from common.flags import positive
 from common.run import NOT_TRAINING
@@ -73,11 +73,6 @@ class Run:
                                    if name not in IGNORED)
 
 
-def warn(line: str):
-    """Print a warning on stderr."""
-    print(f"warning: {line}", file=sys.stderr)
-
-
 def table(path: Path) -> list[dict]:
     """Return the rows of a CSV file, by column."""
     with open(path) as file:
@@ -86,13 +81,12 @@ def table(path: Path) -> list[dict]:
 
 def find(folders: list[str], last: int) -> list[list[Run]]:
     """Return runs in groups that differ in nothing but the seed, in the order of `folders`."""
-    found = {}
+    found, groups = {}, {}
     for folder in map(Path, folders):
         files = sorted(folder.glob("args.json")) or sorted(folder.rglob("args.json"))
         if not files:
             raise RunError(f"{folder}: no run (a folder with args.json) there")
         found |= {file.resolve(): file.parent for file in files}
-    groups = {}
     for run in (Run(folder, last) for folder in found.values()):
         groups.setdefault(run.key(), []).append(run)
     return list(groups.values())
@@ -161,12 +155,11 @@ def text(rows: list[dict], markdown: bool) -> str:
 def write_csv(path: Path, rows: list[dict]):
     """Write the table's numbers, unrounded, with a column of the spread beside each."""
     names = columns(rows)
-    found = [",".join(["run", "seeds", *(f"{name},{name} spread" for name in names)])]
-    for row in rows:
-        numbers = [value for name in names for value in row.get(name, (None, None))]
-        found.append(",".join([f'"{row["run"]}"', str(row["seeds"]),
-                               *("" if value is None else f"{value:.6g}" for value in numbers)]))
-    plots.write_atomic(path, "\n".join(found) + "\n")
+    with plots.whole(path) as new, open(new, "w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["run", "seeds", *(x for name in names for x in (name, f"{name} spread"))])
+        table.writerows([row["run"], row["seeds"], *(x for name in names for x in
+                                                     row.get(name, (None, None)))] for row in rows)
 
 
 def draw(path: Path, groups: list[list[Run]], names: list[str]):
@@ -208,22 +201,19 @@ def main(argv=None):
     add("--markdown", action="store_true", help="print the table as Markdown")
     add("--picture", type=Path, default=Path("compare.png"), metavar="FILE.png")
     args = parser.parse_args(argv)
-    try:
-        groups = find(args.runs, args.last)
-        names = labels(groups)
-        rows = lines(groups, names)
-        print(text(rows, args.markdown))
-        for what in groups[0][0].facts:
-            found = {str(run.facts[what]) for group in groups for run in group}
-            if len(found) > 1:
-                warn(f"the runs differ in {what}: {'; '.join(sorted(found))}")
-        if args.csv:
-            write_csv(args.csv, rows)
-        draw(args.picture, groups, names)
-    except RunError as fault:
-        parser.exit(1, f"error: {fault}\n")
+    groups = find(args.runs, args.last)
+    names = labels(groups)
+    rows = lines(groups, names)
+    print(text(rows, args.markdown))
+    for what in groups[0][0].facts:
+        found = {str(run.facts[what]) for group in groups for run in group}
+        if len(found) > 1:
+            warn(f"the runs differ in {what}: {'; '.join(sorted(found))}")
+    if args.csv:
+        write_csv(args.csv, rows)
+    draw(args.picture, groups, names)
     print(f"picture: {args.picture}")
 
 
 if __name__ == "__main__":
-    main()
+    runtime.launch(main)

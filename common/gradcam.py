@@ -15,21 +15,17 @@ def find_layer(net: nn.Module, name: str) -> nn.Module:
     Raises RunError naming the last block when there is none, or for a transformer.
     """
     modules = dict(net.named_modules())
-    if name in modules:
-        return modules[name]
-    stages = next((part.stages if hasattr(part, "stages") else
-                   [part.layer1, part.layer2, part.layer3, part.layer4]
-                   for part in modules.values() if hasattr(part, "stages")
-                   or hasattr(part, "layer4")), None)
-    if not stages:
+    ours = re.sub(r"^layer(\d+)", lambda n: f"stages.{int(n[1]) - 1}", name)
+    for path, module in modules.items():
+        if path in (name, ours) or path.endswith((f".{name}", f".{ours}")):
+            return module
+    blocks = [path for path in modules if re.search(r"(stages\.|layer)\d+\.\d+$", path)]
+    if not blocks:
         raise RunError(f"--target_layer {name} is for networks with stages of blocks, not for "
                        f"{type(net).__name__}; its modules: {', '.join([*modules][-4:])}")
-    found = re.fullmatch(r"layer(\d+)\.(\d+)", name)
-    stage, block = map(int, found.groups()) if found else (0, 0)
-    if not 1 <= stage <= len(stages) or block >= len(stages[stage - 1]):
-        raise RunError(f"--target_layer {name}: no such block; the network's last one is "
-                       f"layer{len(stages)}.{len(stages[-1]) - 1}")
-    return stages[stage - 1][block]
+    stage, block = re.findall(r"\d+", blocks[-1])[-2:]
+    raise RunError(f"--target_layer {name}: no such block; the network's last one is "
+                   f"layer{int(stage) + ('stages' in blocks[-1])}.{block}")
 
 
 @torch.no_grad()

@@ -13,6 +13,8 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
+from common.mixing import send
+
 WARPS = ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate")
 BLENDS = ("Brightness", "Color", "Contrast", "Sharpness")
 OPERATIONS = ("Identity", *WARPS, *BLENDS, "Posterize", "Solarize", "AutoContrast", "Equalize")
@@ -87,14 +89,9 @@ def apply_operations(images: Tensor, tables: list[tuple[Operation, ...]], chosen
         sort = sorted(range(len(table)), key=lambda k, table=table: ORDER.index(table[k].name))
         codes, order = torch.tensor(sort).argsort()[codes[position]].sort()
         counts = torch.bincount(codes, minlength=len(table))
-        images = _apply(images[_send(order, images)], [table[k] for k in sort], counts)
+        images = _apply(images[send(order, images.device)], [table[k] for k in sort], counts)
         position = position[order]
-    return images[_send(position.argsort(), images)]
-
-
-def _send(values, images):
-    """Copy a small CPU tensor to the images' device without synchronisation."""
-    return values.to(images.device, non_blocking=True)
+    return images[send(position.argsort(), images.device)]
 
 
 def _apply(images, table, counts):
@@ -108,8 +105,8 @@ def _apply(images, table, counts):
         part[:, None, None, None] for part in values.repeat_interleave(counts).split(groups))
     same, warped, blended, posterized, solarized, stretched, equalized = images.split(groups)
     warps = [k for k, op in enumerate(table) if op.name in WARPS]
-    masks = _send((256 - 2 ** (8 - bits)).to(torch.uint8), images)
-    bright = (solarized >= _send(255 * thresholds.float(), images)).to(torch.uint8)
+    masks = send((256 - 2 ** (8 - bits)).to(torch.uint8), images.device)
+    bright = (solarized >= send(255 * thresholds.float(), images.device)).to(torch.uint8)
     return torch.cat([
         same, _warp(warped, tuple(table[k] for k in warps), counts[warps]),
         _blend(blended, changes, sizes[6:10]), posterized & masks,
@@ -119,7 +116,7 @@ def _apply(images, table, counts):
 def _warp(images, warps, counts):
     """Shear, translate and rotate by a table of source pixels."""
     sources = _sources(*images.shape[2:], warps, images.device)
-    index = sources.repeat_interleave(_send(counts, images), 0, output_size=len(images))
+    index = sources.repeat_interleave(send(counts, images.device), 0, output_size=len(images))
     padded = F.pad(images.flatten(2), (1, 0))               # pixel 0: black
     return padded.gather(2, index[:, None].expand(-1, images.shape[1], -1)).view(images.shape)
 
@@ -146,7 +143,7 @@ def _blend(images, changes, counts):
     changes (B, 1, 1, 1): factor - 1, float64 on the CPU; counts: images of each of the four.
     """
     factors = 1 + changes
-    factor, rest = _send(torch.stack([factors, 1 - factors]).float(), images)
+    factor, rest = send(torch.stack([factors, 1 - factors]).float(), images.device)
     pixels = images.float()
     bright, coloured, contrasted, sharp = pixels.split(counts)
     grey = TF.rgb_to_grayscale(torch.cat([coloured, contrasted])).floor_()

@@ -9,6 +9,7 @@ from PIL import Image
 
 import compare
 from common.data import sources
+from common.errors import RunError
 
 CONDITIONS = {"clean": 60, "visible 82 %": 50, "visible 47 %": 30, "fgsm 4/255": 20,
               "fgsm 8/255": 10, "fog 1": 40, "fog 2": 20}
@@ -70,9 +71,8 @@ def test_what_is_no_run_or_differs_is_said(tmp_path, capsys, monkeypatch):
     assert "sage: vanilla" in said.out and "sage: sage" in said.out
     (tmp_path / "a" / "log.csv").write_text("epoch\n0\n")
     for place, words in ((tmp_path / "a", "a: no run, or a damaged one"), (tmp_path / "no", "no")):
-        with pytest.raises(SystemExit, match="1"):
+        with pytest.raises(RunError, match=words):
             compare.main([str(place)])
-        assert words in capsys.readouterr().err
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """The evaluation that all programs share: counts, calibration, occlusion, FGSM, corruptions."""
 import csv
+import importlib
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -243,19 +244,29 @@ def test_the_last_feature_map_is_found(name):
     assert maps.shape == (2, size, size) and 0 < maps.max() <= 1 and logits.shape == (2, 5)
 
 
-@pytest.mark.parametrize("program", ["sage", "safuse", "samix", "resizemix", "soft_aug"])
-def test_every_program_draws_grad_cam_and_refuses_two_pictures(program, tmp_path, capsys):
-    import importlib
+@pytest.mark.parametrize("program, data", [
+    *((name, "digits") for name in ("sage", "safuse", "samix", "resizemix", "soft_aug")),
+    ("safuse", "s20"), ("samix", "s20")])
+def test_every_program_evaluates_all_conditions_and_draws_grad_cam(program, data, tmp_path, capsys,
+                                                                   request):
     main = importlib.import_module(f"{program}.main").main
-    words = ("--dataset digits --image_size 16 --labels_per_class 12 --batch_size 30 --device cpu "
-             f"--initial_channels 16 --seed 0 --root_dir {tmp_path} --arch "
+    words = ("--labels_per_class 12 --batch_size 30 --device cpu --initial_channels 16 --seed 0 "
+             f"--max_steps 1 --root_dir {tmp_path} --arch "
              + ("preactresnet18" if program == "sage" else "resnet18")).split()
-    main([*words, "--max_steps", "1"])
+    words += ["--dataset", "digits", "--image_size", "16"] if data == "digits" else \
+        ["--dataset", "npz", "--data_dir", str(request.getfixturevalue("s20"))]
+    main(words)
     main([*words, "--cam", str(tmp_path / "cam.png")])
     assert f"Grad-CAM: {tmp_path / 'cam.png'}" in capsys.readouterr().out
     with Image.open(tmp_path / "cam.png") as picture:
         assert picture.width > 800
     assert not list(tmp_path.rglob("best_evaluation.csv"))
+    main([*words, "--evaluate"])
+    written, = tmp_path.rglob("best_evaluation.csv")
+    rows = rows_of(written)
+    assert [name.split()[0] for name in rows] == ["clean"] + ["visible"] * 7 + ["fgsm"] * 2
+    assert {row["count"] for row in rows.values()} == {30}
+    assert all(np.isfinite([*row.values()]).all() for row in rows.values())
     with pytest.raises(SystemExit, match="2"):
         main([*words, "--cam", "a.png", "--preview", "b.png"])
     assert "--cam and --preview: choose one" in capsys.readouterr().err

@@ -77,7 +77,8 @@ def test_every_row_trains_and_closes(tmp_path, method, capsys, trained):
     assert re.search(r"[\d,]{6,} parameters; 4 steps of 30 .* [\d.]+ M multiply-adds", printed)
     assert folder.name == f"digits_wrn16_8_{method}_seed0_mine"
     assert {f.name for f in folder.iterdir()} == {
-        "args.json", "log.csv", "curves.png", "mixed.png", "checkpoint.pt", "best.pt", ".lock"}
+        "args.json", "log.csv", "curves.png", "mixed.png", "evaluation.csv", "evaluation.png",
+        "checkpoint.pt", "best.pt", ".lock"}
     assert json.loads((folder / "args.json").read_text())["multiply_adds"] > 1e5
     torch.manual_seed(0)
     start = resizemix.models.build("wrn16_8", 10, 16, initial_channels=4).fc.weight
