@@ -165,8 +165,7 @@ def write_csv(path: Path, rows: list[dict]):
 def draw(path: Path, groups: list[list[Run]], names: list[str]):
     """Draw test accuracy over epochs and visible fraction; a band is the seeds' range."""
     from matplotlib import colormaps
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(13, max(4.2, 0.22 * len(names) + 1)), layout="constrained")
+    figure = plots.new_figure(figsize=(13, max(4.2, 0.22 * len(names) + 1)))
     left, right = figure.subplots(1, 2)
     for n, (group, name) in enumerate(zip(groups, names, strict=True)):
         colour = colormaps["turbo"]((n + 0.5) / len(groups))

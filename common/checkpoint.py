@@ -66,9 +66,33 @@ def load(path) -> dict:
     except Exception as fault:                              # torch raises nearly anything
         raise RunError(f"{path} is damaged or no checkpoint "
                        f"({(str(fault).splitlines() or ['empty'])[0][:80]})") from None
-    if not isinstance(state, dict) or "model" not in state or "identity" not in state:
-        raise RunError(f"{path} is not a checkpoint of this project")
+    check_state(state, path)
     return state
+
+
+def check_state(state, path):
+    """Raise RunError naming the first entry of a checkpoint that is missing or ill-typed.
+
+    Weights alone (best.pt) have no history; what goes on training has all entries.
+    """
+    def number(value):
+        return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+    if not isinstance(state, dict) or not {"model", "identity"} <= set(state):
+        raise RunError(f"{path} is not a checkpoint of this project")
+    right = {"model": lambda model: isinstance(model, dict) and all(
+                 isinstance(name, str) and torch.is_tensor(value) for name, value in model.items()),
+             "identity": lambda value: isinstance(value, dict), "epoch": number,
+             "args": lambda value: isinstance(value, dict)}
+    if "history" in state:
+        right |= {"step": number, "best": lambda value: isinstance(value, int | float),
+                  "sums": lambda value: value is None or isinstance(value, dict),
+                  "history": lambda rows: isinstance(rows, list) and all(
+                      isinstance(row, dict) and number(row.get("epoch")) for row in rows),
+                  "args": lambda value: isinstance(value, dict) and number(value.get("batch_size"))}
+    wrong = [name for name, check in right.items() if name not in state or not check(state[name])]
+    if wrong:
+        raise RunError(f"{path}: the checkpoint's {wrong[0]} is missing or not what it should be")
 
 
 def resume(wish: str, folder: Path) -> dict | None:

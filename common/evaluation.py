@@ -197,14 +197,13 @@ def report(net, test, args, info, run, checkpoint: Path | None = None):
 
 def draw(path: Path, title: str, results: dict):
     """Write a PNG of reliability, accuracy over visible fraction, and the other conditions."""
-    from matplotlib.figure import Figure
     bars, seen = {}, {100: results["clean"]["top1"]}
     for name, result in results.items():
         if name.startswith("visible"):
             seen[float(name.split()[1])] = result["top1"]
         else:                                       # of a corruption: the mean over severities
             bars.setdefault(corruptions.kind(name) or name, []).append(result["top1"])
-    figure = Figure(figsize=(13, 4 + 0.18 * max(0, len(bars) - 8)), layout="constrained")
+    figure = plots.new_figure(figsize=(13, 4 + 0.18 * max(0, len(bars) - 8)))
     left, middle, right = figure.subplots(1, 3)
     figure.suptitle(title, x=0.01, ha="left", fontsize=10, color=plots.INK)
 

@@ -5,7 +5,6 @@ import difflib
 import os
 import struct
 import sys
-from pathlib import Path
 
 from common.distributed import print_once
 
@@ -85,10 +84,18 @@ def path(text: str) -> str:
     return os.path.expanduser(text)
 
 
+def picture(text: str) -> str:
+    """argparse type: a file in a format that matplotlib writes, by its suffix."""
+    name = path(text)
+    if os.path.splitext(name)[1].lower() not in (".png", ".jpg", ".jpeg", ".pdf", ".svg", ".webp"):
+        raise argparse.ArgumentTypeError(f"'{text}' ends in none of .png .jpg .pdf .svg .webp")
+    return name
+
+
 def part_of_a_name(text: str) -> str:
     """argparse type: what is put into a folder's name."""
-    if "/" in text:
-        raise argparse.ArgumentTypeError(f"'{text}' is part of a name and holds no '/'")
+    if "/" in text or not text.isprintable():
+        raise argparse.ArgumentTypeError(f"{text!r} is part of a name: no '/', no line break")
     return text
 
 
@@ -115,7 +122,7 @@ class Picture(argparse.Action):
 
 def folder(text: str) -> str:
     """argparse type: a folder that is there."""
-    if not Path(path(text)).is_dir():
+    if not os.path.isdir(path(text)):                       # False, too, for a name too long
         raise argparse.ArgumentTypeError(f"'{text}' is no folder")
     return path(text)
 
@@ -176,11 +183,11 @@ def add_flags(parser, datasets, archs, names: dict, **defaults):
     either = group.add_mutually_exclusive_group().add_argument
     either("--evaluate", nargs="?", const="auto", type=path, metavar="CHECKPOINT",
            help="evaluate and exit: this file, or --resume's, or the run's best.pt")
-    either("--preview", type=path, metavar="FILE.png", action=Picture,
+    either("--preview", type=picture, metavar="FILE.png", action=Picture,
            help="draw a mixed batch with its label shares (by --resume's network), and exit")
     add("--corruptions", metavar="DIR", type=folder, help="CIFAR-10-C, CIFAR-100-C or "
         "Tiny-ImageNet-C: evaluate on these too, with --evaluate or after training")
-    add("--cam", type=path, metavar="FILE.png", action=Picture,
+    add("--cam", type=picture, metavar="FILE.png", action=Picture,
         help="draw what --target_layer looks at (Grad-CAM) in test images, and exit")
     add("--target_layer", metavar="layerN.M", help="--cam: block M of stage N, or a module's name "
         "(default: the last with a feature map)")

@@ -15,11 +15,14 @@ INK, GRID, MUTED = "#3d3d3a", "#e4e3de", "#75746e"
 
 @contextlib.contextmanager
 def whole(path: Path):
-    """Where to write a file that is whole at every moment: it gets its name at the end.
+    """Yield a temporary path; rename it to `path` on success.
 
-    Raises RunError naming the file that could not be written.
+    Raises RunError naming the file that could not be written, or `path` where it is a folder, a
+    device or anything else but a regular file.
     """
     path = Path(path)
+    if path.exists() and not path.is_file():
+        raise RunError(f"{path} is no regular file: it stays as it is")
     new = path.with_name(f".{path.name}.new")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -36,16 +39,23 @@ def write_atomic(path: Path, text: str):
         new.write_text(text)
 
 
+def new_figure(**options):
+    """Return an empty matplotlib Figure in whose texts a $ is a $."""
+    import matplotlib
+    from matplotlib.figure import Figure
+    matplotlib.rcParams["text.parse_math"] = False
+    return Figure(layout="constrained", **options)
+
+
 def save_figure(figure, path: Path):
-    """Writes a matplotlib Figure as a PNG that is whole at every moment."""
+    """Write a figure atomically, in the format that the suffix names."""
     with whole(path) as new:
-        figure.savefig(new, dpi=130, format="png")
+        figure.savefig(new, dpi=130, format=Path(path).suffix[1:].lower())
 
 
 def curves(path: Path, title: str, history: list[dict]) -> Path:
     """Draw loss and accuracy of training, validation and test over the epochs of `history`."""
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    figure = new_figure(figsize=(9, 3.4))
     axes = figure.subplots(1, 2)
     for axis, what, heading in (
             (axes[0], "loss", "loss (training: the method's own)"),
@@ -96,11 +106,9 @@ def grid(path, title: str, rows: dict, captions: list[str] | dict, side: float =
     captions: below the pictures of the last row, or name -> captions of that row; side: of a
     picture, in inches.
     """
-    from matplotlib.figure import Figure
     captions = captions if isinstance(captions, dict) else {list(rows)[-1]: captions}
     columns = min(len(pictures) for pictures in rows.values())
-    figure = Figure(figsize=(side * columns + 0.3, 1.06 * side * len(rows) + 0.75),
-                    layout="constrained")
+    figure = new_figure(figsize=(side * columns + 0.3, 1.06 * side * len(rows) + 0.75))
     axes = figure.subplots(len(rows), columns, squeeze=False)
     for line, (name, pictures) in zip(axes, rows.items(), strict=True):
         for axis, picture, number in zip(line, pictures, range(columns), strict=False):

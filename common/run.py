@@ -27,7 +27,8 @@ from common.distributed import log
 from common.errors import RunError
 from common.plots import write_atomic
 
-NOT_SAVED = "nothing was saved after the last good checkpoint; a lower learning rate may help"
+NOT_SAVED = ("nothing was saved after the last good checkpoint; mostly the learning rate is too "
+             "high, or the images are too small for the network")
 
 # Flags that a run may change when it goes on, without a word
 NOT_TRAINING = ("data_dir", "root_dir", "workers", "print_freq", "device", "resume", "evaluate",
@@ -175,10 +176,13 @@ class Run:
 
     def restore(self, state: dict):
         """Takes over a checkpoint. Raises RunError for one that this run cannot go on from."""
-        checkpoint.check_identity(state, self.identity)
         if "history" not in state:
             raise RunError(f"{self.args.resume} holds weights alone, to evaluate; go on from the "
                            f"run's {checkpoint.NEWEST}")
+        seed = state["args"].get("seed")
+        if seed != self.args.seed:
+            raise RunError(f"{self.args.resume} is of a run with --seed {seed}: go on with that")
+        checkpoint.check_identity(state, self.identity)
         before = state["args"]["batch_size"]
         if state["step"] and before != self.args.batch_size:
             raise RunError(f"the checkpoint stands inside an epoch of --batch_size {before}; go on "
@@ -211,6 +215,9 @@ class Run:
 
     def steps(self, loader):
         """(step, batch) of the epoch from where the run stands, behind a progress bar."""
+        if self.step > len(loader):
+            raise RunError(f"the checkpoint stands at step {self.step} of an epoch of "
+                           f"{len(loader)} steps: it is not of this run")
         loader.set_epoch(self.epoch, self.step)
         bar = tqdm(loader, total=len(loader), initial=self.step, desc=f"epoch {self.epoch}",
                    leave=False, disable=distributed.rank() != 0,

@@ -9,10 +9,9 @@ from soft_aug.softcrop import confidence
 
 def draw_softening(path: Path, args, num_classes: int) -> Path:
     """Write a PNG of the confidence in the label of a SoftCrop over its visible fraction."""
-    from matplotlib.figure import Figure
     visible = torch.linspace(0, 1, 101)
     sure = confidence(visible, num_classes, power=args.pcrop, max_p=args.max_p)
-    figure = Figure(figsize=(4.8, 4.0), layout="constrained")
+    figure = plots.new_figure(figsize=(4.8, 4.0))
     axes = figure.subplots()
     axes.plot(visible, sure, color=plots.BLUE, linewidth=2, label=f"k = {args.pcrop:g}")
     axes.axhline(1 / num_classes, color=plots.MUTED, linewidth=1, linestyle="--", label="chance")

@@ -20,7 +20,39 @@ INFO = SimpleNamespace(name="set", num_classes=2, fingerprint="0")
 
 def state(value):
     return {"model": {"w": torch.full((1000,), float(value))}, "identity": {"arch": "a"},
-            "epoch": value}
+            "epoch": value, "args": {}}
+
+
+@pytest.mark.parametrize("harm", [
+    {"epoch": -5}, {"epoch": 1.5}, {"epoch": None}, {"model": [1]}, {"model": {"w": "x"}},
+    {"identity": 3}, {"args": None}, {"step": -1}, {"history": "x"}, {"history": [3]},
+    {"sums": 7}, {"best": "x"}, {"args": {}}], ids=repr)
+def test_entries_that_are_missing_or_ill_typed_are_named(tmp_path, harm):
+    whole = state(1) | {"step": 0, "history": [], "best": 1.0, "sums": None,
+                        "args": {"batch_size": 4}}
+    checkpoint.save(tmp_path, whole)
+    checkpoint.load(tmp_path / "checkpoint.pt")
+    name, = harm
+    for broken in (whole | harm, {key: value for key, value in whole.items() if key != name}):
+        if broken is not whole and name == "history" and "history" not in broken:
+            continue                                        # weights alone: best.pt
+        checkpoint.save(tmp_path, broken)
+        with pytest.raises(RunError, match=f"{name}|not a checkpoint of this project"):
+            checkpoint.load(tmp_path / "checkpoint.pt")
+
+
+def test_pictures_replace_regular_files_alone(tmp_path):
+    figure = plots.new_figure()
+    figure.suptitle("classes $a_b and x$^{")                # no mathematics
+    plots.save_figure(figure, tmp_path / "a.png")
+    plots.save_figure(figure, tmp_path / "a.png")
+    (tmp_path / "folder.png").mkdir()
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "link.png").symlink_to("/dev/zero")
+    for name in ("folder.png", "pipe.png", "link.png"):
+        with pytest.raises(RunError, match=f"{name} is no regular file"):
+            plots.save_figure(figure, tmp_path / name)
+        assert not (tmp_path / name).is_file()
 
 
 def test_save_keeps_the_one_before(tmp_path):

@@ -32,6 +32,15 @@ def test_booleans_keep_the_papers_forms():
         parser.parse_args(["--log_off", "maybe"])
 
 
+@pytest.mark.parametrize("text, allowed", [("a.png", True), ("b/a.PDF", True), ("a", False),
+                                           ("/dev/null", False), ("a.xyz", False), (".", False)])
+def test_pictures_have_a_format(text, allowed):
+    if allowed:
+        return flags.picture(text)
+    with pytest.raises(argparse.ArgumentTypeError, match="ends in none of"):
+        flags.picture(text)
+
+
 @pytest.mark.parametrize("fault, code, line", [
     (DataError("a.npz: damaged"), 1, "error: a.npz: damaged"),
     (OSError(28, "No space left on device", "x/log.csv"), 1, "x/log.csv: No space left"),

@@ -22,7 +22,7 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from common import mixing
-from common.plots import INK, save_figure
+from common.plots import INK, new_figure, save_figure
 from resizemix.mixing import resize_mix
 from safuse import superpixels
 from safuse.mixing import attentive_mask, draw_chosen, paste, superpixel_mix
@@ -135,8 +135,7 @@ def caption(target, names) -> str:
 
 def draw(path, images, names, results):
     """Write six columns by two rows: the two photographs, then one mixture a method."""
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(8.8, 4.2), layout="constrained")      # 880 pixels in the README
+    figure = new_figure(figsize=(8.8, 4.2))      # 880 pixels in the README
     axes = figure.subplots(2, 6).flatten()
     shown = (images * 0.25 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
     pair = torch.cat([shown[FIRST], shown[PERM[FIRST]]], 1)
