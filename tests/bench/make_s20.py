@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 
-from common.data import sets
+from common.data import sources
 from common.errors import RunError
 
 CLASSES = ("apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus "
@@ -27,7 +27,7 @@ DIGEST = "be83ed2d9236c773b73d7133298e2262"             # of the arrays, one aft
 
 def make(cifar: str) -> dict[str, np.ndarray]:
     """The arrays of S20. Raises RunError when an image is missing or differs."""
-    train, test, _ = sets.read("cifar100", cifar, None, 4)
+    train, test, _ = sources.read("cifar100", Path(cifar), None, 4)
     images = [*train.images, *test.images]
     places = {hashlib.blake2b(image, digest_size=8).digest(): n for n, image in enumerate(images)}
     wanted = [n.tobytes() for n in np.load(Path(__file__).with_name("s20.npy"))]
