@@ -62,6 +62,16 @@ def about(info, net, train, args) -> str:
             f"{args.batch_size} images an epoch, {args.epochs} epochs")
 
 
+def lock(path: Path, mode: str):
+    """Return the file opened and locked; BlockingIOError if another process holds it."""
+    file = open(path, mode)
+    if fcntl:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        held = weakref.ref(file)                                # workers may outlive us
+        os.register_at_fork(after_in_child=lambda: held() and held().close())
+    return file
+
+
 class Run:
     """One run: its folder, its history, and the place it has come to (epoch, step).
 
@@ -157,11 +167,7 @@ class Run:
         """Makes the run's folder and holds it until the process ends."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if fcntl:
-                self.lock = open(self.folder / ".lock", "w")
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                lock = weakref.ref(self.lock)                   # workers may outlive us
-                os.register_at_fork(after_in_child=lambda: lock() and lock().close())
+            self.lock = lock(self.folder / ".lock", "w")
         except BlockingIOError:
             raise RunError(f"{self.folder}: another run is writing there; choose another "
                            "--root_dir or wait for its end") from None

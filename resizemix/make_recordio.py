@@ -8,10 +8,9 @@ The folder holds one folder per class; labels number the classes in alphabetical
 PREFIX_classes.txt names them. The images are shuffled once (seeded), because readers stream the
 file in order and shuffle a window only. Files that are no readable image are left out and listed
 in PREFIX_unreadable.txt. A run that was stopped, even killed, goes on where it was when the same
-command is given again; until the end the file is called PREFIX.rec.part, the index is made last.
+command is given again; the index is made last, and no program reads PREFIX.rec without it.
 """
 import argparse
-import fcntl
 import hashlib
 import io
 import itertools
@@ -19,6 +18,7 @@ import json
 import os
 import re
 import signal
+import struct
 import sys
 from pathlib import Path
 
@@ -33,16 +33,17 @@ from tqdm import tqdm
 
 from common import flags, runtime
 from common.data import recordio
-from common.data.images import decode, reason
+from common.data.images import decode, read_text, reason
 from common.data.sources import list_classes
 from common.errors import DataError, Stopped
 from common.plots import write_atomic
+from common.run import lock
 
-KEPT = {"JPEG", "PNG"}                  # formats whose bytes are stored as they are
+STORED = {"JPEG", "PNG"}                # formats whose bytes are stored as they are
 
 
 def parse_args(argv=None):
-    """The flags; usage errors end the program with exit code 2."""
+    """Return the flags; usage errors exit with code 2."""
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("images", type=Path, help="folder with one folder per class")
@@ -50,8 +51,8 @@ def parse_args(argv=None):
     parser.add_argument("--resize", type=flags.positive, metavar="N",
                         help="make the shorter side N pixels where it is longer")
     parser.add_argument("--quality", type=int, choices=range(1, 101), metavar="1..100",
-                        help="encode every image as JPEG of this quality (default: keep the "
-                             "files' bytes, and 95 where an image has to be encoded anew)")
+                        help="encode every image as JPEG of this quality (default: the files' "
+                             "own bytes, and 95 where an image has to be encoded anew)")
     parser.add_argument("--classes", type=Path, metavar="FILE",
                         help="class names by label, one a line (default: the folders' names)")
     parser.add_argument("--shuffle", type=flags.boolean, default=True, metavar="BOOL",
@@ -69,28 +70,24 @@ def parse_args(argv=None):
 
 
 def printable(text: str) -> str:
-    """`text` with line breaks and whatever else cannot be printed written as escapes."""
+    """Return `text` with what cannot be printed, line breaks too, as escapes."""
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 def list_images(args) -> tuple[list[tuple[str, int]], list[str]]:
-    """(path below the folder, label) of all images in writing order, and the class names."""
+    """Return (path below the folder, label) of all images in writing order, and the classes."""
     folders = list_classes(args.images, allow_empty=True)
-    try:
-        classes = args.classes.read_text("utf-8").splitlines() if args.classes else list(folders)
-    except UnicodeDecodeError:
-        raise DataError(f"{args.classes} is no text in UTF-8") from None
-    classes = [name for name in classes if name]
-    unknown = [name for name in folders if name not in classes]
-    odd = [name for name in classes if name.splitlines() != [name]
-           or name.encode(errors="replace").decode() != name]
-    twice = [one for one, other in itertools.pairwise(sorted(classes)) if one == other]
-    if unknown:
-        raise DataError(f"{args.images / unknown[0]}: no such class in {args.classes}")
-    if odd or twice:
-        raise DataError(f"{args.classes or args.images}: the class {printable((odd + twice)[0])} "
-                        + ("has a name that cannot be listed" if odd else "is there twice"))
+    listed = read_text(args.classes).splitlines() if args.classes else folders
+    classes = [name for name in listed if name]
     labels = {name: label for label, name in enumerate(classes)}
+    for name in folders:
+        if name not in labels:
+            raise DataError(f"{args.images / name}: no such class in {args.classes}")
+    for label, name in enumerate(classes):
+        odd = name.splitlines() != [name] or name.encode(errors="replace").decode() != name
+        if odd or labels[name] != label:
+            raise DataError(f"{args.classes or args.images}: the class {printable(name)} "
+                            + ("has a name that cannot be listed" if odd else "is there twice"))
     items = [(os.path.relpath(path, args.images), labels[name])
              for name, files in folders.items() for path in files]
     if args.shuffle:
@@ -102,24 +99,24 @@ def list_images(args) -> tuple[list[tuple[str, int]], list[str]]:
 class Encoder(Dataset):
     """Item i -> (record, '') or (b'', why it cannot be read). Runs in worker processes."""
 
-    def __init__(self, args, items):
+    def __init__(self, args, items, classes):
         self.folder, self.resize, self.quality = args.images, args.resize, args.quality
         self.items = items
-
-    def __len__(self):
-        return len(self.items)
+        what = json.dumps([str(args.images.resolve()), args.resize, args.quality, items, classes])
+        self.job = int.from_bytes(hashlib.blake2b(what.encode(), digest_size=8).digest(), "big")
 
     def __getitem__(self, i: int) -> tuple[bytes, str]:
         path, label = self.items[i]
         try:
-            return recordio.pack(label, i, self.encode((self.folder / path).read_bytes())), ""
+            encoded = self.encode((self.folder / path).read_bytes())
+            return recordio.pack(label, i, encoded, self.job), ""
         except Exception as fault:              # Pillow raises nearly anything for damaged files
             return b"", reason(fault)
 
     def encode(self, data: bytes) -> bytes:
         kind, image = Image.open(io.BytesIO(data)).format, decode(data)
         shrink = self.resize is not None and min(image.size) > self.resize
-        if kind in KEPT and not shrink and not self.quality:
+        if kind in STORED and not shrink and not self.quality:
             return data
         if shrink:
             factor = self.resize / min(image.size)
@@ -130,131 +127,94 @@ class Encoder(Dataset):
         return out.getvalue()
 
 
-class Files:
-    """The files of one output, and its index so far: (item, byte offset) of each record."""
+def begin(rec, job: int) -> list[tuple[int, int]]:
+    """Return (item, byte offset) of the whole records of an unfinished run; cut off the rest.
 
-    def __init__(self, args, items, classes):
-        self.items, self.index = items, []
-        self.rec, self.idx, self.part, self.bad, self.names, self.job = (
-            args.prefix.parent / (args.prefix.name + end) for end in
-            (".rec", ".idx", ".rec.part", "_unreadable.txt", "_classes.txt", ".job.part"))
-        self.names_text = "".join(name + "\n" for name in classes)
-        self.job_text = json.dumps({
-            "images": str(args.images.resolve()), "resize": args.resize, "quality": args.quality,
-            "list": hashlib.sha256(json.dumps([items, classes]).encode()).hexdigest()}).encode()
-
-    def begin(self) -> int:
-        """Number of items done by an earlier run of the same job; forgets those of others.
-
-        Raises DataError when the files are there already or another run is writing them.
-        """
-        self.rec.parent.mkdir(parents=True, exist_ok=True)
-        if not self.job.exists():
-            self.refuse()
-        self.lock = open(self.job, "ab+")       # never opened again: closing would free the lock
-        try:
-            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise DataError(f"{self.rec}: another run is writing it") from None
-        self.lock.seek(0)
-        same = self.lock.read() == self.job_text
-        if same and self.rec.exists() and not self.part.exists():
-            self.scan(self.rec)                 # killed while the files got their names
-            return len(self.items)
-        self.refuse()
-        if not same:
-            for path in (self.part, self.bad):
-                path.unlink(missing_ok=True)
-            self.lock.truncate(0)
-            self.lock.write(self.job_text)
-            self.lock.flush()
-        for path in (self.part, self.bad):
-            path.touch()
-        os.truncate(self.part, self.scan(self.part))
-        done = self.index[-1][0] + 1 if self.index else 0
-        bad = self.bad.read_bytes().splitlines(keepends=True)
-        bad = [line for line in itertools.takewhile(re.compile(rb"\d{1,18}\t.*\n").fullmatch, bad)
-               if int(line.split(b"\t")[0]) < done]
-        self.bad.write_bytes(b"".join(bad))
-        return done
-
-    def refuse(self):
-        """Raises DataError where a finished file would be overwritten."""
-        for path in (self.rec, self.idx):
-            if path.exists():
-                raise DataError(f"{path} is there already: remove it to write it anew")
-
-    def scan(self, path: Path) -> int:
-        """Indexes the whole records of a file; returns where the last of them ends."""
-        end, size = 0, path.stat().st_size
-        with path.open("rb") as file:
-            while True:
-                file.seek(end)
-                head = file.read(recordio.FRAME.size + recordio.HEADER.size)
-                if len(head) < recordio.FRAME.size + recordio.HEADER.size:
-                    return end
-                magic, length = recordio.FRAME.unpack_from(head)
-                after = end + recordio.FRAME.size + length + -length % 4
-                if magic != recordio.MAGIC or after > size:
-                    return end
-                self.index.append((recordio.HEADER.unpack_from(head, recordio.FRAME.size)[2], end))
-                end = after
-
-    def finish(self):
-        """Gives the finished files their names, the index last."""
-        self.names.write_text(self.names_text, "utf-8")
-        if self.part.exists():
-            with self.part.open("rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(self.part, self.rec)
-        write_atomic(self.idx, "".join(f"{item}\t{offset}\n" for item, offset in self.index))
-        if self.bad.exists() and not self.bad.stat().st_size:
-            self.bad.unlink()
-        self.job.unlink()
+    Raises DataError where the open file `rec` holds anything but records of this `job`.
+    """
+    index, end, size = [], 0, rec.seek(0, os.SEEK_END)
+    rec.seek(0)
+    foreign = not struct.pack("<I", recordio.MAGIC).startswith(rec.read(4))
+    while True:
+        rec.seek(end)
+        head = rec.read(recordio.FRAME.size + recordio.HEADER.size)
+        if len(head) < recordio.FRAME.size + recordio.HEADER.size:
+            break
+        magic, length = recordio.FRAME.unpack_from(head)
+        _, _, item, made_by = recordio.HEADER.unpack_from(head, recordio.FRAME.size)
+        after = end + recordio.FRAME.size + length + -length % 4
+        if magic != recordio.MAGIC or after > size:
+            break
+        foreign |= made_by != job
+        index.append((item, end))
+        end = after
+    if foreign:
+        raise DataError(f"{rec.name} is there already, of other images or flags: remove it to "
+                        "write it anew")
+    rec.truncate(end)
+    return index
 
 
-def write(files: Files, encoder: Encoder, number: int, workers: int):
-    """Appends the records of all items from `number` on, in order, whoever encodes them first."""
-    batches = DataLoader(encoder, sampler=range(number, len(encoder)), batch_size=16,
+def write(rec, bad_path: Path, encoder: Encoder, index: list, workers: int):
+    """Append the records of all items after those in `index`, in order, and complete `index`."""
+    done = index[-1][0] + 1 if index else 0
+    listed = bad_path.read_bytes().splitlines(keepends=True) if bad_path.exists() else []
+    listed = itertools.takewhile(re.compile(rb"\d{1,18}\t.*\n").fullmatch, listed)
+    listed = [line for line in listed if int(line.split(b"\t")[0]) < done]
+    if done:
+        print(f"going on after {done} of {len(encoder.items)} images")
+    batches = DataLoader(encoder, sampler=range(done, len(encoder.items)), batch_size=16,
                          num_workers=workers, collate_fn=list)
-    with (open(files.part, "ab") as rec, open(files.bad, "a", encoding="utf-8") as bad,
-          tqdm(total=len(encoder), initial=number, unit="img", smoothing=0.05) as progress):
+    with (open(bad_path, "wb") as bad,
+          tqdm(total=len(encoder.items), initial=done, unit="img", smoothing=0.05) as progress):
+        bad.writelines(listed)
         for batch in batches:
-            for record, fault in batch:
+            for item, (record, fault) in enumerate(batch, done):
                 if fault:
-                    name = printable(encoder.items[number][0])
-                    bad.write(f"{number}\t{name}\t{fault}\n")
+                    name = printable(encoder.items[item][0])
+                    bad.write(f"{item}\t{name}\t{fault}\n".encode())
                 else:
-                    files.index.append((number, rec.tell()))
+                    index.append((item, rec.seek(0, os.SEEK_END)))
                     rec.write(record)
-                number += 1
+            done += len(batch)
             bad.flush()                         # before the records behind them
             rec.flush()
             progress.update(len(batch))
+    os.fsync(rec.fileno())
+    if not bad_path.stat().st_size:
+        bad_path.unlink()
 
 
 def main(argv=None):
-    """Packs the images as the flags say."""
+    """Pack the images as the flags say."""
     args = parse_args(argv)
     items, classes = list_images(args)
-    files = Files(args, items, classes)
-    done = files.begin()
-    if done:
-        print(f"going on after {done} of {len(items)} images")
+    rec_path, idx, bad, names = (args.prefix.with_name(args.prefix.name + end) for end in
+                                 (".rec", ".idx", "_unreadable.txt", "_classes.txt"))
+    if idx.exists():
+        raise DataError(f"{idx} is there already: remove it to write it anew")
+    encoder = Encoder(args, items, classes)
+    args.prefix.parent.mkdir(parents=True, exist_ok=True)
     try:
-        if done < len(items):
-            write(files, Encoder(args, items), done, args.workers)
-    except KeyboardInterrupt:
-        raise Stopped("stopped; the same command goes on from here", 130) from None
-    written = len(files.index)
-    if not written:
+        rec = lock(rec_path, "ab+")
+    except BlockingIOError:
+        raise DataError(f"{rec_path}: another run is writing it") from None
+    with rec:
+        index = begin(rec, encoder.job)
+        try:
+            write(rec, bad, encoder, index, args.workers)
+        except KeyboardInterrupt:
+            raise Stopped("stopped; the same command goes on from here", 130) from None
+        size = rec.tell()
+    if not index:
+        rec_path.unlink()
         raise DataError(f"{args.images}: not one of {len(items)} files is a readable image; see "
-                        f"{files.bad}")
-    files.finish()
-    print(f"{files.rec}: {written} images of {len(classes)} classes, "
-          f"{files.rec.stat().st_size / 1e6:.1f} MB")
-    if written < len(items):
-        print(f"left out {len(items) - written} unreadable files, listed in {files.bad}")
+                        f"{bad}")
+    write_atomic(names, "".join(name + "\n" for name in classes))
+    write_atomic(idx, "".join(f"{item}\t{offset}\n" for item, offset in index))
+    print(f"{rec_path}: {len(index)} images of {len(classes)} classes, {size / 1e6:.1f} MB")
+    if len(index) < len(items):
+        print(f"left out {len(items) - len(index)} unreadable files, listed in {bad}")
 
 
 if __name__ == "__main__":

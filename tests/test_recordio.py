@@ -19,7 +19,6 @@ from common import runtime
 from common.data import recordio
 from common.data.recordio import RecordFile
 from common.errors import DataError
-from resizemix import make_recordio
 
 PROGRAM = ROOT / "resizemix" / "make_recordio.py"
 
@@ -213,7 +212,7 @@ def test_classes_of_another_split(photos, records, tmp_path):
     pack(tmp_path / "images", tmp_path / "val", "--classes", names)
     assert {label for _, label in contents(tmp_path / "val.rec")} == {1, 6}
     for text, message in ((names.read_bytes() + b"class 3\n", "the class class 3 is there twice"),
-                          (b"\xff\xfe\n", "classes.txt is no text in UTF-8")):
+                          (b"\xff\xfe\n", "classes.txt: damaged, or not a text in UTF-8")):
         (tmp_path / "classes.txt").write_bytes(text)
         with pytest.raises(DataError, match=message):
             pack(tmp_path / "images", tmp_path / "o", "--classes", tmp_path / "classes.txt")
@@ -234,14 +233,14 @@ def test_bad_input_gets_one_line(photos, records, tmp_path, capsys):
     for message, *command in (
             ("holds no class folders with images", tmp_path / "empty", tmp_path / "out"),
             ("not one of 1 files is a readable image", tmp_path / "bad", tmp_path / "bad" / "o"),
-            ("train.rec is there already", photos, records.with_suffix("")),
+            ("train.idx is there already", photos, records.with_suffix("")),
             ("lone.rec is there already", photos, tmp_path / "lone"),
             ("lone2.idx is there already", photos, tmp_path / "lone2"),
             (r"a class\\nb has a name that cannot be listed", tmp_path / "line", tmp_path / "o")):
         with pytest.raises(DataError, match=message):
             pack(*command)
     assert (tmp_path / "lone.rec").read_bytes() == b"precious"
-    assert not list(tmp_path.glob("lone*.part"))
+    assert not (tmp_path / "lone.idx").exists()
     for message, *command in (
             ("nowhere is no folder", tmp_path / "nowhere", tmp_path / "out"),
             ("invalid choice: 0", photos, tmp_path / "out", "--quality", "0"),
@@ -271,7 +270,7 @@ def test_killed_run_goes_on(photos, tmp_path, capsys):
     many(photos, tmp_path / "images", 30)
     command = [sys.executable, PROGRAM, tmp_path / "images",
                tmp_path / "out" / "train", "--workers", "2", "--resize", "30"]
-    part = tmp_path / "out" / "train.rec.part"
+    part = tmp_path / "out" / "train.rec"
     rng, kills, seen = random.Random(0), 0, 0
     while kills < 2:
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
@@ -292,7 +291,7 @@ def test_killed_run_goes_on(photos, tmp_path, capsys):
             file.write([recordio.pack(0, 0, b"x" * 500)[:rng.randrange(500)], bytes(99)][kills - 1])
         with open(tmp_path / "out" / "train_unreadable.txt", "ab") as file:
             file.write([b"hal", b"\xff\xfe\n5\t5\n"][kills - 1])
-    assert kills and not (tmp_path / "out" / "train.rec").exists()
+    assert kills and not (tmp_path / "out" / "train.idx").exists()
     pack(tmp_path / "images", tmp_path / "out" / "train", "--resize", "30")
     assert "going on after" in capsys.readouterr().out
     pack(tmp_path / "images", tmp_path / "whole" / "train", "--resize", "30")
@@ -305,47 +304,13 @@ def test_killed_run_goes_on(photos, tmp_path, capsys):
     assert sorted(os.listdir(tmp_path / "out")) == sorted(os.listdir(tmp_path / "whole"))
 
 
-def test_other_settings_start_anew(photos, tmp_path, capsys):
+def test_an_unfinished_file_of_other_flags_is_refused(photos, tmp_path, capsys):
     pack(photos, tmp_path / "train")
-    # As if that run had been killed just before its end:
-    (tmp_path / "train.rec").rename(tmp_path / "train.rec.part")
-    (tmp_path / "train.idx").unlink()
-    (tmp_path / "train.job.part").write_bytes(b'{"images": "elsewhere \xff"}')
-    pack(photos, tmp_path / "train", "--quality", "50")
-    assert "going on" not in capsys.readouterr().out
-    assert len(contents(tmp_path / "train.rec")) == 40
-    assert not pictures(photos).keys() & dict(contents(tmp_path / "train.rec")).keys()
-
-
-@pytest.mark.parametrize("renamed", [[".rec"], [".rec", ".idx"]])
-def test_killed_while_the_files_got_their_names(photos, tmp_path, renamed, monkeypatch, capsys):
-    """The next run gives the rest their names; nothing is encoded again."""
-    pack(photos, tmp_path / "whole" / "train")
-    replace, finish = os.replace, make_recordio.Files.finish
-
-    def replace_some(source, target):
-        if target.suffix not in renamed:
-            raise KeyboardInterrupt
-        replace(source, target)
-
-    def killed(*_):
-        raise KeyboardInterrupt
-
-    def finish_in_part(files):
-        with monkeypatch.context() as patch:
-            patch.setattr(os, "replace", replace_some)
-            patch.setattr(type(tmp_path), "unlink", killed)
-            finish(files)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(make_recordio.Files, "finish", finish_in_part)
-        with pytest.raises(KeyboardInterrupt):
-            pack(photos, tmp_path / "out" / "train")
-    assert (tmp_path / "out" / "train.job.part").exists()
-    monkeypatch.setattr(recordio, "pack", None)
-    pack(photos, tmp_path / "out" / "train")
-    assert "train.rec: 40 images of 8 classes" in capsys.readouterr().out
-    assert sorted(os.listdir(tmp_path / "out")) == sorted(os.listdir(tmp_path / "whole"))
-    for name in ("train.rec", "train.idx", "train_classes.txt"):
-        one, other = ((tmp_path / place / name).read_bytes() for place in ("out", "whole"))
-        assert one == other, name
+    (tmp_path / "train.idx").unlink()           # as if that run had been killed just before its end
+    with pytest.raises(DataError, match=r"train\.rec is there already, of other images or flags"):
+        pack(photos, tmp_path / "train", "--quality", "50")
+    whole = (tmp_path / "train.rec").read_bytes()
+    pack(photos, tmp_path / "train")
+    assert "going on after 40 of 40" in capsys.readouterr().out
+    assert (tmp_path / "train.rec").read_bytes() == whole and len(contents(
+        tmp_path / "train.rec")) == 40

@@ -21,15 +21,16 @@ FRAME, HEADER = struct.Struct("<II"), struct.Struct("<IfQQ")
 UNNAMED = 1000                          # classes of a file without names: ImageNet's
 
 
-def pack(label: float, key: int, image: bytes) -> bytes:
+def pack(label: float, key: int, image: bytes, job: int = 0) -> bytes:
     """Return one record: the encoded image with its label, ready to be appended to a .rec file.
 
-    Raises ValueError when the image is too long for the format (512 MB).
+    job: a number in id2, which readers pass over. Raises ValueError for an image too long for the
+    format (512 MB).
     """
     length = HEADER.size + len(image)
     if length >= 1 << 29:
         raise ValueError(f"{len(image)} bytes are too many for a record")
-    return b"".join((FRAME.pack(MAGIC, length), HEADER.pack(0, label, key, 0), image,
+    return b"".join((FRAME.pack(MAGIC, length), HEADER.pack(0, label, key, job), image,
                      bytes(-length % 4)))
 
 
