@@ -91,7 +91,7 @@ def _parse(room: str, words: str, options: dict):
 
 
 class _Draws:
-    """Returns a generator: one for each rank, and for each worker of a DataLoader and epoch."""
+    """Called, returns a generator: one for each rank, and each DataLoader worker and epoch."""
 
     def __init__(self, seed: int | None):
         self.seed = int(torch.randint(2**62, ())) if seed is None else seed
@@ -112,24 +112,21 @@ class _Activations(nn.Module):
     def __init__(self, net):
         super().__init__()
         self.net = net
-        self.head = [part for part in net.modules() if isinstance(part, nn.Linear)][-1:]
 
     def activation_maps(self, images):
-        maps = []
+        heads, maps = [part for part in self.net.modules() if isinstance(part, nn.Linear)], []
 
         def note(part, args, out):
-            if isinstance(out, torch.Tensor) and out.ndim == 4 and out[0, 0].numel() > 1:
+            if isinstance(out, torch.Tensor) and out.ndim == 4 and out[0, 0].numel() > 1 \
+                    and heads and out.shape[1] == heads[-1].in_features:
                 maps.append(out)
 
         with nn.modules.module.register_module_forward_hook(note):
             logits = self.net(images)
-        width = self.head[0].in_features if self.head else None
-        maps = [out for out in maps if out.shape[1] == width]
         if not maps:
             raise ValueError("occamix needs a network that ends in a Linear layer and whose last "
-                             "feature map (B, C, h, w) has as many channels as this has inputs, "
-                             f"{width}")
-        return logits, _ours("safuse.network").activation_maps(maps[-1], self.head[0].weight)
+                             "feature map (B, C, h, w) has as many channels as this has inputs")
+        return logits, _ours("safuse.network").activation_maps(maps[-1], heads[-1].weight)
 
 
 @contextlib.contextmanager
@@ -153,11 +150,10 @@ class Mixer:
     method: input (Mixup), cutmix, cutout, saliencymix, puzzle, comix, sage, resizemix, softcrop,
     superpixels, occamix. images (B, 3, H, W), normalised by `mean` and `std`; labels: class indices
     (B,), or (not of softcrop) probabilities (B, num_classes); model: for puzzle, comix, sage and
-    occamix; its statistics, gradients and mode stay as they are. seed: of the draws (None: from
-    torch's generator); ranks, DataLoader workers and epochs draw differently. A call's `generator`
-    takes its place; one that is seeded once and copied into workers repeats itself each epoch.
-    prob: of mixing a batch. options: the program's flags by their names, e.g. rand_pos=0.1.
-    Raises ValueError for a method or an option that is not there.
+    occamix; its statistics, gradients and mode stay. seed: of the draws (None: a random one); each
+    rank, DataLoader worker and epoch draws its own. A call's `generator` is used instead; seeded
+    once and copied into workers, it repeats itself each epoch. prob: of mixing a batch. options:
+    the program's flags, e.g. rand_pos=0.1. Raises ValueError for what is not there.
     """
 
     def __init__(self, method: str, num_classes: int, *, mean=(0.485, 0.456, 0.406),
