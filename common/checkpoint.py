@@ -95,25 +95,24 @@ def check_state(state, path):
         raise RunError(f"{path}: the checkpoint's {wrong[0]} is missing or not what it should be")
 
 
-def resume(wish: str, folder: Path) -> dict | None:
-    """The state to go on from under --resume; None for a fresh start.
+def resume(source: str, folder: Path) -> dict | None:
+    """Return the state to go on from, None for a fresh start.
 
-    `wish` is '' (fresh: RunError if the folder holds a checkpoint, nothing is overwritten),
-    'auto' (the folder's newest good checkpoint, if any) or a path, of this folder unless that
-    holds no run yet. A damaged file is named together with the good one before it; 'auto' takes
-    that one by itself, and the damaged one is put aside.
+    source '': start fresh (RunError if the folder holds a run). 'auto': newest valid checkpoint of
+    the folder, if any; a damaged newer one is named and put aside. A path: that file (RunError if
+    the folder holds another run).
     """
     newest, previous = folder / NEWEST, folder / PREVIOUS
     if newest.exists() or previous.exists():
-        if not wish:
+        if not source:
             raise RunError(f"{folder} already holds a run: go on with --resume auto, "
                            "or choose another --root_dir")
-        if wish != "auto" and Path(wish).resolve().parent != folder.resolve():
-            raise RunError(f"--resume {wish}: {folder} already holds another run, which would be "
+        if source != "auto" and Path(source).resolve().parent != folder.resolve():
+            raise RunError(f"--resume {source}: {folder} already holds another run, which would be "
                            "overwritten; choose another --root_dir")
-    if not wish:
+    if not source:
         return None
-    if wish == "auto":
+    if source == "auto":
         if not newest.exists() and not previous.exists():
             return None
         try:
@@ -127,10 +126,10 @@ def resume(wish: str, folder: Path) -> dict | None:
             warn(f"{fault}; going on from {previous}")
             return state
     try:
-        return load(wish)
+        return load(source)
     except RunError as fault:
-        before = Path(wish).with_name(PREVIOUS)
-        if before.is_file() and before != Path(wish):
+        before = Path(source).with_name(PREVIOUS)
+        if before.is_file() and before != Path(source):
             raise RunError(f"{fault}; the good one before it: --resume {before}") from None
         raise
 

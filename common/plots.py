@@ -59,7 +59,7 @@ def curves(path: Path, title: str, history: list[dict]) -> Path:
     axes = figure.subplots(1, 2)
     for axis, what, heading in (
             (axes[0], "loss", "loss (training: the method's own)"),
-            (axes[1], "accuracy", "accuracy, % (training: as it learns)")):
+            (axes[1], "accuracy", "accuracy, % (training: on mixed images)")):
         for part, colour in (("train", ORANGE), ("valid", GREEN), ("test", BLUE)):
             name = f"{part}_{what}"
             points = [(row["epoch"], row[name]) for row in history if name in row]

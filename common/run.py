@@ -18,8 +18,10 @@ try:
 except ImportError:                     # Windows: folders are not locked
     fcntl = None
 
+import numpy as np
 import torch
 import torchvision
+from PIL import Image
 from tqdm import tqdm
 
 from common import checkpoint, distributed, plots, runtime
@@ -52,14 +54,15 @@ def commit() -> str:
 
 
 def parameters(net) -> int:
-    """Number of the parameters that learn."""
+    """Return the number of parameters that learn."""
     return sum(p.numel() for p in net.parameters() if p.requires_grad)
 
 
 def about(info, net, train, args) -> str:
-    """What a run begins with: the data set, the network, and how long it will train."""
-    return (f"{info}\nnetwork: {args.arch}, {parameters(net):,} parameters; {len(train)} steps of "
-            f"{args.batch_size} images an epoch, {args.epochs} epochs")
+    """Return what a run begins with: the data set, the network, and how long it will train."""
+    trial = f"TRIAL of {args.max_steps} steps\n" if args.max_steps else ""
+    return (f"{trial}{info}\nnetwork: {args.arch}, {parameters(net):,} parameters; {len(train)} "
+            f"steps of {args.batch_size} images an epoch, {args.epochs} epochs")
 
 
 def lock(path: Path, mode: str):
@@ -92,20 +95,20 @@ class Run:
         self.keeps_files = not getattr(args, "log_off", False)
         self.writes = self.keeps_files and distributed.rank() == 0
         self.history, self.best, self.epoch, self.step, self.sums = [], -1.0, 0, 0, None
-        self.events, self.steps_left = None, args.max_steps
+        self.events, self.steps_left, self.begun = None, args.max_steps, (0.0, 0)
 
     # ---- beginning
 
     def load_weights(self) -> Path | None:
-        """Loads what --evaluate asks for (its own path, --resume's, best.pt), or --preview
-        (--resume's); returns the file, None for a fresh network."""
-        wish, path = self.args.evaluate, self.args.resume
-        if wish and wish != "auto":
-            path = wish
+        """Load the weights that --evaluate names (else --resume's, else best.pt), or, for a
+        preview, --resume's. Returns the file, None for a fresh network."""
+        evaluate, path = self.args.evaluate, self.args.resume
+        if evaluate and evaluate != "auto":
+            path = evaluate
         elif path == "auto":
             newest = self.folder / checkpoint.NEWEST
             path = newest if newest.exists() else ""
-        if not path and wish:
+        if not path and evaluate:
             path = self.folder / checkpoint.BEST
         if not path:
             return None
@@ -116,16 +119,16 @@ class Run:
         return Path(path)
 
     def start(self, start_epoch: int | None = None, **facts):
-        """Takes the folder, goes on as --resume says, writes args.json with `facts`.
+        """Take the folder, resume as --resume says, write args.json with `facts`.
 
         start_epoch: where to begin, whatever the checkpoint says. Raises RunError when the folder
         is not writable, held by another run, or already holds one that --resume does not name.
         """
         if self.writes:
             self.take_folder()
-        wish, state = self.args.resume, None
-        if wish or self.keeps_files:
-            state = checkpoint.resume(wish, self.folder)
+        state = None
+        if self.args.resume or self.keeps_files:
+            state = checkpoint.resume(self.args.resume, self.folder)
         if state:
             self.restore(state)
             log(f"resumed at epoch {self.epoch}, step {self.step}")
@@ -143,7 +146,7 @@ class Run:
         if start_epoch is not None:
             self.epoch, self.step, self.sums = start_epoch, 0, None
             self.history = [row for row in self.history if row["epoch"] < start_epoch]
-        self.stop = runtime.StopSignal()
+        self.stop, self.begun = runtime.StopSignal(), (time.perf_counter(), self.epoch)
         if self.keeps_files:
             runtime.traceback_folder = self.folder
         if not self.writes:
@@ -181,7 +184,7 @@ class Run:
             "threads": torch.get_num_threads() if self.device.type == "cpu" else None}
 
     def restore(self, state: dict):
-        """Takes over a checkpoint. Raises RunError for one that this run cannot go on from."""
+        """Restore a checkpoint. Raises RunError for one that this run cannot go on from."""
         if "history" not in state:
             raise RunError(f"{self.args.resume} holds weights alone, to evaluate; go on from the "
                            f"run's {checkpoint.NEWEST}")
@@ -199,10 +202,8 @@ class Run:
             setattr(self, name, state[name])
 
     def load_part(self, name: str, state: dict):
-        """Gives one part its state; an optimizer keeps the settings that this run's flags gave it
-        (but for the learning rate, which the loop sets).
-
-        Raises RunError when it is of another shape.
+        """Load one part's state; an optimizer keeps the settings of this run's flags (but for the
+        learning rate, which the loop sets). Raises RunError when it is of another shape.
         """
         part = self.parts[name]
         settings = [{key: value for key, value in group.items() if key not in ("params", "lr")}
@@ -220,13 +221,14 @@ class Run:
     # ---- inside an epoch
 
     def steps(self, loader):
-        """(step, batch) of the epoch from where the run stands, behind a progress bar."""
+        """Yield (step, batch) of the epoch from where the run stands, behind a progress bar."""
         if self.step > len(loader):
             raise RunError(f"the checkpoint stands at step {self.step} of an epoch of "
                            f"{len(loader)} steps: it is not of this run")
         loader.set_epoch(self.epoch, self.step)
-        bar = tqdm(loader, total=len(loader), initial=self.step, desc=f"epoch {self.epoch}",
-                   leave=False, disable=distributed.rank() != 0,
+        bar = tqdm(loader, total=len(loader), initial=self.step,
+                   desc=f"epoch {self.epoch + 1}/{self.args.epochs}", leave=False,
+                   postfix=self.left(self.epoch), disable=distributed.rank() != 0,
                    mininterval=0.2 if sys.stderr.isatty() else 60)
         self.epoch_steps, self.started, self.first = len(loader), time.perf_counter(), self.step
         try:
@@ -235,16 +237,16 @@ class Run:
             bar.close()
 
     def ends(self, step: int, sums, print_every: int = 100) -> bool:
-        """To ask after each step: whether --max_steps ends the epoch here.
+        """Return, after each step, whether --max_steps ends the epoch here.
 
-        Every `print_every` steps the losses are looked at (RunError names the first that is not a
-        number) and the last is printed. After SIGTERM or Ctrl-C saves and leaves the program.
+        Every `print_every` steps checks the losses (RunError names the first that is not a number)
+        and prints the last. After SIGTERM or Ctrl-C saves and ends the program.
         """
         self.step = step + 1
         if self.step % print_every == 0:
             sums.check(self.epoch)
-            log(f"epoch {self.epoch} step {self.step}/{self.epoch_steps} "
-                        f"loss {sums.losses[step]:.5f}")
+            log(f"epoch {self.epoch + 1} step {self.step}/{self.epoch_steps} "
+                f"loss {sums.losses[step]:.5f}")
         if self.stop.arrived(step, last=self.step == self.epoch_steps):
             sums.check(self.epoch)
             self.save(sums.state())
@@ -255,7 +257,7 @@ class Run:
         return self.steps_left == 0
 
     def check_weights(self):
-        """Raises RunError when the network no longer consists of finite numbers."""
+        """Raise RunError when a weight of the network is not a finite number."""
         values = {name: value.isfinite().all()
                   for name, value in self.parts["model"].state_dict().items()
                   if value.is_floating_point()}
@@ -266,7 +268,7 @@ class Run:
                            f"after step {self.step}; {NOT_SAVED}")
 
     def save(self, sums=None):
-        """Writes checkpoint.pt: all that the rest of the run depends on."""
+        """Write checkpoint.pt: all that the rest of the run depends on."""
         self.check_weights()
         if self.writes:
             checkpoint.save(self.folder, {
@@ -277,18 +279,18 @@ class Run:
     # ---- the end of an epoch
 
     def clock(self) -> dict:
-        """Seconds since the epoch began here, and images per second over all processes."""
+        """Return seconds since the epoch began here, and images per second of all processes."""
         seconds = time.perf_counter() - self.started
         images = (self.step - self.first) * self.args.batch_size
         return {"seconds": seconds, "images_per_second": images / seconds}
 
     def end_epoch(self, row: dict, accuracy: float | None, sums):
-        """Logs the epoch's row, keeps best.pt if `accuracy` (None: not measured) is the best yet,
-        moves on to the next epoch unless this one was cut short, and saves.
+        """Log the epoch's row, save best.pt if `accuracy` (None: not measured) is the best yet, go
+        on to the next epoch unless this one was cut short, and save.
 
-        A trial's accuracy is of a few images: it never counts as the best yet, and its last epoch
-        is evaluated again when the run goes on. Raises RunError,
-        and keeps the checkpoint before, when something in `row` or a weight is not finite.
+        A trial's accuracy, of a few images, is never the best; its last epoch is evaluated again on
+        resuming. Raises RunError, and leaves the checkpoint before, when something in `row` or a
+        weight is not finite.
         """
         bad = [name for name, value in row.items() if not math.isfinite(value)]
         if bad:
@@ -297,7 +299,7 @@ class Run:
         self.check_weights()
         row = {"epoch": self.epoch} | row
         self.history.append(row)
-        log(", ".join(f"{name} {value:.4g}" for name, value in row.items()))
+        log(self.line(row))
         self.write_log(row)
         trial = self.args.max_steps is not None
         if accuracy is not None and (self.best < 0 if trial else accuracy > self.best):
@@ -315,13 +317,32 @@ class Run:
             self.epoch, self.step, self.sums = self.epoch + 1, 0, None
             self.save()
 
+    def line(self, row: dict) -> str:
+        """Return an epoch's line of the log: loss, accuracies, seconds, time left."""
+        digits = len(str(self.args.epochs))
+        best = {"best": max(self.column("test_accuracy"), default=0)}
+        parts = [f"{label} {(row | best)[name]:{form}}" for label, name, form in (
+            ("loss", "train_loss", ".4f"), ("train", "train_accuracy", "6.2f"),
+            ("k-NN", "knn_accuracy", "6.2f"), ("test", "test_accuracy", "6.2f"),
+            ("best", "best" if best["best"] else "", "6.2f")) if name in row | best]
+        return "  ".join([f"epoch {self.epoch + 1:{digits}}/{self.args.epochs}", *parts,
+                          f"{row['seconds']:.0f} s", self.left(self.epoch + 1)]).rstrip()
+
+    def left(self, done: int) -> str:
+        """Return the time that the rest of the run will take, '' where it is not known yet."""
+        start, first = self.begun
+        if done <= first:
+            return ""
+        seconds = (time.perf_counter() - start) / (done - first) * (self.args.epochs - done)
+        return f"{tqdm.format_interval(seconds)} left"
+
     @property
     def over(self) -> bool:
         """Whether all epochs, or all steps of a trial, are done."""
         return self.epoch >= self.args.epochs or self.steps_left == 0
 
     def write_log(self, row: dict):
-        """Rewrites log.csv from the history and sends the new row to TensorBoard."""
+        """Rewrite log.csv from the history and send the new row to TensorBoard."""
         if not self.writes:
             return
         columns = list(dict.fromkeys(name for row in self.history for name in row))
@@ -339,11 +360,11 @@ class Run:
     # ---- the end
 
     def column(self, name: str) -> list[float]:
-        """All values of one column, epoch by epoch, rows without it left out."""
+        """Return the values of one column, rows without it left out."""
         return [row[name] for row in self.history if name in row]
 
     def report(self) -> str:
-        """The closing line: median of the last ten epochs' test accuracy, and the spread."""
+        """Return the closing line: median of the last ten epochs' test accuracy, and spread."""
         values = self.column("test_accuracy")
         if not values:
             return "no epoch was left to train"
@@ -351,18 +372,24 @@ class Run:
         last = values[-10:]
         median = statistics.median(last)
         spread = max(max(last) - median, median - min(last))
-        return (f"test accuracy, median of the last {len(last)} epochs: {median:.2f} % "
+        trial = "TRIAL, on a few images: " if self.args.max_steps else ""
+        return (f"{trial}test accuracy, median of the last {len(last)} epochs: {median:.2f} % "
                 f"(± {spread:.2f}); best {max(values):.2f} %; last {values[-1]:.2f} %; "
                 f"{seconds:.1f} s of training an epoch")
 
     def finish(self, title: str, draw=None, *what):
-        """Says how it ended, draws curves.png, and mixed.png by draw(path, *what)."""
+        """Log the result, draw curves.png, and mixed.png by draw(path, *what)."""
         log(self.report())
         if self.writes:
             drawn = plots.curves(self.folder / "curves.png", title, self.history)
             log(f"curves: {drawn}")
             if draw:
-                log(f"mixed images: {draw(self.folder / 'mixed.png', *what)}")
+                picture = draw(self.folder / "mixed.png", *what)
+                log(f"mixed images: {picture}")
+                if self.events:
+                    pixels = np.asarray(Image.open(picture).convert("RGB"))
+                    self.events.add_image("mixed images", pixels, dataformats="HWC")
+                    self.events.flush()
             log(f"checkpoints: {self.folder}")
 
 

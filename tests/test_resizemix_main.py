@@ -524,7 +524,7 @@ def test_script_two_ranks_one_killed_and_resumed(photos, tmp_path, capsys):
         run = subprocess.Popen([*words, "--epochs", "500"], stdout=subprocess.PIPE, stderr=errors,
                                **options)
         for text in run.stdout:
-            if text.startswith("epoch 0, lr"):
+            if text.startswith("epoch   1/500  loss"):
                 break
         ranks = children(run.pid)
         os.kill(ranks[1], signal.SIGKILL)
