@@ -2,7 +2,9 @@
 import io
 import os
 import pickle
+import re
 import shutil
+import zipfile
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,6 +20,7 @@ from common.data import images as image_files
 from common.data.memory import MemoryBatches, draw_boxes, resize_boxes
 from common.data.recipe import STATISTICS, to_uint8
 from common.errors import DataError, RunError
+from resizemix import main as resizemix
 
 CPU = torch.device("cpu")
 HALF = SimpleNamespace(mean=(0.5,) * 3, std=(0.25,) * 3)
@@ -125,8 +128,8 @@ def test_cifar_in_its_three_forms(tmp_path, monkeypatch):
                              "labels": answers.tolist()})])
     name, md5 = write("batches.meta", {"label_names": classes})
     monkeypatch.setattr(source, "meta", source.meta | {"filename": name, "md5": md5})
-    archive = load("cifar10", tmp_path / "archive")[0]
-    assert torch.equal(train_images(archive), train_images(reference))
+    for place in (tmp_path / "archive", base):
+        assert torch.equal(train_images(load("cifar10", place)[0]), train_images(reference))
     (base / "data_batch_1").write_bytes(b"cos\nsystem\n(S'echo harm'\ntR.")      # never unpickled
     with pytest.raises(DataError, match="data_batch_1"):
         load("cifar10", tmp_path / "archive")
@@ -156,6 +159,13 @@ def test_tiny_imagenet_layouts(tmp_path, sorted_val):
     assert info.classes == ["goldfish", "bullfrog"] and info.image_size == 64
     images, labels = next(iter(test))
     assert torch.equal((images.mean((1, 2, 3)) > 0).long(), labels)        # dark are 0, bright 1
+    if sorted_val:                          # by hand: the notes stay, and perhaps a folder
+        (root / "val" / "val_annotations.txt").write_text("gone.JPEG\tn01\t0\t0\t62\t62\n")
+        (root / "val" / "images").mkdir()
+        assert load("tiny-imagenet-200", tmp_path)[2].num_test == 4
+        shutil.copy(root / "val" / "n01" / "images" / "v00.JPEG", root / "val" / "images")
+        with pytest.raises(DataError, match="val/images: a class that the training images lack"):
+            load("tiny-imagenet-200", tmp_path)
 
 
 def test_images_of_other_sizes_are_resized(tmp_path):
@@ -253,6 +263,18 @@ def test_subsets_are_balanced_and_seeded(tmp_path):
     validation = {image.numpy().tobytes() for image in info.valid.windows[:, 0, 0]}
     training = {image.numpy().tobytes() for image in train.windows[:, 2, 2]}
     assert len(validation) == 8 and not validation & training
+
+
+def test_more_is_asked_for_than_there_is(tmp_path, capsys):
+    place = save_npz(tmp_path / "a.npz")
+    train = load("npz", place, labels_per_class=20, batch_size=100, drop_last=True)[0]
+    assert [len(labels) for _, labels in train] == [48]
+    said = capsys.readouterr().err
+    assert "--labels_per_class 20: class 0 has only 12 images" in said
+    assert "--batch_size 100 is above the 48 training images" in said
+    resizemix.main(["--dataset", "npz", "--data_dir", str(place), "--preview",
+                    str(tmp_path / "mixed.png"), "--initial_channels", "4", "--device", "cpu"])
+    assert (tmp_path / "mixed.png").stat().st_size > 9999
 
 
 @pytest.mark.parametrize("first", [False, True])
@@ -488,7 +510,7 @@ def test_faults_of_npz_are_one_line(tmp_path, capsys):
     for name, content in (("random", os.urandom(999)), ("array", encoded(
             Image.new("L", (9, 9)), "PNG"))):
         (tmp_path / f"{name}.npz").write_bytes(content)
-        with pytest.raises(DataError, match="damaged, or not an .npz file"):
+        with pytest.raises(DataError, match="damaged, or not an .npz file of the arrays"):
             load("npz", tmp_path / f"{name}.npz")
     for match, changes in (("uint8", {"train_images": np.uint8(3)}),
                            ("uint8", {"train_images": np.zeros((48, 0, 32, 3), np.uint8)}),
@@ -499,5 +521,22 @@ def test_faults_of_npz_are_one_line(tmp_path, capsys):
     assert load("npz", save_npz(tmp_path / "k.npz", train_labels=column))[2].num_train == 48
     load("npz", save_npz(tmp_path / "one.npz", train_labels=np.repeat([1, 2, 3, 3], 12)))
     assert "class 0 has no training image" in capsys.readouterr().err
+    whole, patched = save_npz(tmp_path / "whole.npz").read_bytes(), tmp_path / "patched.npz"
+    for field, value, match in ((0, 1, "encrypted"), (2, 99, "compression")):
+        changed = bytearray(whole)          # zip's flags and method, in each head
+        for head, at in ((b"PK\3\4", 6), (b"PK\1\2", 8)):
+            for found in re.finditer(head, whole):
+                changed[found.start() + at + field] = value
+        patched.write_bytes(changed)
+        with pytest.raises(DataError, match=f"patched.npz: damaged, or not .*{match}"):
+            load("npz", patched)
+    with zipfile.ZipFile(patched, "w") as file:
+        for name in sources.ARRAYS:
+            file.writestr(f"{name}.npy", b"\x93NUMPY\1\0\x20\0{'descr': 7" + bytes(99))
+    np.save(tmp_path / "single.npy", np.zeros((4, 8, 8, 3), np.uint8))
+    (tmp_path / "single.npy").rename(tmp_path / "single.npz")
+    for name, of in (("patched", "of arrays that fit"), ("single", "of the arrays")):
+        with pytest.raises(DataError, match=f"{name}.npz: damaged, or not an .npz file {of}"):
+            load("npz", tmp_path / f"{name}.npz")
     with pytest.raises(DataError, match="~no-such-user"):
         load("npz", "~no-such-user/x.npz")

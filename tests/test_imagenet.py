@@ -1,6 +1,7 @@
 """Streaming loaders on a small ImageNet-like set of real photographs, as folders and RecordIO."""
 import gc
 import importlib.util
+import io
 import shutil
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 from PIL import Image
 
 from common import data
-from common.data import Recipe, lists
+from common.data import Recipe, lists, recordio
 from common.data.recordio import RecordFile
 from common.data.stream import DaliStream, TorchStream
 from common.errors import DataError, RunError
@@ -500,6 +501,30 @@ def test_damaged_record_is_named(damaged, loader, train, damage):
         file.write(bytes(400 if damage == "image" else 8))
     with pytest.raises(DataError, match=rf"train\.rec: record 20 \(byte {offset}\)"):
         list(stream(damaged / "records", loader, train=train, batch_size=4))
+
+
+@LOADERS
+@pytest.mark.parametrize("labels, image, message", [
+    ((2.0, 7.0), True, ""), ((0.5,), True, "has the label 0.5, but there are 1000 classes"),
+    ((None,) * 99, True, "ends before the 99 labels"), ((3.0, 1.0), False, "a readable image"),
+    ((1e9,), True, r"has the label 1e\+09"), ((float("nan"),), True, "has the label nan")])
+def test_records_of_other_makers(tmp_path, loader, labels, image, message):
+    """Several labels (the first counts), labels of no class, a flag without labels, no image."""
+    file = io.BytesIO()
+    photographs()[0].resize((40, 30)).save(file, "JPEG")
+    given = [label for label in labels if label is not None]
+    body = recordio.HEADER.pack(len(labels), 0, 0, 0) + np.float32(given).tobytes() \
+        + file.getvalue()[:image * (10**9 if given else 50)]
+    (tmp_path / "train.rec").write_bytes(
+        recordio.FRAME.pack(recordio.MAGIC, len(body)) + body + bytes(-len(body) % 4))
+    (tmp_path / "train.idx").write_text("0\t0\n")
+    batches = stream(tmp_path, loader, batch_size=1)
+    if not message:
+        assert next(iter(batches))[1].tolist() == [2]
+        (tmp_path / "train.idx").write_text("0\t0\n1\t99999\n")
+        batches, message = None, "lies beyond the end"
+    with pytest.raises(DataError, match=rf"train\.rec: record \d .*{message}"):
+        list(batches or stream(tmp_path, loader, batch_size=1))
 
 
 @LOADERS

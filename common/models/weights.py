@@ -1,4 +1,5 @@
 """Weights from elsewhere: torchvision's for ImageNet, or a file's. No code in a file can run."""
+import argparse
 import hashlib
 import re
 from pathlib import Path
@@ -47,7 +48,8 @@ def read(path: Path) -> dict[str, torch.Tensor]:
     torch.compile).
     """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):    # of many trainers
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise DataError(f"{path}: no such file of weights") from None
     except Exception as fault:                              # torch raises nearly anything
