@@ -33,8 +33,8 @@ from tqdm import tqdm
 
 from common import flags, runtime
 from common.data import recordio
+from common.data.folders import list_classes
 from common.data.images import decode, read_text, reason
-from common.data.sources import list_classes
 from common.errors import DataError, Stopped
 from common.plots import write_atomic
 from common.run import lock

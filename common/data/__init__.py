@@ -1,7 +1,7 @@
 """`load` gives a main.py its training and test batches.
 
-recipe.py says how images are augmented, sources.py and lists.py what lies on disk, images.py what
-an image file means; memory.py and stream.py make the batches.
+recipe.py says how images are augmented, sources.py, folders.py and lists.py what lies on
+disk, images.py what an image file means; memory.py and stream.py make the batches.
 """
 import dataclasses
 import hashlib

@@ -2,9 +2,16 @@
 import os
 from pathlib import Path
 
+from common.data.folders import (
+    SPLIT,
+    list_classes,
+    numbered,
+    printable,
+    split_classes,
+    test_part,
+)
 from common.data.images import read_file, reading, table
 from common.data.recordio import RecordFile
-from common.data.sources import SPLIT, list_classes, numbered, printable, split_classes, test_part
 from common.errors import DataError
 
 

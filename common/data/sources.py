@@ -4,9 +4,7 @@ Sets in memory are read as uint8 arrays (`Split`); streamed sets as lists of fil
 RecordIO.
 """
 import hashlib
-import os
 import zipfile
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +16,15 @@ from torchvision.transforms import functional as TF
 from tqdm import tqdm
 
 from common import distributed
-from common.data.images import SUFFIXES, decode, read_file, read_text, reading, table
+from common.data.folders import (
+    SPLIT,
+    list_classes,
+    numbered,
+    printable,
+    split_classes,
+    test_part,
+)
+from common.data.images import decode, read_file, read_text, reading, table
 from common.distributed import log, warn
 from common.errors import DataError
 
@@ -27,7 +33,6 @@ STREAMED = ("imagenet", "cub200", "stanford_dogs")
 NAMES = (*IN_MEMORY, *STREAMED)
 CIFAR = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}
 UNNAMED = 1000                          # labels up to here need no names
-SPLIT = "--val_split 0.2 tests on a fifth of the training images"
 ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 
 
@@ -177,100 +182,6 @@ def read_npz(file: Path):
 
 
 # -------------------------------------------------------------------------------- image folders
-
-def images_below(folder: str, skipped: Counter, above=()) -> list[str]:
-    """Return the image files below a folder, sorted; linked folders too, but not in a circle.
-
-    Hidden files and folders and macOS's __MACOSX are no images; other files that are none, by
-    their suffix or as no regular file (a broken link, a FIFO), are counted in `skipped`.
-    """
-    found, here = [], os.path.realpath(folder)
-    with os.scandir(folder) as entries:
-        for entry in sorted(entries, key=lambda entry: entry.name):
-            suffix = os.path.splitext(entry.name)[1].lower()
-            if is_hidden(entry.name):
-                continue
-            if entry.is_dir():
-                if os.path.realpath(entry.path) not in (here, *above):
-                    found += images_below(entry.path, skipped, (here, *above))
-            elif suffix in SUFFIXES and entry.is_file():
-                found.append(entry.path)
-            else:
-                skipped[suffix or entry.name] += 1
-    return found
-
-
-def is_hidden(name: str) -> bool:
-    """Return whether a file or folder is none of the data: .name, macOS's __MACOSX."""
-    return name[0] == "." or name == "__MACOSX"
-
-
-def list_classes(folder: Path, names: list[str] | None = None, allow_empty: bool = False
-                 ) -> dict[str, list[str]]:
-    """Return the image files of each class folder of `folder`, sorted by name.
-
-    names: the classes there are (those of training images): a folder of another name is an error
-    unless it is empty, and a class without a folder is none. allow_empty: classes may be empty.
-    """
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder")
-    skipped = Counter()
-    with reading(folder, "a readable folder"):
-        classes = {sub.name: images_below(str(sub), skipped) for sub in sorted(folder.iterdir())
-                   if sub.is_dir() and not is_hidden(sub.name)}
-    if skipped:
-        warn(f"{folder}: {skipped.total()} files are no images and left out ("
-             + ", ".join(f"{n} {suffix}" for suffix, n in skipped.most_common(5)) + ")")
-    if not any(classes.values()):
-        raise DataError(f"{folder}: holds no class folders with images")
-    if names is not None:
-        odd = [name for name, files in classes.items() if files and name not in names]
-        if odd:
-            raise DataError(f"{folder / odd[0]}: a class that the training images lack")
-        return {name: classes.get(name, []) for name in names}
-    empty = [name for name, files in classes.items() if not files]
-    if empty and not allow_empty:
-        raise DataError(f"{folder / empty[0]}: a class without images")
-    return classes
-
-
-def numbered(classes: dict[str, list[str]]) -> list[tuple[str, int]]:
-    """Return (file, label) of all files of `list_classes`."""
-    return [(file, label) for label, files in enumerate(classes.values()) for file in files]
-
-
-def printable(names) -> list[str]:
-    """Return class names with what is not UTF-8 in them replaced, for logs and pictures."""
-    return [os.fsencode(name).decode("utf-8", "replace") for name in names]
-
-
-def test_part(place: Path, *first: str) -> str:
-    """Return the part of `first` that `place` holds as a folder or RecordIO, or ""."""
-    return next((part for part in first for end in ("", ".rec", ".idx")
-                 if (place / f"{part}{end}").exists()), "")
-
-
-def split_classes(place: Path, share: float, seed: int) -> tuple[dict, dict]:
-    """Return class folders of place/train (or of `place`), as training and as test images.
-
-    A seeded `share` of each class is for testing: at least one image, but never all of them.
-    Raises DataError where there are test images already.
-    """
-    part = test_part(place, "test", "val")
-    if part:
-        raise DataError(f"{place / part}: there are test images, which --val_split would replace")
-    generator = torch.Generator().manual_seed(distributed.seed_of(seed, "val_split"))
-    train, test = {}, {}
-    for name, files in list_classes(place / "train" if (place / "train").is_dir() else place
-                                    ).items():
-        count = min(max(1, round(share * len(files))), len(files) - 1)
-        chosen = set(torch.randperm(len(files), generator=generator)[:count].tolist())
-        test[name] = [file for i, file in enumerate(files) if i in chosen]
-        train[name] = [file for i, file in enumerate(files) if i not in chosen]
-    if not any(test.values()):
-        raise DataError(f"{place}: no class has two images to split")
-    return train, test
-
 
 def read_folder(place: Path, image_size: int | None, workers: int, val_split=None, seed=0):
     """train/<class>/* and test/<class>/* (or val/<class>/*); val_split: see `split_classes`."""
