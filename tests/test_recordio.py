@@ -12,8 +12,8 @@ import time
 import numpy as np
 import pytest
 from conftest import ROOT
+from pictures import HAS_DALI, make_photos, pack
 from PIL import Image
-from test_imagenet import HAS_DALI, make_photos, pack
 
 from common import runtime
 from common.data import recordio

@@ -16,9 +16,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT
+from pictures import make_photos, pack
 from PIL import Image
 from programs import Program, same, weights
-from test_imagenet import make_photos, pack
 from torchvision.transforms import v2
 
 from common import checkpoint, distributed, gradcam, models, plots

@@ -16,9 +16,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, Golden, golden_cases
+from pictures import HAS_DALI, make_cub, make_dogs
 from PIL import Image
 from programs import Program, same, weights
-from test_imagenet import HAS_DALI, make_cub, make_dogs
 from test_safuse import close, relabelled
 
 from common import checkpoint, distributed, plots, runtime

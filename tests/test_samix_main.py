@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from conftest import ROOT
+from pictures import make_cub, make_photos
 from PIL import Image
 from programs import Program, same, weights
-from test_imagenet import make_cub, make_photos
 from torchvision.transforms import v2
 
 from common import plots

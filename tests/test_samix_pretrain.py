@@ -4,9 +4,9 @@ import re
 
 import pytest
 import torch
+from pictures import HAS_DALI, make_photos
 from PIL import Image
 from programs import same, weights
-from test_imagenet import HAS_DALI, make_photos
 from test_samix_main import drawn, killed, on_two_ranks  # noqa: F401
 from torch import nn
 from torchvision.transforms.v2 import functional as TF

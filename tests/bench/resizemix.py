@@ -24,7 +24,7 @@ from torchvision import datasets, transforms
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from test_imagenet import photographs
+from pictures import photographs
 
 from common import flags, runtime
 from common.data import Recipe, lists, stream
