@@ -78,26 +78,35 @@ def curves(path: Path, title: str, history: list[dict]) -> Path:
 
 
 def shares(target: torch.Tensor, classes: list[str], most: int = 3) -> str:
-    """'63 % cat\\n37 % dog' of one soft target (num_classes,)."""
+    """'cat 63 %\\ndog 37 %' of one soft target (num_classes,)."""
     values, index = target.float().cpu().topk(min(most, len(target)))
-    return "\n".join(f"{100 * v:.0f} % {classes[i][:16]}" for v, i in
+    return "\n".join(f"{classes[i][:16]} {100 * v:.0f} %" for v, i in
                      zip(values.tolist(), index.tolist(), strict=True) if v >= 0.005)
 
 
-def preview(path, title: str, rows: dict, targets: torch.Tensor, info, columns: int = 8) -> Path:
+def most_mixed(targets: torch.Tensor, columns: int = 8) -> torch.Tensor:
+    """Return the indices of those targets (B, num_classes) whose largest share is nearest 1/2."""
+    distance = (targets.float().amax(1) - 0.5).abs()
+    return distance.argsort(stable=True)[:columns].sort().values
+
+
+def preview(path, title: str, rows: dict, targets: torch.Tensor, info) -> Path:
     """Writes a PNG with one row of pictures per entry of `rows` and label shares below the last.
 
+    Of a larger batch it shows the eight images whose labels are mixed most.
+
     rows: name -> images (B, 3, H, W), normalised, or maps (B, H, W) drawn in grey from their own
-    minimum to their maximum; targets (B, num_classes) belong to the last row. info: Info of the
-    data set (mean, std, class names).
+    minimum to their maximum, or None; targets (B, num_classes) belong to the last row. info: Info
+    of the data set (mean, std, class names).
     """
-    columns = min(columns, len(targets))
-    pictures = {}
+    chosen, pictures = most_mixed(targets), {}
     for name, batch in rows.items():
-        batch = batch[:columns].float()
+        if batch is None:
+            continue
+        batch = batch[chosen.to(batch.device)].float()
         pictures[name] = to_arrays(batch, info) if batch.ndim == 4 else batch.cpu().numpy()
     return grid(path, title, pictures,
-                [shares(target, info.classes) for target in targets[:columns]])
+                [shares(target, info.classes) for target in targets[chosen]])
 
 
 def grid(path, title: str, rows: dict, captions: list[str] | dict, side: float = 1.25) -> Path:

@@ -13,11 +13,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from gco import GCO
 from torch import Tensor
 
 from common.mixing import check_floats
 from common.precision import full_precision
+from sage import graphcut
 
 HALF_BONUS = 5e-4                    # what a half-and-half block is cheaper than its parents' mean
 # gco works on integers: its wrapper scales unary terms, edge weights and the label table so
@@ -129,7 +129,7 @@ def _best_labels(unary: np.ndarray, halves: list[tuple[int, int]], weight: int) 
     table = TABLE_SCALE * (1 - np.eye(len(pairs), dtype=np.intc))
     for half, parents in enumerate(halves, n):
         table[half, list(parents)] = table[list(parents), half] = TABLE_SCALE // 4
-    cut = GCO()
+    cut = graphcut.GCO()
     cut.create_general_graph(size, len(pairs))
     cut.set_data_cost(np.ascontiguousarray(unary * UNARY_SCALE))  # truncated toward zero
     cut.set_all_neighbors(np.concatenate([grid[:-1].ravel(), grid[:, :-1].ravel()]),
@@ -170,6 +170,7 @@ def _label_part(cost: np.ndarray, compatibility: np.ndarray, labels: np.ndarray,
             extra = _resolve(torch.from_numpy(counts)[None])[0].numpy()
 
 
+@torch.compiler.disable
 def _label_gco(cost: Tensor, compatibility: Tensor, labels0: Tensor, *, beta: float, **terms
                ) -> Tensor:
     """Labels (P, N, n, n, 2), part by part."""
@@ -284,7 +285,7 @@ def label_parts(cost: Tensor, compatibility: Tensor, prior: Tensor, labels0: Ten
     """
     if thres_type not in ("hard", "soft"):
         raise ValueError(f"thres_type is 'hard' or 'soft', not {thres_type!r}")
-    if solver not in ("auto", "gco", "device"):
+    if solver not in graphcut.SOLVERS:
         raise ValueError(f"solver is 'auto', 'gco' or 'device', not {solver!r}")
     size = cost.shape[-1] ** 2
     cost = prior_cost(cost, prior, eta)
@@ -292,6 +293,7 @@ def label_parts(cost: Tensor, compatibility: Tensor, prior: Tensor, labels0: Ten
              "hard": thres_type == "hard", "set_resolve": set_resolve, "niter": niter}
     labels0, compatibility = labels0.to(cost.device, non_blocking=True), compatibility.float()
     if solver == "gco":
+        graphcut.check_gco()
         return _label_gco(cost, compatibility, labels0, **terms)
     with full_precision(cost.device.type):
         return _label_device(cost, compatibility, labels0, **terms)

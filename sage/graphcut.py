@@ -18,12 +18,25 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
-from gco import GCO
 from torch import Tensor
 
+from common.errors import RunError
 from common.precision import full_precision
 
+try:
+    from gco import GCO
+except ImportError:            # gco-wrapper has no wheel for Python 3.13
+    GCO = None
+
+SOLVERS = ("auto", "gco", "device")
 MAX_TERM = 10**7               # gco ends the process at larger ones
+
+
+def check_gco():
+    """Raise RunError where gco-wrapper is not installed."""
+    if GCO is None:
+        raise RunError("the solver gco needs gco-wrapper, which is not installed here (pip install "
+                       "gco-wrapper; Python 3.12 at most); --solver device does without it")
 
 
 def solve(unary: Tensor, weight_x: Tensor, weight_y: Tensor, *, solver: str = "auto",
@@ -32,14 +45,15 @@ def solve(unary: Tensor, weight_x: Tensor, weight_y: Tensor, *, solver: str = "a
 
     unary (B, h, w, L): cost of every label; weight_x (B, h-1, w) and weight_y (B, h, w-1):
     weights of vertical and horizontal neighbours, negative ones count as 0. solver: 'gco', 'device'
-    or 'auto' (device on an accelerator, gco on the CPU). threads: of gco, 0 is none beside the
-    caller's. Returns labels (B, h, w) int64. Raises ValueError for another solver.
+    or 'auto' (gco on the CPU where it is installed, else device). threads: of gco, 0 is none beside
+    the caller's. Returns labels (B, h, w) int64. Raises ValueError for another solver.
     """
-    if solver not in ("auto", "gco", "device"):
+    if solver not in SOLVERS:
         raise ValueError(f"solver must be auto, gco or device, not {solver!r}")
     terms = unary.detach().float(), weight_x.detach().float(), weight_y.detach().float()
-    if solver == "device" or solver == "auto" and unary.device.type != "cpu":
+    if solver == "device" or solver == "auto" and (GCO is None or unary.device.type != "cpu"):
         return _solve_on_device(*terms)
+    check_gco()
     return _solve_by_gco(*terms, threads=threads)
 
 
@@ -66,6 +80,7 @@ def _integer_terms(unary, weight_x, weight_y) -> list[Tensor]:
     return [unary * squared, *(weight.clamp(min=0) for weight in weights)]
 
 
+@torch.compiler.disable
 def _solve_by_gco(*terms, threads: int) -> Tensor:
     """Alpha-beta swap (Boykov et al. 2001) to convergence from all-zero labels.
 
@@ -142,6 +157,7 @@ def _solve_on_device(unary: Tensor, weight_x: Tensor, weight_y: Tensor, iteratio
 
 
 @functools.cache
+@torch.compiler.assume_constant_result
 def _lifted_grid(height: int, width: int, steps: int, device) -> tuple[Tensor, ...]:
     """Return the matrix A and the offset of `_solve_on_device`, an iteration's matrix, A's
     pseudo-inverse, and what a neighbour's weight adds to the cost of each threshold.

@@ -13,9 +13,9 @@ two machines      torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d \\
 --batch_size counts the images of a step over all processes, and is a multiple of their number.
 """
 import copy
-import os
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,82 +26,65 @@ if __name__ == "__main__":
 import torch
 import torch.nn.functional as F
 
-from common import data, distributed, evaluation, flags, models, plots, runtime
+from common import data, distributed, evaluation, flags, mixing, models, plots, runtime
 from common.data.recipe import Recipe, to_uint8
 from common.distributed import log
 from common.errors import RunError
 from common.flags import add_boolean, amount, count, number, positive, share
-from common.mixing import (
-    cutmix,
-    draw_centre,
-    draw_lambda,
-    draw_perm,
-    input_gradient,
-    mixup,
-    probabilities,
-    soft_targets,
-    softmax_bce,
-)
+from common.mixing import probabilities, softmax_bce
+from common.models.parts import Network
 from common.models.weights import load_pretrained
 from common.run import Run, StepSums, about
-from sage import comixup, puzzlemix, saliencymix
-from sage.rearrange import draw_offsets, gradient_saliency, sage_mix
+from sage import comixup, graphcut, puzzlemix, rearrange, saliencymix
 
-METHODS = ["vanilla", "input", "manifold", "cutmix", "saliencymix", "puzzle", "comix", "sage"]
-ARCHS = [*models.NAMES["preactresnet"], "resnext29_4_24", "resnext29_4_24_new",
-         *models.NAMES["wideresnet"]]
-PREACT = {"arch": "preactresnet18", "lr": 0.2, "schedule": [100, 200]}
+METHODS = {"vanilla": "Plain training", "input": "Mixup", "manifold": "Manifold Mixup",
+           "cutmix": "CutMix", "saliencymix": "SaliencyMix", "puzzle": "Puzzle Mix",
+           "comix": "Co-Mixup", "sage": "SAGE"}
+OLDER_WORDS = {"mixup": "input", "mixup_hidden": "manifold"}        # of --train
 
 
 def method_defaults(method: str, dataset: str) -> dict:
-    """What a method (and the size of its images) sets unless the command line says otherwise."""
-    tiny = dataset == "tiny-imagenet-200"
-    return {
-        "input": {"mixup_alpha": 0.2 if tiny else 1.0},
-        "manifold": {"mixup_alpha": 0.2 if tiny else 2.0},
-        "cutmix": {"mixup_alpha": 0.2 if tiny else 1.0},
-        "puzzle": {"clean_lam": 1.0 if tiny else 0.0, "t_size": -1 if tiny else 4},
-        "comix": {"mixup_alpha": 2.0, "clean_lam": 1.0, "workers": 0, **PREACT},
-    }.get(method, {})
+    """Return what a method (and the size of its images) sets; the command line wins."""
+    if method == "comix":
+        return {"mixup_alpha": 2.0, "clean_lam": 1.0, "dataset": "cifar100", "workers": 0,
+                "arch": "preactresnet18", "lr": 0.2, "schedule": [100, 200]}
+    if dataset == "tiny-imagenet-200":
+        return {"mixup_alpha": 0.2 if method in ("input", "manifold", "cutmix") else 1.0,
+                "clean_lam": float(method == "puzzle")}
+    return {"manifold": {"mixup_alpha": 2.0}, "puzzle": {"t_size": 4}}.get(method, {})
 
 
 # ------------------------------------------------------------------------------------------ flags
 
 def parse_args(argv=None):
-    """The flags; usage errors end the program with exit code 2."""
+    """Return the flags; usage errors exit with code 2."""
     parser = flags.Parser(__doc__)
     add = parser.add_argument_group("schedule and run").add_argument
     add("--schedule", "--milestones", type=count, nargs="+", default=[150, 225],
         help="epochs of the LR changes")
     add("--gammas", type=amount, nargs="+", default=[0.1, 0.1], help="LR factors at these epochs")
     add_boolean(add, "--dropout", False, "dropout 0.5 before the last layer")
-    add("--valid_labels_per_class", type=count, default=0,
-        help="training images of each class set aside; best.pt is then chosen on these")
+    add("--valid_labels_per_class", type=count, default=0, help="training images to choose best.pt")
     add("--ngpu", type=count, default=1, help="0: CPU; above 1: restarts itself under torchrun")
     add("--start_epoch", type=count, default=None, help="first epoch (default: 0 or --resume's)")
     add("--job_id", type=count, default=0, help="suffix of the run's folder, 0: none")
     add_boolean(add, "--log_off", False, "write no files")
 
     add = parser.add_argument_group("method").add_argument
-    add("--method", choices=METHODS, default=None,
-        help="(default: what --train, --box, --graph and --comix say, else vanilla)")
-    add("--train", choices=["vanilla", "mixup", "mixup_hidden", "sage"], default=None,
-        help="the method in the originals' older words; likewise:")
+    add("--method", choices=METHODS, help="(default: that of the older words below, else vanilla)")
+    add("--train", choices=["vanilla", *OLDER_WORDS, "sage"], help="older words for a method:")
     add_boolean(add, "--box", None, "CutMix")
     add_boolean(add, "--graph", None, "Puzzle Mix")
     add_boolean(add, "--comix", None, "Co-Mixup")
-    add("--mixup_alpha", type=number(), default=1.0,
-        help="Beta (comix: Dirichlet) parameter; saliencymix: always 1")
-    add_boolean(add, "--in_batch", False,
-                "one lambda per image instead of one per batch (not of saliencymix and comix)")
+    add("--mixup_alpha", type=number(), default=1.0, help="of Beta (saliencymix: 1) or Dirichlet")
+    add_boolean(add, "--in_batch", False, "a lambda an image (not of saliencymix and comix)")
     add("--prob_mix", type=share, default=1.0, help="fraction of the batch that is mixed")
     add("--mix_schedule", choices=["fixed", "scheduled", "delayed"], default="fixed",
-        help="prob_mix over the epochs: constant, growing until, or zero before:")
+        help="prob_mix over the epochs: constant, growing until, or zero before")
     add("--mix_scheduled_epoch", type=positive, default=300)
     add("--mp", type=count, default=8, help="threads of Puzzle Mix's graph cuts, 0: none")
-    add("--solver", choices=["auto", "gco", "device"], default="auto",
-        help="puzzle's and comix's blocks: graph cuts by gco on the CPU, or batched on the "
-             "device; auto: puzzle by gco on a CPU, all else on the device")
+    add("--solver", choices=graphcut.SOLVERS, default="auto", help="of puzzle and comix: gco "
+        "on the CPU, or batched on the device (auto: gco for puzzle on a CPU, where installed)")
 
     add = parser.add_argument_group("sage").add_argument
     add("--blur_sigma", type=number(above=0), default=1.0, help="saliency blur, pixels")
@@ -119,68 +102,56 @@ def parse_args(argv=None):
     add("--eta", type=amount, default=0.2, help="prior weight")
     add_boolean(add, "--transport", True, "move the blocks")
     add("--t_eps", type=amount, default=0.8, help="cost of moving")
-    add("--t_size", type=number(int, low=-1), default=-1,
-        help="side of a moved block, pixels; -1: the mask's")
+    add("--t_size", type=number(int, low=-1), default=-1, help="side of a moved block; -1: mask's")
     add("--adv_p", type=share, default=0.0, help="probability of adversarial noise")
     add("--adv_eps", type=amount, default=10.0, help="noise ball, in 1/255")
     add("--clean_lam", type=amount, default=0.0, help="weight of the clean loss (also comix)")
 
     add = parser.add_argument_group("comix").add_argument
-    add("--m_block_num", type=number(int, low=-1), default=4,
-        help="blocks a side, -1: 2, 4, 8 or 16 at random")
+    add("--m_block_num", type=number(int, low=-1), default=4, help="blocks a side, -1: at random")
     add("--m_part", type=positive, default=20, help="images mixed with one another")
     add("--m_beta", type=amount, default=0.32, help="label smoothness")
     add("--m_gamma", type=amount, default=1.0, help="diversity")
-    add("--m_thres", type=share, default=0.83, help="over-penalty threshold, share of blocks")
+    add("--m_thres", type=share, default=0.83, help="share of blocks above which to penalize")
     add("--m_thres_type", choices=["soft", "hard"], default="hard")
     add("--m_eta", type=amount, default=0.05, help="prior weight")
     add("--m_omega", type=amount, default=0.001, help="compatibility")
     add_boolean(add, "--set_resolve", True, "break ties of identical outputs")
     add("--m_niter", type=positive, default=4, help="sweeps")
     add_boolean(add, "--parallel", True, "all parts at once")
-    flags.add_flags(
-        parser, data.NAMES, ARCHS,
-        {"lr": ["--learning_rate"], "weight_decay": ["--decay"],
-         "job_name": ["--add_name", "--tag"]},
-        dataset="cifar10", arch="wrn28_10", epochs=300, batch_size=100, lr=0.1, weight_decay=1e-4,
-        workers=2, pretrained="")
+    flags.add_flags(parser, data.NAMES, models.ALL, {
+        "lr": ["--learning_rate"], "weight_decay": ["--decay"], "job_name": ["--add_name", "--tag"]
+    }, dataset="cifar10", arch="wrn28_10", epochs=300, batch_size=100, lr=0.1, weight_decay=1e-4,
+       workers=2, pretrained="")
 
     first = parser.peek(argv)
     implied = ("comix" if first.comix else "puzzle" if first.graph else "cutmix" if first.box else
-               {"mixup": "input", "mixup_hidden": "manifold", None: None}.get(first.train,
-                                                                             first.train))
+               OLDER_WORDS.get(first.train, first.train))
     if first.method and implied and implied != first.method:
-        parser.error(f"--train, --box, --graph and --comix ask for {implied}, "
-                     f"--method for {first.method}: give one of them")
+        parser.error(f"--method {first.method}, but --train, --box, --graph or --comix {implied}")
     method = first.method or implied or "vanilla"
-    if method == "comix":
-        parser.set_defaults(dataset="cifar100")
-    parser.set_defaults(method=method)
-    parser.set_defaults(**method_defaults(method, parser.peek(argv).dataset))
+    parser.set_defaults(**method_defaults(method, first.dataset))
     args = parser.parse_args(argv)
     args.method = method
     if len(args.schedule) != len(args.gammas):
-        parser.error(f"--schedule has {len(args.schedule)} epochs, --gammas {len(args.gammas)} "
-                     "factors: give as many of one as of the other")
+        parser.error(f"--schedule has {len(args.schedule)} epochs, --gammas {len(args.gammas)}")
     if args.kernel_size % 2 == 0:
         parser.error(f"--kernel_size {args.kernel_size} is not odd")
-    for name in ("t_size", "m_block_num"):
-        if getattr(args, name) == 0:
-            parser.error(f"--{name} 0 is neither -1 nor at least 1")
+    if 0 in (args.t_size, args.m_block_num):
+        parser.error("--t_size and --m_block_num are -1 or at least 1")
     if method == "comix" and args.mixup_alpha <= 0:
         parser.error(f"--mixup_alpha {args.mixup_alpha}: Co-Mixup's must be above 0")
     if args.start_epoch is not None and args.start_epoch >= args.epochs:
         parser.error(f"--start_epoch {args.start_epoch}: the last epoch is {args.epochs - 1}")
     if args.ngpu == 0:
         args.device = "cpu"
-    args.mp = min(args.mp, os.cpu_count())
     return args
 
 
 # ----------------------------------------------------------------------------------------- mixing
 
 class Mixed(NamedTuple):
-    """A batch ready for the network, and what the preview shows of its making."""
+    """A batch for the network, and what the preview shows of its making."""
     images: torch.Tensor            # (B, 3, H, W)
     targets: torch.Tensor           # (B, num_classes)
     hidden: dict = {}               # manifold: perm, lam and layer of the mixing inside
@@ -189,24 +160,22 @@ class Mixed(NamedTuple):
 
 
 def saliency_gradient(net, images, labels, args, scaler, part):
-    """Gradient of the clean loss with respect to the images, (B, 3, H, W).
+    """Return the gradient (B, 3, H, W) of the clean loss with respect to the images.
 
-    When the clean loss takes part in training (update_ratio < 1, clean_lam > 0) the gradients of
-    the parameters stay, weighed by these images' `part` of the batch, and the mixed loss's are
-    added to them; else they are not computed.
+    Where the clean loss takes part in training (update_ratio < 1, clean_lam > 0), it also leaves
+    the gradients of the parameters, weighed by these images' `part` of the batch.
     """
     sage = args.method == "sage"
     weight = 1 - args.update_ratio if sage else args.clean_lam
     train = not args.eval_mode if sage else weight > 0
 
     def clean_loss(logits, labels):
-        loss = (softmax_bce(logits, probabilities(labels, logits.shape[1])) if sage else
-                F.cross_entropy(logits.float(), labels))
-        return scaler.scale(loss)
+        return scaler.scale(softmax_bce(logits, probabilities(labels, logits.shape[1])) if sage else
+                            F.cross_entropy(logits.float(), labels))
 
     with runtime.autocast(args, images.device):
         if not weight:
-            return input_gradient(net, images, labels, loss=clean_loss, train=train)
+            return mixing.input_gradient(net, images, labels, loss=clean_loss, train=train)
         images = images.detach().requires_grad_()
         net.train(train)
         logits = net(images)
@@ -217,9 +186,11 @@ def saliency_gradient(net, images, labels, args, scaler, part):
 
 
 def mix_batch(net, images, labels, args, info, generator, scaler, part=1.0) -> Mixed:
-    """Mixes images, `part` of the batch, by --method; all randomness is of `generator`."""
-    n, (height, width) = len(images), images.shape[-2:]
+    """Mix images, `part` of the batch, by --method; every random number is `generator`'s."""
+    n, size = len(images), images.shape[-2:]
     per_image = n if args.in_batch else None
+    compiled = partial(runtime.compiled, args=args)
+    gradient = partial(saliency_gradient, net, args=args, scaler=scaler, part=part)
 
     if args.method == "vanilla":
         return Mixed(images, probabilities(labels, info.num_classes))
@@ -227,35 +198,33 @@ def mix_batch(net, images, labels, args, info, generator, scaler, part=1.0) -> M
     if args.method == "comix":
         draws = comixup.draw_comix(n, generator, m_part=args.m_part, block_num=args.m_block_num,
                                    mixup_alpha=args.mixup_alpha)
-        saliency = puzzlemix.gradient_magnitude(
-            saliency_gradient(net, images, labels, args, scaler, part))
-        mixed, targets = comixup.co_mix_batch(
-            images, probabilities(labels, info.num_classes), saliency, draws,
-            m_part=args.m_part, omega=args.m_omega, beta=args.m_beta, gamma=args.m_gamma,
-            eta=args.m_eta, thres=args.m_thres, thres_type=args.m_thres_type,
-            set_resolve=args.set_resolve, niter=args.m_niter, solver=args.solver,
-            parallel=args.parallel)
+        saliency = puzzlemix.gradient_magnitude(gradient(images, labels))
+        mixed, targets = compiled(comixup.co_mix_batch)(
+            images, probabilities(labels, info.num_classes), saliency, draws, m_part=args.m_part,
+            omega=args.m_omega, beta=args.m_beta, gamma=args.m_gamma, eta=args.m_eta,
+            thres=args.m_thres, thres_type=args.m_thres_type, set_resolve=args.set_resolve,
+            niter=args.m_niter, solver=args.solver, parallel=args.parallel)
         return Mixed(mixed, targets, saliency=saliency)
 
-    perm = draw_perm(n, generator).to(images.device, non_blocking=True)
-    lam = draw_lambda(args.mixup_alpha, generator, per_image)
+    perm = mixing.draw_perm(n, generator).to(images.device, non_blocking=True)
+    lam = mixing.draw_lambda(args.mixup_alpha, generator, per_image)
     hidden, saliency = {}, None
 
     if args.method == "sage":
         lam = args.upper_lambda * (lam if args.mixup_alpha > 0 else torch.tensor(0.5))
-        offsets = draw_offsets(height, width, args.rand_pos, generator)
-        saliency = gradient_saliency(saliency_gradient(net, images, labels, args, scaler, part),
-                                     args.kernel_size, args.blur_sigma)
-        mixed, ratio = sage_mix(images, saliency, perm, offsets, lam)
+        offsets = rearrange.draw_offsets(*size, args.rand_pos, generator)
+        saliency = rearrange.gradient_saliency(gradient(images, labels), args.kernel_size,
+                                               args.blur_sigma)
+        mixed, ratio = compiled(rearrange.sage_mix)(images, saliency, perm, offsets, lam)
         saliency = saliency[:, 0]
 
     elif args.method == "puzzle":
-        block_num = puzzlemix.draw_block_num(generator, (height, width))
+        block_num = puzzlemix.draw_block_num(generator, size)
         noisy, adversary = puzzlemix.draw_noise(images, args.adv_p, args.adv_eps, generator,
                                                 mean=info.mean, std=info.std)
-        grad = saliency_gradient(net, noisy, labels, args, scaler, part)
+        grad = gradient(noisy, labels)
         saliency = puzzlemix.gradient_magnitude(grad)
-        mixed, ratio = puzzlemix.puzzle_mix(
+        mixed, ratio = compiled(puzzlemix.puzzle_mix)(
             images, saliency, perm, lam, block_num, beta=args.beta, gamma=args.gamma,
             eta=args.eta, n_labels=args.n_labels, neigh_size=args.neigh_size,
             transport=args.transport, t_eps=args.t_eps, t_size=args.t_size, mean=info.mean,
@@ -264,12 +233,13 @@ def mix_batch(net, images, labels, args, info, generator, scaler, part=1.0) -> M
     elif args.method == "saliencymix":
         lam = saliencymix.draw_box_lambda(generator)    # Beta(1, 1) whatever --mixup_alpha is
         source = to_uint8(images[perm[:1]], info)
-        saliency = saliencymix.fine_grained_saliency(source)
-        mixed, ratio = saliencymix.saliency_mix(images, perm, lam, saliency[0])
+        saliency = compiled(saliencymix.fine_grained_saliency)(source)
+        mixed, ratio = compiled(saliencymix.saliency_mix)(images, perm, lam, saliency[0])
         saliency = saliency.expand(n, -1, -1)
 
     elif args.method == "cutmix":
-        mixed, ratio = cutmix(images, perm, draw_centre(height, width, generator, per_image), lam)
+        centre = mixing.draw_centre(*size, generator, per_image)
+        mixed, ratio = compiled(mixing.cutmix)(images, perm, centre, lam)
 
     elif args.method == "manifold":
         layer = int(torch.randint(3, (), generator=generator))
@@ -277,25 +247,22 @@ def mix_batch(net, images, labels, args, info, generator, scaler, part=1.0) -> M
         hidden = {"perm": perm, "lam": ratio, "layer": layer}
 
     else:
-        mixed, ratio = mixup(images, perm, lam)
+        mixed, ratio = compiled(mixing.mixup)(images, perm, lam)
 
-    return Mixed(mixed, soft_targets(labels, perm, ratio, info.num_classes), hidden, images[perm],
-                 saliency)
+    targets = mixing.soft_targets(labels, perm, ratio, info.num_classes)
+    return Mixed(mixed, targets, hidden, images[perm], saliency)
 
 
 # --------------------------------------------------------------------------------------- training
 
 def mixed_share(args, epoch: int) -> float:
-    """prob_mix under --mix_schedule."""
-    if args.mix_schedule == "scheduled":
-        return args.prob_mix * min(1, (epoch + 1) / args.mix_scheduled_epoch)
-    if args.mix_schedule == "delayed" and epoch < args.mix_scheduled_epoch:
-        return 0.0
-    return args.prob_mix
+    """Return --prob_mix under --mix_schedule."""
+    return args.prob_mix * {"fixed": 1, "scheduled": min(1, (epoch + 1) / args.mix_scheduled_epoch),
+                            "delayed": epoch >= args.mix_scheduled_epoch}[args.mix_schedule]
 
 
 def training_step(net, model, images, labels, args, info, epoch, generator, scaler):
-    """Leaves the gradients of one step in the parameters; returns the loss and the logits.
+    """Leave the gradients of one step in the parameters; return the loss and the logits.
 
     The last part of the batch is mixed (all of it by default), the rest stays clean.
     """
@@ -307,23 +274,21 @@ def training_step(net, model, images, labels, args, info, epoch, generator, scal
         mixed = mix_batch(net, images[clean_count:], labels[clean_count:], args, info, generator,
                           scaler, mixed_count / n)
         with runtime.autocast(args, images.device):
-            logits = model(mixed.images, **mixed.hidden)
-        loss = softmax_bce(logits, mixed.targets) * (mixed_count / n)
+            parts = [model(mixed.images, **mixed.hidden)]
+        loss = softmax_bce(parts[0], mixed.targets) * (mixed_count / n)
         if args.method == "sage":
             loss = loss * args.update_ratio         # the clean loss weighs 1 - update_ratio
-        parts = [logits]
     if clean_count:
         with runtime.autocast(args, images.device):
-            logits = model(images[:clean_count])
+            parts = [model(images[:clean_count]), *parts]
         target = F.one_hot(labels[:clean_count], info.num_classes)
-        loss = loss + softmax_bce(logits, target) * (clean_count / n)
-        parts.insert(0, logits)
+        loss = loss + softmax_bce(parts[0], target) * (clean_count / n)
     scaler.scale(loss).backward()
     return loss, torch.cat(parts)
 
 
 def train_one_epoch(net, model, loader, optimizer, scaler, args, info, run):
-    """The rest of the epoch that `run` stands in; returns its sums of loss and hits."""
+    """Train to the end of the run's epoch; return its sums of loss and hits."""
     net.train()
     sums = StepSums(len(loader), run.device, run.sums)
     for step, (images, labels) in run.steps(loader):
@@ -341,35 +306,25 @@ def train_one_epoch(net, model, loader, optimizer, scaler, args, info, run):
 
 
 def draw_preview(path, net, train, args, info, scaler):
-    """A picture of the first training batch, mixed by the method."""
+    """Draw the first training batch, mixed with a lambda near a half; return the path."""
     train.set_epoch(0)
     images, labels = next(iter(train))
-    generator = distributed.step_generator(args.seed, 0, 0)
-    mixed = mix_batch(copy.deepcopy(net), images, labels, args, info, generator, scaler)
+    args = copy.copy(args)
+    args.mixup_alpha = args.mixup_alpha if args.method == "comix" else 32.0
+    for step in range(30):          # until SaliencyMix, whose lambda is Beta(1, 1), mixes as well
+        generator = distributed.step_generator(args.seed, 0, step)
+        mixed = mix_batch(copy.deepcopy(net), images, labels, args, info, generator, scaler)
+        if args.method != "saliencymix" or mixed.targets.amax(1).median() < 0.7:
+            break
     shown = mixed.images
     if mixed.hidden:                # drawn at the input; training mixes behind a drawn layer
-        shown, _ = mixup(images, mixed.hidden["perm"], mixed.hidden["lam"])
+        shown, _ = mixing.mixup(images, mixed.hidden["perm"], mixed.hidden["lam"])
     rows = {"image": images, "partner": mixed.partners, "saliency": mixed.saliency, "mixed": shown}
-    return plots.preview(path, f"{args.method} on {info.name}",
-                        {name: batch for name, batch in rows.items() if batch is not None},
-                        mixed.targets, info)
-
-
-def check_sizes(args, *sides: int):
-    """Raises RunError when the method cannot work on images of these sides in pixels."""
-    least = min(sides)
-    if args.method == "sage" and args.kernel_size // 2 >= least:
-        raise RunError(f"--kernel_size {args.kernel_size} is too wide for images of {least} pixels")
-    if args.method == "puzzle" and any(side % 2 for side in sides):
-        raise RunError("puzzle cuts images into 2, 4, 8 or 16 blocks a side: "
-                       f"{'×'.join(map(str, sides))} pixels cannot be halved; give an even "
-                       "--image_size")
-    if args.method == "comix" and args.m_block_num > least:
-        raise RunError(f"--m_block_num {args.m_block_num} is more than {least} pixels")
+    return plots.preview(path, f"{METHODS[args.method]} on {info.name}", rows, mixed.targets, info)
 
 
 def main(argv=None):
-    """Trains (or evaluates, or draws a preview) as the flags say; returns the network."""
+    """Train, evaluate or draw as the flags say; return the network."""
     args = parse_args(argv)
     runtime.use_gpus(args.ngpu)
     device = runtime.setup(args)
@@ -380,12 +335,13 @@ def main(argv=None):
         seed=args.seed, loader=args.loader, image_size=args.image_size, val_split=args.val_split,
         labels_per_class=args.labels_per_class,
         valid_labels_per_class=args.valid_labels_per_class, workers=args.workers)
-    check_sizes(args, info.image_size, info.width)
     torch.manual_seed(args.seed)
     net, model = runtime.prepare(
         models.build(args.arch, info.num_classes, info.image_size,
                      initial_channels=args.initial_channels, dropout=0.5 * args.dropout),
         args, device)
+    if args.method == "manifold" and not isinstance(net, Network):
+        raise RunError(f"--method manifold cannot mix inside {args.arch} at this image size")
     optimizer = torch.optim.SGD(net.parameters(), lr=args.lr, momentum=args.momentum,
                                 weight_decay=args.weight_decay, nesterov=args.momentum > 0)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
@@ -393,7 +349,7 @@ def main(argv=None):
 
     # The run: its folder, what it holds already, and the place to go on from
     run = Run(args, device, info, [args.method, f"job{args.job_id}" * (args.job_id > 0)],
-                     model=net, optimizer=optimizer, scaler=scaler)
+              model=net, optimizer=optimizer, scaler=scaler)
     if args.evaluate or args.preview:
         checkpoint = run.load_weights()
         if not checkpoint:
@@ -401,8 +357,7 @@ def main(argv=None):
         if args.evaluate:
             evaluation.report(net, test, args, info, run, checkpoint)
         elif distributed.rank() == 0:
-            picture = draw_preview(args.preview, net, train, args, info, scaler)
-            log(f"mixed images: {picture}")
+            log(f"mixed images: {draw_preview(args.preview, net, train, args, info, scaler)}")
         return net
     run.start(args.start_epoch)
     if not run.resumed:
@@ -425,8 +380,8 @@ def main(argv=None):
 
     # The report
     evaluation.report(net, test, args, info, run)
-    run.finish(f"{args.method}, {args.arch} on {info.name}", draw_preview, net, train, args, info,
-               scaler)
+    run.finish(f"{METHODS[args.method]}, {args.arch} on {info.name}", draw_preview, net, train,
+               args, info, scaler)
     return net
 
 

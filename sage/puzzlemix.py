@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common.errors import RunError
 from common.mixing import check_floats, send
 from sage import graphcut
 
@@ -27,7 +28,7 @@ def draw_block_num(generator: torch.Generator | None = None, sides: tuple[int, .
     """Blocks a side: 2, 4, 8 or 16, of these what divides all `sides` (pixels)."""
     choices = [n for n in (2, 4, 8, 16) if not any(side % n for side in sides)]
     if not choices:
-        raise ValueError(f"images of {sides} pixels cannot be cut into 2 x 2 blocks")
+        raise RunError(f"Puzzle Mix: images of {'×'.join(map(str, sides))} pixels cannot be halved")
     return choices[int(torch.randint(len(choices), (), generator=generator))]
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2.functional import gaussian_blur
 
+from common.errors import RunError
 from common.mixing import check_floats, per_image, send
 
 # Elements (candidates × images × pixels) compared at once: what a CPU's cache, a GPU's memory holds
@@ -17,8 +18,12 @@ def gradient_saliency(grad: Tensor, kernel_size: int = 5, sigma: float = 1.0) ->
     """Saliency (B, 1, H, W) of a loss's gradient (B, C, H, W) with respect to the images.
 
     Mean of the absolute values over the channels, blurred with a Gaussian of `kernel_size` (odd)
-    and standard deviation `sigma`, both in pixels, over a reflected border.
+    and standard deviation `sigma`, both in pixels, over a reflected border. Raises RunError where
+    the kernel is too wide for that.
     """
+    if kernel_size // 2 >= min(grad.shape[-2:]):
+        raise RunError(f"a saliency blur of {kernel_size} pixels is too wide for images of "
+                       f"{min(grad.shape[-2:])} pixels")
     return gaussian_blur(grad.detach().abs().mean(1, keepdim=True), [kernel_size] * 2, [sigma] * 2)
 
 

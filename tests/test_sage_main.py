@@ -110,15 +110,15 @@ def gradient_by_hand(net, images, labels, args, info, generator):
     one_hot = F.one_hot(labels, 10).float()
     if args.method == "vanilla":
         return bce(net, images, one_hot).backward()
-    perm = sage.draw_perm(len(images), generator)
-    lam = sage.draw_lambda(1.0, generator)
+    perm = sage.mixing.draw_perm(len(images), generator)
+    lam = sage.mixing.draw_lambda(1.0, generator)
     images.requires_grad_()
     if args.method == "sage":
         ratio = args.update_ratio
-        offsets = sage.draw_offsets(16, 16, args.rand_pos, generator)
+        offsets = sage.rearrange.draw_offsets(16, 16, args.rand_pos, generator)
         (bce(net, images, one_hot) * (1 - ratio)).backward()
-        saliency = sage.gradient_saliency(images.grad)
-        mixed, share = sage.sage_mix(images.detach(), saliency, perm, offsets,
+        saliency = sage.rearrange.gradient_saliency(images.grad)
+        mixed, share = sage.rearrange.sage_mix(images.detach(), saliency, perm, offsets,
                                      lam * args.upper_lambda)
     else:
         ratio = 1
@@ -141,9 +141,13 @@ def gradient_by_hand(net, images, labels, args, info, generator):
     "--method vanilla --momentum 0", "--method vanilla", "--method puzzle",
     "--method sage --update_ratio 0.7 --upper_lambda 0.5", "--method puzzle --clean_lam 1"])
 def test_training_is_the_recipe(tmp_path, words):
-    """Losses, weight decay, Nesterov's momentum and the steps of the learning rate, by hand."""
+    """Losses, weight decay, Nesterov's momentum and the steps of the learning rate, by hand.
+
+    Of seed 1, both computations agree to 4e-16 in float64; in float32 a difference of 6e-6 after two
+    steps makes another of SAGE's offsets the best for one image. So the seed is 2.
+    """
     words += (" --decay 0.01 --schedule 1 2 --gammas 0.1 0.5 --epochs 3 --labels_per_class 5 "
-              "--seed 2")     # of seed 1, rounding alone decides one of SAGE's offsets
+              "--seed 2")
     trained = weights(train(tmp_path, *words.split()))
     args, batches, info, net = digits(words)
     velocity = {name: torch.zeros_like(p) for name, p in net.named_parameters()}
@@ -298,13 +302,13 @@ def test_log_off_writes_nothing(tmp_path):
     ("--arch nonet", 2, "invalid choice: 'nonet'"),
     ("--dataset nodata", 2, "invalid choice: 'nodata'"),
     ("--schedule 1 2 --gammas 0.1", 2, "--schedule has 2 epochs, --gammas 1"),
-    ("--method sage --box True", 2, "ask for cutmix"),
+    ("--method sage --box True", 2, "--method sage, but"),
     ("--rand_pos 1.5", 2, "argument --rand_pos: '1.5' is not a number of at least 0 and at most 1"),
     ("--kernel_size 4", 2, "--kernel_size 4 is not odd"),
     ("--method sage --kernel_size 99", 1, "too wide for images of 16 pixels"),
     ("--blur_sigma 0", 2, "--blur_sigma: '0' is not a number above 0"),
     ("--mix_scheduled_epoch 0", 2, "not an integer of at least 1"),
-    ("--m_block_num 0", 2, "--m_block_num 0 is neither -1 nor"),
+    ("--m_block_num 0", 2, "--m_block_num are -1 or at least 1"),
     ("--learning_rate -1", 2, "--learning_rate: '-1' is not a number of at least 0"),
     ("--decay nan", 2, "'nan' is not a number"),
     ("--method puzzle --image_size 15", 1, "15×15 pixels cannot be halved"),
