@@ -80,7 +80,7 @@ def curves(path: Path, title: str, history: list[dict]) -> Path:
 def shares(target: torch.Tensor, classes: list[str], most: int = 3) -> str:
     """'cat 63 %\\ndog 37 %' of one soft target (num_classes,)."""
     values, index = target.float().cpu().topk(min(most, len(target)))
-    return "\n".join(f"{classes[i][:16]} {100 * v:.0f} %" for v, i in
+    return "\n".join(f"{classes[i][:16]}{':' * classes[i][-1:].isdigit()} {100 * v:.0f} %" for v, i in
                      zip(values.tolist(), index.tolist(), strict=True) if v >= 0.005)
 
 

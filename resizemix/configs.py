@@ -44,3 +44,7 @@ METHODS = {
     "resizemix": {"resizemix": True},
     "resizemix+": {"resizemix": True, "randaugment": True},
 }
+
+TITLES = {"baseline": "Plain training", "cutmix": "CutMix", "cutout": "Cutout",
+          "randaugment": "RandAugment", "autoaugment": "AutoAugment", "resizemix": "ResizeMix",
+          "batch_aug": "batch augmentation"}                # in pictures

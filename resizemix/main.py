@@ -11,10 +11,12 @@ two machines      torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d \\
 
 --batch_size counts the images of a step over all processes.
 """
+import copy
 import math
 import os
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -163,9 +165,10 @@ class Mixed(NamedTuple):
 def mix_batch(images, labels, args, info, generator) -> Mixed:
     """Return the batch mixed by the methods that are on, with draws from `generator`."""
     n, size, perm = len(images), tuple(images.shape[-2:]), None
+    compiled = partial(runtime.compiled, args=args)
     targets = probabilities(labels, info.num_classes)
     if args.cutout:
-        images = cutout(images, draw_pixels(n, size, generator), args.cutout)
+        images = compiled(cutout)(images, draw_pixels(n, size, generator), args.cutout)
     by_cutmix = torch.rand((), generator=generator) < args.cutmix_prob
 
     if by_cutmix or args.resizemix:
@@ -173,10 +176,11 @@ def mix_batch(images, labels, args, info, generator) -> Mixed:
         if by_cutmix:
             lam = draw_lambda(args.cutmix_beta, generator)
             centre, = draw_pixels(1, size, generator)
-            images, ratio = mixing.cutmix(images, perm, centre, lam)
+            images, ratio = compiled(mixing.cutmix)(images, perm, centre, lam)
         else:
             scale = mixing.draw_scale(generator, args.resizemix_low, args.resizemix_high)
             corners = mixing.draw_corners(n, size, scale, generator)
+            # not compiled: nearly every scale would be a new shape
             images, ratio = mixing.resize_mix(images, perm, scale, corners)
         targets = soft_targets(labels, perm, ratio, info.num_classes)
 
@@ -258,10 +262,13 @@ def draw_preview(path, train, args, info):
     """Draw the first training batch, mixed; return the path."""
     train.set_epoch(0)
     images, labels = next(iter(train))
+    args = copy.copy(args)
+    args.cutmix_beta, args.resizemix_low, args.resizemix_high = 32.0, 0.55, 0.8     # well mixed
     mixed = mix_batch(images, labels, args, info, distributed.step_generator(args.seed, 0, 0))
-    partners = {} if mixed.perm is None else {"partner": images[mixed.perm]}
-    rows = {"image": images} | partners | {"mixed": mixed.images}
-    return plots.preview(path, f"{method_name(args)} on {info.name}", rows, mixed.targets, info)
+    rows = {"image": images, "partner": None if mixed.perm is None else images[mixed.perm],
+            "mixed": mixed.images[:len(images)]}
+    title = " and ".join(configs.TITLES[name] for name in method_name(args).split("-"))
+    return plots.preview(path, f"{title} on {info.name}", rows, mixed.targets[:len(images)], info)
 
 
 def main(argv=None):

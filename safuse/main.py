@@ -13,10 +13,12 @@ two machines      torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d \\
 --batch_size counts the images of a step over all processes.
 """
 import argparse
+import copy
 import os
 import re
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,9 +49,9 @@ from safuse import losses, mixing, network, picture, superpixels
 from safuse.localisation import localise
 from safuse.recipes import CROPS, SCHEDULES, defaults, learning_rate
 
-METHODS = ["safuse", "lgcoamix", "occamix", "cutmix", "baseline"]
+METHODS = {"safuse": "SAFuse", "lgcoamix": "LGCOAMix", "occamix": "OcCaMix", "cutmix": "CutMix",
+           "baseline": "Plain training"}
 DECODERS = {"safuse": "joint", "lgcoamix": "local"}         # none: a plain classifier
-SLICS = {"slic": superpixels.slic, "skimage": superpixels.slic_skimage}
 
 
 # ------------------------------------------------------------------------------------------ flags
@@ -91,7 +93,7 @@ def parse_args(argv=None):
         "at least")
     add("--N_max", type=number(float, low=1, high=1e6), help="and at most")
     add("--compactness", type=number(above=0), help="of the superpixels, against colour")
-    add("--superpixels", choices=SLICS, default="slic",
+    add("--superpixels", choices=["slic", "skimage"], default="slic",
         help="slic: ours, batched on the device; skimage: scikit-image's, on the CPU")
     add("--cells", type=positive, default=3, help="occamix: most attentive cells of an image")
     add("--beta", type=amount, default=1.0, help="cutmix: Beta parameter")
@@ -159,27 +161,29 @@ def is_mixed(args, epoch: int, step: int) -> bool:
 def mix_batch(net, images, args, info, generator) -> Mixed:
     """Mix a batch by --method; every random number comes from `generator`."""
     n, (height, width) = len(images), images.shape[-2:]
+    compiled = partial(runtime.compiled, args=args)
     perm = draw_perm(n, generator).to(images.device, non_blocking=True)
     if args.method == "cutmix":
         lam = draw_lambda(args.beta, generator)
-        mixed, ratio = cutmix(images, perm, draw_centre(height, width, generator), lam)
+        mixed, ratio = compiled(cutmix)(images, perm, draw_centre(height, width, generator), lam)
         return Mixed(mixed, perm, ratio)
 
     # One segmentation of an image serves in both its roles
     segments = mixing.draw_segments(n, args.N_min, args.N_max, generator)
-    labels = SLICS[args.superpixels](unnormalise(images, info), segments, args.compactness)
+    slic = compiled(superpixels.slic) if args.superpixels == "slic" else superpixels.slic_skimage
+    labels = slic(unnormalise(images, info), segments, args.compactness)
     most = superpixels.most_superpixels(torch.arange(args.N_min, args.N_max + 1), height, width)
     if args.method == "occamix":
         with runtime.autocast(args, images.device):
             scores = network.attention_scores(net, images).float()
-        mask = mixing.attentive_mask(scores[perm], labels[perm], args.cells, num_b=most)
+        mask = compiled(mixing.attentive_mask)(scores[perm], labels[perm], args.cells, num_b=most)
         return Mixed(mixing.paste(images, perm, mask), perm, 1 - mask.float().mean((1, 2)),
                      labels, mask)
 
     chosen = mixing.draw_chosen(n, most, args.p_binom, generator)
     trim = False if args.gather and distributed.world() > 1 else None   # ranks: equal shapes
-    mixed, fused, from_b = mixing.superpixel_mix(images, perm, labels, labels[perm], chosen,
-                                                 num_a=most, trim=trim)
+    mixed, fused, from_b = compiled(mixing.superpixel_mix)(
+        images, perm, labels, labels[perm], chosen, num_a=most, trim=trim)
     return Mixed(mixed, perm, labels=labels, fused=fused, from_b=from_b)
 
 
@@ -266,8 +270,16 @@ def report(net, test, args, info, run, checkpoint=None):
 def draw_preview(path, net, train, args, info):
     """Draw the first training batch, mixed by the method; return the path."""
     train.set_epoch(0)
-    images, labels = (part[:8] for part in next(iter(train)))
-    generator, title = distributed.step_generator(args.seed, 0, 0), f"{args.method} on {info.name}"
+    images, labels = next(iter(train))
+    first = {label: i for i, label in reversed(list(enumerate(labels.tolist())))}
+    chosen = sorted(first.values())[:8]                     # of eight classes
+    images, labels, args = images[chosen], labels[chosen], copy.copy(args)
+    args.beta, title = 32.0, f"{METHODS[args.method]} on {info.name}"       # lambda near a half
+    generators = (distributed.step_generator(args.seed, 0, step) for step in range(99))
+    own = torch.arange(len(chosen))
+    step = next((step for step, generator in enumerate(generators)
+                 if (draw_perm(len(chosen), generator) != own).all()), 0)   # no image with itself
+    generator = distributed.step_generator(args.seed, 0, step)
     if args.method == "baseline":
         return plots.preview(path, title, {"image": images},
                             F.one_hot(labels, info.num_classes).float(), info)

@@ -241,10 +241,10 @@ def mix_baseline(images, labels, args, info, generator):
         return images, soft_targets(labels, perm, lam, info.num_classes), perm
     lam = draw_lambda(args.alpha, generator)
     if args.method == "mixup":
-        images, ratio = mixing.mixup(images, perm, lam)
+        images, ratio = runtime.compiled(mixing.mixup, args)(images, perm, lam)
     else:
         centre = mixing.draw_centre(*images.shape[-2:], generator)
-        images, ratio = mixing.cutmix(images, perm, centre, lam)
+        images, ratio = runtime.compiled(mixing.cutmix, args)(images, perm, centre, lam)
     return images, soft_targets(labels, perm, ratio, info.num_classes), perm
 
 

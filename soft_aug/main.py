@@ -11,6 +11,7 @@ two machines      torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d \\
 
 --batch_size counts the images of a step over all processes.
 """
+import copy
 import dataclasses
 import math
 import random
@@ -139,6 +140,14 @@ def run_name(args) -> list[str]:
     return [f"da{args.da}", args.loss, "ra" * args.ra, "mixup" * args.mixup]
 
 
+def title(args) -> str:
+    """Return the augmentation and loss in words, for pictures."""
+    hard = {-1: "No augmentation", 0: "Flip and crop", 1: "Cutout", 2: "Hard crop"}[args.da]
+    words = ["Soft Augmentation" if args.loss == "st" else hard, "RandAugment" * args.ra,
+             "Mixup" * args.mixup, {"sce": "smoothed labels", "fl": "focal loss"}.get(args.loss)]
+    return " and ".join(filter(None, words))
+
+
 def choose_seed(args, device) -> int:
     """Return --seed or, for -1, that of the run to resume or evaluate, else a random one.
 
@@ -188,20 +197,21 @@ def warn_of_fine_tuning(args):
 def mix_batch(images, args, info, epoch, generator) -> Mixed:
     """Return the normalised batch after --da, --noise and --mixup, with draws from `generator`."""
     n, size = len(images), images.shape[-2:]
+    compiled = partial(runtime.compiled, args=args)
     weak = fine_tuning(epoch, args.epochs, args.ft)
     shrink = args.r if weak else 1.0
     p = torch.ones(n, device=images.device)                 # confidence in the label
 
     if args.da == 1:
-        images = cutout(images, draw_pixels(n, size, generator), args.l / shrink)
+        images = compiled(cutout)(images, draw_pixels(n, size, generator), args.l / shrink)
     elif args.da == 2:
         background = draw_background(n, 3, args.bgcrop, generator)
         offsets = draw_offsets(n, size, args.crop / shrink, generator)
-        images, visible = soft_crop(images, offsets, background)
+        images, visible = compiled(soft_crop)(images, offsets, background)
         p = confidence(visible, info.num_classes, power=args.pcrop, max_p=args.max_p)
 
     if args.noise:
-        images, visible = soft_noise(images, *draw_noise(
+        images, visible = compiled(soft_noise)(images, *draw_noise(
             images.shape, args.noise / shrink, args.bgnoise, generator, images.device))
         ceiling = 1.0 if args.da == 2 else args.max_p       # once, whatever augments
         p = (p * confidence(visible, info.num_classes, power=args.pnoise, max_p=ceiling)
@@ -211,7 +221,7 @@ def mix_batch(images, args, info, epoch, generator) -> Mixed:
         return Mixed(images, p)
     perm = draw_perm(n, generator)
     lam = draw_lambda(0.0 if weak else args.a, generator)
-    return Mixed(mixup(images, perm, lam)[0], p, perm, lam)
+    return Mixed(compiled(mixup)(images, perm, lam)[0], p, perm, lam)
 
 
 def mixed_loss(logits, labels, mixed, args):
@@ -289,14 +299,14 @@ def draw_preview(path, train, args, info):
     """Draw the first training batch, augmented; return the path."""
     train.set_epoch(0)
     images, labels = next(iter(train))
-    generator = distributed.step_generator(args.seed, 0, 0)
-    mixed = mix_batch(images, args, info, 0, generator)
+    args = copy.copy(args)
+    args.a = 32.0                                           # Mixup's lambda near a half
+    mixed = mix_batch(images, args, info, 0, distributed.step_generator(args.seed, 0, 0))
     rows = {"image": images, "partner": None if mixed.perm is None else images[mixed.perm],
             "mixed": mixed.images}
     info = dataclasses.replace(info, classes=[*info.classes, *["other"] * args.other])
-    return plots.preview(path, f"--da {args.da} --loss {args.loss} on {info.name}",
-                        {name: batch for name, batch in rows.items() if batch is not None},
-                        implied_targets(labels, mixed, args, len(info.classes)), info)
+    return plots.preview(path, f"{title(args)}, {info.name}", rows,
+                         implied_targets(labels, mixed, args, len(info.classes)), info)
 
 
 def main(argv=None):
@@ -360,8 +370,7 @@ def main(argv=None):
     evaluation.report(net, test, args, info, run)
     if args.da == 2 and run.writes:
         log(f"softening: {draw_softening(run.folder / 'softening.png', args, info.num_classes)}")
-    run.finish(f"--da {args.da} --loss {args.loss}, {args.arch} on {info.name}", draw_preview,
-               train, args, info)
+    run.finish(f"{title(args)}; {args.arch} on {info.name}", draw_preview, train, args, info)
     return net
 
 

@@ -115,14 +115,13 @@ def test_no_step_waits_or_mixes_devices(module, base, flags, monkeypatch):
     (lambda images: torch.rand(3, device=images.device, generator=torch.Generator()), Mismatch),
     (lambda images: images.numpy(), Mismatch)])
 def test_faults_in_a_step_are_seen(fault, what, monkeypatch):
-    import sage.main
-    real = sage.main.mixup
+    real = mixing.mixup
 
     def faulty(images, perm, lam):
         fault(images)
         return real(images, perm, lam)
 
-    monkeypatch.setattr(sage.main, "mixup", faulty)
+    monkeypatch.setattr(mixing, "mixup", faulty)
     if what is Mismatch:
         with pytest.raises(Mismatch, match="tests/test_gpu_path.py"):
             watch(SAGE[0], SAGE[1] + "input", monkeypatch)

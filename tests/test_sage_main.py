@@ -143,8 +143,8 @@ def gradient_by_hand(net, images, labels, args, info, generator):
 def test_training_is_the_recipe(tmp_path, words):
     """Losses, weight decay, Nesterov's momentum and the steps of the learning rate, by hand.
 
-    Of seed 1, both computations agree to 4e-16 in float64; in float32 a difference of 6e-6 after two
-    steps makes another of SAGE's offsets the best for one image. So the seed is 2.
+    With seed 1, both computations agree to 4e-16 in float64; in float32 a difference of 6e-6 after
+    two steps makes another of SAGE's offsets the best for one image. So the seed is 2.
     """
     words += (" --decay 0.01 --schedule 1 2 --gammas 0.1 0.5 --epochs 3 --labels_per_class 5 "
               "--seed 2")
@@ -367,6 +367,24 @@ def test_start_epoch_repeats_from_there(tmp_path):
     folder = train(tmp_path, *words, 4, "--resume", "auto", "--start_epoch", 1)
     assert [row["epoch"] for row in checkpoint.load(folder / "checkpoint.pt")["history"]] == [
         0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("solver, code, line", [
+    ("auto", 0, "mixed images:"), ("gco", 1, "error: the solver gco needs gco-wrapper")])
+def test_starts_without_gco(tmp_path, solver, code, line):
+    script = ("import sys; sys.modules['gco'] = None; from sage import main; "
+              "from common import runtime; runtime.launch(main.main)")
+    words = command("--method", "puzzle", "--solver", solver, "--max_steps", 1, root=tmp_path)[2:]
+    result = subprocess.run([sys.executable, "-c", script, *words], cwd=ROOT, text=True,
+                            capture_output=True)
+    printed = result.stdout if code == 0 else result.stderr
+    assert result.returncode == code and line in printed and "Traceback" not in result.stderr
+
+
+def test_manifold_needs_a_network_that_mixes_inside(tmp_path, capsys):
+    code, error = faults(capsys, "--root_dir", tmp_path, "--method", "manifold", "--arch", "deit_s",
+                         "--initial_channels", 64)
+    assert code == 1 and "cannot mix inside deit_s" in error
 
 
 def test_runs_from_its_own_folder(tmp_path):

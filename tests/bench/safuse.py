@@ -120,7 +120,8 @@ def steps(images: torch.Tensor, size: int, args, device):
     flags = ["--method", args.method, "--image_size", str(size), "--arch",
              args.arch32 if size == 32 else args.arch224, "--amp", args.amp]
     flags += ["--dataset", "cub200"] if size == 224 else []
-    ours, theirs = (safuse.parse_args([*flags, "--superpixels", kind]) for kind in safuse.SLICS)
+    ours, theirs = (safuse.parse_args([*flags, "--superpixels", kind])
+                    for kind in ("slic", "skimage"))
     info = argparse.Namespace(num_classes=100, mean=(0, 0, 0), std=(1, 1, 1))
     net = network.build(ours.arch, 100, size, initial_channels=args.initial_channels,
                         decoder=safuse.DECODERS.get(args.method, "none")).to(device)
