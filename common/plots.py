@@ -78,10 +78,11 @@ def curves(path: Path, title: str, history: list[dict]) -> Path:
 
 
 def shares(target: torch.Tensor, classes: list[str], most: int = 3) -> str:
-    """'cat 63 %\\ndog 37 %' of one soft target (num_classes,)."""
+    """'cat 63 %\\ndog 37 %' of one soft target (num_classes,); of digits '4: 63 %'."""
     values, index = target.float().cpu().topk(min(most, len(target)))
-    return "\n".join(f"{classes[i][:16]}{':' * classes[i][-1:].isdigit()} {100 * v:.0f} %" for v, i in
-                     zip(values.tolist(), index.tolist(), strict=True) if v >= 0.005)
+    names = [classes[i][:16] + ":" * classes[i][-1:].isdigit() for i in index.tolist()]
+    return "\n".join(f"{name} {100 * v:.0f} %" for v, name in
+                     zip(values.tolist(), names, strict=True) if v >= 0.005)
 
 
 def most_mixed(targets: torch.Tensor, columns: int = 8) -> torch.Tensor:
