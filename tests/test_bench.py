@@ -14,7 +14,8 @@ from conftest import ROOT, SHARED
     ("soft_aug.py --batch_size 8 --repeats 1", "RandAugment"),
     ("safuse.py --rounds 1 --rounds_step 1 --no_table --sizes 32 --initial_channels 16 --batch 4",
      "mixed / plain step"),
-    ("samix.py --initial_channels 16 --batch_size 4 --rounds 1", "samix step")])
+    ("samix.py --initial_channels 16 --batch_size 4 --rounds 1", "samix step"),
+    ("hub.py --data digits --steps 2 --batch_size 16 --methods softcrop", "the same weights")])
 def test_benches_run(words, line):
     script, *flags = words.split()
     result = subprocess.run([sys.executable, str(ROOT / "tests" / "bench" / script), *flags],
