@@ -68,7 +68,7 @@ def load(name: str, data_dir: str, recipe: Recipe = USUAL, *, batch_size: int, d
     part. Raises DataError for data that are not there, RunError for what the engine cannot do.
     """
     distributed.per_rank(batch_size)                        # or RunError
-    place = Path(os.path.expanduser(data_dir))
+    root = Path(os.path.expanduser(data_dir))
     options = {"batch_size": batch_size, "device": torch.device(device), "workers": max(1, workers),
                "loader": loader, "channels_last": channels_last}
     if val_split and name not in ("folder", "imagenet"):
@@ -78,10 +78,10 @@ def load(name: str, data_dir: str, recipe: Recipe = USUAL, *, batch_size: int, d
         if labels_per_class or valid_labels_per_class:
             raise RunError("--labels_per_class is for sets that fit in memory, "
                            f"not for {name}")
-        loaded = load_streamed(name, place, recipe, image_size or 224, seed=seed,
+        loaded = load_streamed(name, root, recipe, image_size or 224, seed=seed,
                                drop_last=drop_last, **options)
     else:
-        loaded = load_in_memory(name, place, recipe, image_size, labels_per_class,
+        loaded = load_in_memory(name, root, recipe, image_size, labels_per_class,
                                 valid_labels_per_class, seed=seed, drop_last=drop_last, **options)
     if drop_last and loaded[2].num_train < batch_size:
         warn(f"--batch_size {batch_size} is above the {loaded[2].num_train} training images: "
@@ -89,11 +89,11 @@ def load(name: str, data_dir: str, recipe: Recipe = USUAL, *, batch_size: int, d
     return loaded
 
 
-def load_in_memory(name, place, recipe, image_size, labels_per_class, valid_labels_per_class, *,
+def load_in_memory(name, root, recipe, image_size, labels_per_class, valid_labels_per_class, *,
                    seed, drop_last, val_split, **options):
     """Read the set, take its subsets, and fill in what the recipe leaves to the data set."""
     crop_later = recipe.crop == "resized" and name not in ("digits", "folder")  # of many sizes
-    train, test, classes = sources.read(name, place, None if crop_later else image_size,
+    train, test, classes = sources.read(name, root, None if crop_later else image_size,
                                         options["workers"], val_split, seed)
     mean, std = recipe.mean, recipe.std
     if mean is None:                    # of the whole set, also when training on a part of it
@@ -126,7 +126,7 @@ def load_in_memory(name, place, recipe, image_size, labels_per_class, valid_labe
         len(test.labels), sources.fingerprint(train, test), sides[1], valid)
 
 
-def load_streamed(name, place, recipe, image_size, *, seed, drop_last, val_split, loader,
+def load_streamed(name, root, recipe, image_size, *, seed, drop_last, val_split, loader,
                   **options):
     """Open a set that is read from disk as training goes; without class names there are 1000."""
     mean, std = (recipe.mean, recipe.std) if recipe.mean else STATISTICS["imagenet"]
@@ -135,7 +135,7 @@ def load_streamed(name, place, recipe, image_size, *, seed, drop_last, val_split
         flip=recipe.flip is not False, mean=tuple(mean), std=tuple(std))
     has_dali = importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali")
     kind = DaliStream if has_dali and loader != "torch" else TorchStream
-    parts = open_sets(name, place, val_split, seed)
+    parts = open_sets(name, root, val_split, seed)
     train, test = (kind(data, recipe, train=data is parts[0], image_size=image_size, seed=seed,
                         drop_last=drop_last, rank=distributed.rank(), world=distributed.world(),
                         **options) for data in parts)

@@ -79,29 +79,29 @@ def printable(names) -> list[str]:
     return [os.fsencode(name).decode("utf-8", "replace") for name in names]
 
 
-def test_part(place: Path, *first: str) -> str:
-    """Return the part of `first` that `place` holds as a folder or RecordIO, or ""."""
+def test_part(root: Path, *first: str) -> str:
+    """Return the part of `first` that `root` holds as a folder or RecordIO, or ""."""
     return next((part for part in first for end in ("", ".rec", ".idx")
-                 if (place / f"{part}{end}").exists()), "")
+                 if (root / f"{part}{end}").exists()), "")
 
 
-def split_classes(place: Path, share: float, seed: int) -> tuple[dict, dict]:
-    """Return class folders of place/train (or of `place`), as training and as test images.
+def split_classes(root: Path, share: float, seed: int) -> tuple[dict, dict]:
+    """Return class folders of root/train (or of `root`), as training and as test images.
 
     A seeded `share` of each class is for testing: at least one image, but never all of them.
     Raises DataError where there are test images already.
     """
-    part = test_part(place, "test", "val")
+    part = test_part(root, "test", "val")
     if part:
-        raise DataError(f"{place / part}: there are test images, which --val_split would replace")
+        raise DataError(f"{root / part}: there are test images, which --val_split would replace")
     generator = torch.Generator().manual_seed(distributed.seed_of(seed, "val_split"))
     train, test = {}, {}
-    for name, files in list_classes(place / "train" if (place / "train").is_dir() else place
+    for name, files in list_classes(root / "train" if (root / "train").is_dir() else root
                                     ).items():
         count = min(max(1, round(share * len(files))), len(files) - 1)
         chosen = set(torch.randperm(len(files), generator=generator)[:count].tolist())
         test[name] = [file for i, file in enumerate(files) if i in chosen]
         train[name] = [file for i, file in enumerate(files) if i not in chosen]
     if not any(test.values()):
-        raise DataError(f"{place}: no class has two images to split")
+        raise DataError(f"{root}: no class has two images to split")
     return train, test

@@ -60,7 +60,7 @@ def of_classes(path: Path, classes: dict[str, list[str]]) -> Files:
     return Files(path, files, labels, printable(classes))
 
 
-def open_sets(dataset: str, place: Path, val_split: float | None = None, seed: int = 0
+def open_sets(dataset: str, root: Path, val_split: float | None = None, seed: int = 0
               ) -> tuple[Files | RecordFile, Files | RecordFile]:
     """Return training and test images of a streamed set.
 
@@ -68,87 +68,87 @@ def open_sets(dataset: str, place: Path, val_split: float | None = None, seed: i
     Raises DataError naming what is missing or wrong.
     """
     if dataset == "cub200":
-        return cub200(place)
+        return cub200(root)
     if dataset == "stanford_dogs":
-        place = inside(place, "stanford_dogs")
-        if not (place / "train").is_dir() or (inside(place, "lists") / "train_list.mat").exists():
-            return stanford_dogs(place)
+        root = inside(root, "stanford_dogs")
+        if not (root / "train").is_dir() or (inside(root, "lists") / "train_list.mat").exists():
+            return stanford_dogs(root)
     if val_split:
-        return tuple(of_classes(place, part) for part in split_classes(place, val_split, seed))
+        return tuple(of_classes(root, part) for part in split_classes(root, val_split, seed))
     parts, names = [], None
-    for part in ("train", test_part(place, "val", "test") or "val"):
-        if any((place / f"{part}.{end}").exists() for end in ("rec", "idx")):
-            parts.append(RecordFile(place / f"{part}.rec"))
-        elif (place / part).is_dir():
-            files, names = folder(place / part, names)
+    for part in ("train", test_part(root, "val", "test") or "val"):
+        if any((root / f"{part}.{end}").exists() for end in ("rec", "idx")):
+            parts.append(RecordFile(root / f"{part}.rec"))
+        elif (root / part).is_dir():
+            files, names = folder(root / part, names)
             parts.append(files)
         else:
-            raise DataError(f"{place} holds neither {part}.rec nor a folder {part}/ with one "
+            raise DataError(f"{root} holds neither {part}.rec nor a folder {part}/ with one "
                             f"folder per class; {SPLIT}")
     classes = [data.classes for data in parts]
     if all(classes) and classes[0] != classes[1]:
         odd = sorted(set(classes[0]) ^ set(classes[1]))
-        raise DataError(f"{place}: train and {part} differ in their classes"
+        raise DataError(f"{root}: train and {part} differ in their classes"
                         + (f": {odd[0]}" if odd else "' order"))
     return tuple(parts)
 
 
-def cub200(place: Path) -> tuple[Files, Files]:
+def cub200(root: Path) -> tuple[Files, Files]:
     """Training and test images of CUB_200_2011/ (or a folder that holds it), with their boxes.
 
     Read from its images.txt, image_class_labels.txt, train_test_split.txt and classes.txt, and
     bounding_boxes.txt where it is there. Raises DataError naming the file that is missing or wrong.
     """
-    place = inside(place, "CUB_200_2011")
-    names = table(place / "images.txt")
-    classes = table(place / "classes.txt")
-    label = table(place / "image_class_labels.txt", like=names)
-    is_train = table(place / "train_test_split.txt", like=names)
-    boxed = (place / "bounding_boxes.txt").is_file()
-    corners = table(place / "bounding_boxes.txt", like=names) if boxed else {}
-    number = {key: place_of for place_of, key in enumerate(classes)}
+    root = inside(root, "CUB_200_2011")
+    names = table(root / "images.txt")
+    classes = table(root / "classes.txt")
+    label = table(root / "image_class_labels.txt", like=names)
+    is_train = table(root / "train_test_split.txt", like=names)
+    boxed = (root / "bounding_boxes.txt").is_file()
+    corners = table(root / "bounding_boxes.txt", like=names) if boxed else {}
+    number = {key: i for i, key in enumerate(classes)}
     parts = [], []
     for key, (name, *_) in names.items():
         if label[key][0] not in number:
-            raise DataError(f"{place / 'image_class_labels.txt'}: image {key} has class "
+            raise DataError(f"{root / 'image_class_labels.txt'}: image {key} has class "
                             f"{label[key][0]}, which classes.txt lacks")
         if is_train[key][0] not in ("0", "1"):
-            raise DataError(f"{place / 'train_test_split.txt'}: image {key} has "
+            raise DataError(f"{root / 'train_test_split.txt'}: image {key} has "
                             f"{is_train[key][0]}, neither 0 nor 1")
-        with reading(place / "bounding_boxes.txt", f"image {key} has no x, y, width and height"):
+        with reading(root / "bounding_boxes.txt", f"image {key} has no x, y, width and height"):
             x, y, width, height = map(float, corners[key]) if boxed else (0, 0, 0, 0)
-        file = str(place / "images" / name)
+        file = str(root / "images" / name)
         parts[is_train[key][0] == "0"].append((file, number[label[key][0]], (x, y, width, height)))
     titles = [row[0].split(".")[-1].replace("_", " ") for row in classes.values()]
-    return tuple(listed(place, rows, titles, part, boxed)
+    return tuple(listed(root, rows, titles, part, boxed)
                  for rows, part in zip(parts, ("training", "test"), strict=True))
 
 
-def inside(place: Path, name: str) -> Path:
-    """place/name where it is a folder, else place itself. DataError where neither is."""
-    if (place / name).is_dir():
-        return place / name
-    if not place.is_dir():
-        raise DataError(f"{place}: no such folder")
-    return place
+def inside(root: Path, name: str) -> Path:
+    """root/name where it is a folder, else root itself. DataError where neither is."""
+    if (root / name).is_dir():
+        return root / name
+    if not root.is_dir():
+        raise DataError(f"{root}: no such folder")
+    return root
 
 
-def listed(place: Path, rows: list[tuple], classes: list[str], part: str, boxed=False) -> Files:
+def listed(root: Path, rows: list[tuple], classes: list[str], part: str, boxed=False) -> Files:
     """Files of (path, label, box) rows. DataError where there are none or the first is missing."""
     if not rows:
-        raise DataError(f"{place}: lists no {part} images")
+        raise DataError(f"{root}: lists no {part} images")
     if not Path(rows[0][0]).is_file():
         raise DataError(f"{rows[0][0]}: listed, but there is no such file")
     files, labels, boxes = map(list, zip(*rows, strict=True))
-    return Files(place, files, labels, classes, boxes if boxed else None)
+    return Files(root, files, labels, classes, boxes if boxed else None)
 
 
-def stanford_dogs(place: Path) -> tuple[Files, Files]:
+def stanford_dogs(root: Path) -> tuple[Files, Files]:
     """Training and test images of Stanford Dogs: train_list.mat, test_list.mat and Images/."""
     from scipy.io import loadmat
     read = {}
     for part in ("train", "test"):
-        file = inside(place, "lists") / f"{part}_list.mat"
+        file = inside(root, "lists") / f"{part}_list.mat"
         if not file.is_file():
             raise DataError(f"{file}: no such file (nor folders train/ and test/)")
         with reading(file, "a MATLAB file of file_list and labels"):
@@ -156,8 +156,8 @@ def stanford_dogs(place: Path) -> tuple[Files, Files]:
             names = [str(cell.item()) for cell in stored["file_list"].ravel()]
             read[part] = list(zip(names, map(int, stored["labels"].ravel()), strict=True))
     folders = {label: name.split("/")[0] for rows in read.values() for name, label in rows}
-    number = {label: place_of for place_of, label in enumerate(sorted(folders))}
+    number = {label: i for i, label in enumerate(sorted(folders))}
     titles = [folders[label].split("-", 1)[-1].replace("_", " ") for label in number]
-    return tuple(listed(place, [(str(place / "Images" / name), number[label], None)
+    return tuple(listed(root, [(str(root / "Images" / name), number[label], None)
                                 for name, label in rows], titles, part)
                  for part, rows in read.items())

@@ -15,9 +15,9 @@ class MemoryBatches:
     """Iterates over (images (B, 3, H, W) float32 normalised, labels (B,) int64) on the device.
 
     With a seed: training batches, each epoch a new permutation, crops and flips of `recipe`; every
-    draw is a function of (seed, epoch) and of the image's place in the permutation, so the batches
-    are the same on every device, with either loader, and however many ranks share them. Without:
-    every image once, in order. size: (height, width) of resized crops and of all test images.
+    draw is a function of (seed, epoch) and of the image's position in the permutation, so the
+    batches are the same on every device, with either loader, and however many ranks share them.
+    Without: every image once, in order. size: (height, width) of resized crops and test images.
 
     Of each batch of `batch_size` images a rank takes every world-th. In training a last partial
     batch is filled up from its own images so that all ranks do equally many steps of equal size;
@@ -74,7 +74,7 @@ class MemoryBatches:
             draw.to(self.device) for draw in self.drawn)
 
     def rows(self, step: int) -> torch.Tensor:
-        """Places in the epoch's permutation that make up this rank's part of a batch."""
+        """Positions in the epoch's permutation that make up this rank's part of a batch."""
         rows = torch.arange(step * self.batch_size, min((step + 1) * self.batch_size, self.count))
         rank, world = distributed.rank(), distributed.world()
         if self.seed is not None and len(rows) % world:
@@ -190,8 +190,8 @@ def pad(images: torch.Tensor, border: int, mode: str = "constant") -> torch.Tens
         return torch.nn.functional.pad(images, (border,) * 4)
     for dim in (2, 3):
         last = images.shape[dim] - 1
-        place = torch.arange(-border, last + border + 1, device=images.device).abs()
-        images = images.index_select(dim, last - (last - place).abs())
+        position = torch.arange(-border, last + border + 1, device=images.device).abs()
+        images = images.index_select(dim, last - (last - position).abs())
     return images
 
 
@@ -212,8 +212,8 @@ def draw_boxes(count: int, size, scale, ratio, generator: torch.Generator) -> to
     sides = sides.gather(1, fits.int().argmax(0).expand(2, 1, -1))[:, 0]
     least = round(min(height, width / ratio[0])), round(min(width, height * ratio[1]))
     sides = torch.where(fits.any(0), sides, torch.tensor(least)[:, None])
-    place = torch.rand(2, count, generator=generator)
-    corner = (place * (limit[:, None] - sides + 1)).long()
+    position = torch.rand(2, count, generator=generator)
+    corner = (position * (limit[:, None] - sides + 1)).long()
     corner = torch.where(fits.any(0), corner, (limit[:, None] - sides) // 2)
     return torch.cat([corner, sides])
 
@@ -233,11 +233,11 @@ def taps(begin: torch.Tensor, length: torch.Tensor, before: int, after: int, fil
          ) -> torch.Tensor:
     """Weights (B, after, before) that resize pixels [begin, begin + length) (B,) of a side."""
     scale = (length / after)[:, None, None]
-    place = torch.arange(before, device=begin.device)
-    inside = (place >= begin[:, None]) & (place < (begin + length)[:, None])
+    position = torch.arange(before, device=begin.device)
+    inside = (position >= begin[:, None]) & (position < (begin + length)[:, None])
     centre = (torch.arange(after, device=begin.device)[:, None] + 0.5) * scale \
         + begin[:, None, None]
-    x = ((place + 0.5 - centre) / scale.clamp(min=1)).abs()
+    x = ((position + 0.5 - centre) / scale.clamp(min=1)).abs()
     if filter == "bicubic":                     # Keys' cubic with a = -0.5
         near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
         weights = torch.where(x < 1, near, torch.where(x < 2, far, 0))

@@ -35,7 +35,7 @@ def pack(label: float, key: int, image: bytes, job: int = 0) -> bytes:
 
 
 class RecordFile:
-    """Random access to a .rec file by the place of a record in it (not by key).
+    """Random access to a .rec file by the number of a record (not by key).
 
     len(file) records; file[i] -> (label, encoded image as bytes), of several labels the first;
     classes: the names that make_recordio.py left beside the file, or none. Opening reads the
@@ -89,7 +89,7 @@ class RecordFile:
         return f"{self.path}: record {i} (byte {self.offsets[i]})"
 
     def facts(self) -> bytes:
-        """Return what tells this file from a changed one: its records' places and its length."""
+        """Return what tells this file from a changed one: offsets and length."""
         return self.offsets.tobytes() + str(self.path.stat().st_size).encode()
 
     def parts(self, i: int) -> list[bytes]:

@@ -46,7 +46,7 @@ class Split:
         return Split(self.images[index], self.labels[index])
 
 
-def read(name: str, place: Path, image_size: int | None, workers: int,
+def read(name: str, root: Path, image_size: int | None, workers: int,
          val_split: float | None = None, seed: int = 0):
     """Reads a data set: (train Split, test Split, class names).
 
@@ -57,19 +57,19 @@ def read(name: str, place: Path, image_size: int | None, workers: int,
     if name == "digits":
         return read_digits(image_size or 32)
     if name in ("cifar10", "cifar100"):
-        train, test, classes = read_cifar(name, place, workers)
+        train, test, classes = read_cifar(name, root, workers)
     elif name == "tiny-imagenet-200":
-        return read_tiny_imagenet(place, image_size or 64, workers)
+        return read_tiny_imagenet(root, image_size or 64, workers)
     elif name == "npz":
-        train, test, classes = read_npz(place)
+        train, test, classes = read_npz(root)
     else:
-        train, test, classes = read_folder(place, image_size, workers, val_split, seed)
+        train, test, classes = read_folder(root, image_size, workers, val_split, seed)
     if image_size and (image_size, image_size) != train.images.shape[1:3]:
         train, test = (Split(resize(part.images, image_size), part.labels)
                        for part in (train, test))
     sides = ["×".join(map(str, part.images.shape[2:0:-1])) for part in (train, test)]
     if sides[0] != sides[1]:
-        raise DataError(f"{place}: training images have {sides[0]} pixels, test images {sides[1]}; "
+        raise DataError(f"{root}: training images have {sides[0]} pixels, test images {sides[1]}; "
                         "give --image_size")
     return train, test, classes
 
@@ -87,24 +87,24 @@ def read_digits(size: int):
     from sklearn.datasets import load_digits
     digits = load_digits()
     images = resize(np.repeat((digits.images * (255 / 16)).astype(np.uint8)[..., None], 3, 3), size)
-    place = np.empty(len(images), np.int64)                 # position within the own class
+    position = np.empty(len(images), np.int64)             # position within the own class
     for c in range(10):
-        place[digits.target == c] = np.arange((digits.target == c).sum())
-    data, test = Split(images, digits.target.astype(np.int64)), place % 5 == 4
+        position[digits.target == c] = np.arange((digits.target == c).sum())
+    data, test = Split(images, digits.target.astype(np.int64)), position % 5 == 4
     return data.take(~test), data.take(test), [str(c) for c in range(10)]
 
 
-def read_cifar(name: str, place: Path, workers: int):
+def read_cifar(name: str, root: Path, workers: int):
     """CIFAR from <name>.npz, from train/ and test/ folders, or from torchvision's archive.
 
-    Where none of them is in `place` the archive is downloaded (its checksum verified before
+    Where none of them is in `root` the archive is downloaded (its checksum verified before
     anything in it is unpickled).
     """
     source = CIFAR[name]
-    if place.name == source.base_folder:                    # the archive's inner folder
-        place = place.parent
-    archive = place / name if (place / name).is_dir() else place
-    file = place if place.suffix == ".npz" else place / f"{name}.npz"
+    if root.name == source.base_folder:                    # the archive's inner folder
+        root = root.parent
+    archive = root / name if (root / name).is_dir() else root
+    file = root if root.suffix == ".npz" else root / f"{name}.npz"
     if file.suffix == ".npz" and file.exists():
         train, test, classes = read_npz(file)
         if train.images.shape[1:] != (32, 32, 3):
@@ -112,28 +112,28 @@ def read_cifar(name: str, place: Path, workers: int):
     elif (archive / "train").is_dir():
         train, test, classes = read_folder(archive, 32, workers)
     else:
-        train, test, classes = read_cifar_archive(source, name, place)
+        train, test, classes = read_cifar_archive(source, name, root)
     if len(classes) != (10 if name == "cifar10" else 100):
-        raise DataError(f"{place}: {len(classes)} classes, {name} has {name.removeprefix('cifar')}"
+        raise DataError(f"{root}: {len(classes)} classes, {name} has {name.removeprefix('cifar')}"
                         "; a set of your own is --dataset folder or npz")
     return train, test, classes
 
 
-def read_cifar_archive(source, name: str, place: Path):
+def read_cifar_archive(source, name: str, root: Path):
     """CIFAR as torchvision has it, downloaded by the first process; DataError when damaged."""
-    folder = place / source.base_folder
+    folder = root / source.base_folder
     if distributed.rank() == 0 and not folder.is_dir():
-        log(f"{place} holds no {name}: downloading it there")
+        log(f"{root} holds no {name}: downloading it there")
         try:
-            place.mkdir(parents=True, exist_ok=True)
-            source(str(place), download=True)
+            root.mkdir(parents=True, exist_ok=True)
+            source(str(root), download=True)
         except (OSError, RuntimeError) as fault:
-            raise DataError(f"{place} holds neither {name}.npz, nor train/ and test/ folders, nor "
+            raise DataError(f"{root} holds neither {name}.npz, nor train/ and test/ folders, nor "
                             f"{source.base_folder}/, and the download failed ({fault})") from None
     if distributed.world() > 1:
         torch.distributed.barrier()
     try:
-        parts = [source(str(place), train=train) for train in (True, False)]
+        parts = [source(str(root), train=train) for train in (True, False)]
     except (OSError, RuntimeError) as fault:
         names = [f for f, md5 in source.train_list + source.test_list
                  if not torchvision.datasets.utils.check_integrity(str(folder / f), md5)]
@@ -183,15 +183,15 @@ def read_npz(file: Path):
 
 # -------------------------------------------------------------------------------- image folders
 
-def read_folder(place: Path, image_size: int | None, workers: int, val_split=None, seed=0):
+def read_folder(root: Path, image_size: int | None, workers: int, val_split=None, seed=0):
     """train/<class>/* and test/<class>/* (or val/<class>/*); val_split: see `split_classes`."""
     if val_split:
-        train, test = split_classes(place, val_split, seed)
+        train, test = split_classes(root, val_split, seed)
     else:
-        train, part = list_classes(place / "train"), test_part(place, "test", "val")
+        train, part = list_classes(root / "train"), test_part(root, "test", "val")
         if not part:
-            raise DataError(f"{place} holds neither test/ nor val/; {SPLIT}")
-        test = list_classes(place / part, list(train))
+            raise DataError(f"{root} holds neither test/ nor val/; {SPLIT}")
+        test = list_classes(root / part, list(train))
     splits = []
     for classes in (train, test):
         splits.append(decode_files(numbered(classes), image_size, workers))
@@ -201,27 +201,27 @@ def read_folder(place: Path, image_size: int | None, workers: int, val_split=Non
     return *splits, printable(train)
 
 
-def read_tiny_imagenet(place: Path, image_size: int, workers: int):
+def read_tiny_imagenet(root: Path, image_size: int, workers: int):
     """tiny-imagenet-200 as unzipped: val/ by its annotation file, or sorted into class folders."""
-    place = place / "tiny-imagenet-200" if (place / "tiny-imagenet-200").is_dir() else place
-    train = list_classes(place / "train")
-    names, val, notes = list(train), place / "val", place / "val" / "val_annotations.txt"
+    root = root / "tiny-imagenet-200" if (root / "tiny-imagenet-200").is_dir() else root
+    train = list_classes(root / "train")
+    names, val, notes = list(train), root / "val", root / "val" / "val_annotations.txt"
     rows = table(notes, "\t") if notes.is_file() else {}
     unknown = next((image for image, row in rows.items() if row[0] not in train), None)
     if unknown:
         raise DataError(f"{notes}: a class unknown to train/ at {unknown}")
-    places = {image: [val / "images" / image, val / row[0] / image, val / row[0] / "images" / image]
+    tried = {image: [val / "images" / image, val / row[0] / image, val / row[0] / "images" / image]
               for image, row in rows.items()}
-    found = {image: [file for file in files if file.is_file()] for image, files in places.items()}
+    found = {image: [file for file in files if file.is_file()] for image, files in tried.items()}
     if rows and all(found.values()):
         test = [(files[0], names.index(rows[image][0])) for image, files in found.items()]
     else:                               # sorted by hand: nothing may be left unsorted
         sorted_ones = any((val / name).is_dir() for name in names)
         if not sorted_ones:
-            missing = next((files[0] for image, files in places.items() if not found[image]), notes)
+            missing = next((files[0] for image, files in tried.items() if not found[image]), notes)
             raise DataError(f"{missing}: missing, and val/ holds no class folder of train/")
         test = numbered(list_classes(val, names))
-    words = place / "words.txt"
+    words = root / "words.txt"
     titles = dict(line.split("\t", 1) for line in read_text(words).splitlines()
                   if "\t" in line) if words.is_file() else {}
     return (decode_files(numbered(train), image_size, workers),
@@ -241,7 +241,7 @@ def decode_files(files: list[tuple[str, int]], image_size: int | None, workers: 
     first = read_image(files[0][0])
     images = np.empty((len(files), *first.shape), np.uint8)
 
-    def place(i: int):
+    def store(i: int):
         image = read_image(files[i][0])
         if image.shape != first.shape:
             raise DataError(f"{files[i][0]}: {image.shape[1]}×{image.shape[0]} pixels, others "
@@ -249,7 +249,7 @@ def decode_files(files: list[tuple[str, int]], image_size: int | None, workers: 
         images[i] = image
 
     with ThreadPoolExecutor(workers) as pool:
-        bar = tqdm(pool.map(place, range(len(files))), total=len(files), desc="decoding",
+        bar = tqdm(pool.map(store, range(len(files))), total=len(files), desc="decoding",
                    leave=False, disable=distributed.rank() != 0 or len(files) < 5000, mininterval=1)
         for _ in bar:
             pass

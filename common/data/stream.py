@@ -35,7 +35,7 @@ class Stream:
     train: every rank does equally many steps of equal size, for which at most one image a rank is
     seen twice in an epoch; drop_last: no partial batch at an epoch's end. Files are in a new
     permutation each epoch; records in the file's order through a window of shuffled records, with
-    shards that change places between epochs. Otherwise every image is seen once over all ranks.
+    shards that rotate from epoch to epoch. Otherwise every image is seen once over all ranks.
 
     len: steps; `count`: images in all. channels_last: strides of the images.
     """
@@ -78,14 +78,14 @@ class Stream:
             return list(self.shard)
         if self.data.in_file_order:
             begin = self.count * ((self.rank + self.epoch) % self.world) // self.world
-            places = torch.arange(-(-self.count // self.world))
+            positions = torch.arange(-(-self.count // self.world))
             generator = torch.Generator().manual_seed(self.number(self.rank))
-            moved = places + WINDOW * torch.rand(len(places), generator=generator)
+            moved = positions + WINDOW * torch.rand(len(positions), generator=generator)
             return ((begin + moved.argsort()) % self.count)[:self.images].tolist()
         generator = torch.Generator().manual_seed(self.number())
         order = torch.randperm(self.count, generator=generator)
-        places = torch.arange(self.rank, self.images * self.world, self.world) % self.count
-        return order[places].tolist()
+        positions = torch.arange(self.rank, self.images * self.world, self.world) % self.count
+        return order[positions].tolist()
 
     def __iter__(self):
         for step, (images, labels) in enumerate(self.batches(), self.start_step):
@@ -184,8 +184,8 @@ class DaliStream(Stream):
         for i in items:
             self.item(i)
         lines = [line.strip() for line in fault.splitlines() if line.strip()]
-        places = [n for n, line in enumerate(lines) if "encountered:" in line]
-        reason = lines[places[0] + 1] if places and places[0] + 1 < len(lines) else lines[0]
+        at = [n for n, line in enumerate(lines) if "encountered:" in line]
+        reason = lines[at[0] + 1] if at and at[0] + 1 < len(lines) else lines[0]
         raise RunError(f"{self.data.path}: DALI stopped: {reason}")
 
     def pipeline(self, source):
