@@ -48,7 +48,10 @@ def new_figure(**options):
 
 
 def save_figure(figure, path: Path):
-    """Write a figure atomically, in the format that the suffix names."""
+    """Write a figure atomically, in the format that the suffix names; "?" for what is not UTF-8."""
+    for text in figure.findobj(lambda part: hasattr(part, "set_text")):
+        if (words := text.get_text()) and not words.isascii():
+            text.set_text(words.encode(errors="replace").decode())
     with whole(path) as new:
         figure.savefig(new, dpi=130, format=Path(path).suffix[1:].lower())
 

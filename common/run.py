@@ -38,8 +38,6 @@ NOT_TRAINING = ("data_dir", "root_dir", "workers", "print_freq", "device", "resu
                 "debug")
 
 
-
-
 def commit() -> str:
     """The project's git commit, with '+' when files differ from it; '' outside a checkout."""
     root = Path(__file__).resolve().parents[1]
@@ -76,7 +74,7 @@ def lock(path: Path, mode: str):
 
 
 class Run:
-    """One run: its folder, its history, and the place it has come to (epoch, step).
+    """One run: its folder, its history, and how far it has come (epoch, step).
 
     name: parts of the folder's name besides data set, network, seed and --job_name; identity: what
     a checkpoint must agree in to be resumed, besides data and network; parts: what it keeps, by
@@ -167,7 +165,7 @@ class Run:
             self.events = SummaryWriter(self.folder / "tensorboard", purge_step=self.epoch or None)
 
     def take_folder(self):
-        """Makes the run's folder and holds it until the process ends."""
+        """Make the run's folder and hold it until the process ends."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.lock = lock(self.folder / ".lock", "w")

@@ -237,13 +237,15 @@ def launch(main):
         code = 130
     except RunError as fault:
         print_once(f"error: {fault}")
-    except torch.OutOfMemoryError:
-        print_once("error: the GPU's memory is full: lower --batch_size or use --amp bf16")
-    except MemoryError:
-        print_once("error: the memory is full: lower --batch_size, or the sizes that the flags set")
+    except torch.OutOfMemoryError as fault:
+        print_once(f"error: the GPU's memory is full ({first_line(fault)}): lower --batch_size or "
+                   "use --amp bf16")
+    except MemoryError as fault:
+        print_once(f"error: the memory is full ({first_line(fault)}): lower --batch_size, or the "
+                   "sizes that the flags set")
     except OSError as fault:
-        place = f"{fault.filename}: " if fault.filename else ""
-        print_once(f"error: {place}{fault.strerror or fault}")
+        name = f"{fault.filename}: " if fault.filename else ""
+        print_once(f"error: {name}{fault.strerror or fault}")
     except Exception as fault:
         if "--debug" in sys.argv:
             raise
@@ -260,9 +262,13 @@ def launch(main):
     sys.exit(code)
 
 
+def first_line(fault: Exception) -> str:
+    """Return the beginning of what a fault says."""
+    return (str(fault).strip().splitlines() or [type(fault).__name__])[0][:300]
+
+
 def describe(fault: Exception) -> str:
     """Return one line about an unforeseen fault; write its traceback into a file."""
-    words = (str(fault).strip().splitlines() or [""])[0][:300]
     path = traceback_folder / (f"error-{rank()}.txt" if world() > 1 else "error.txt")
     try:
         path.write_text("".join(traceback.format_exception(fault)), errors="backslashreplace")
@@ -270,4 +276,4 @@ def describe(fault: Exception) -> str:
     except OSError:
         where = "--debug shows where"
     gone = " (was another process stopped? then go on with --resume auto)" if world() > 1 else ""
-    return f"error: {type(fault).__name__}: {words}{gone}; {where}"
+    return f"error: {type(fault).__name__}: {first_line(fault)}{gone}; {where}"

@@ -43,7 +43,7 @@ def test_entries_that_are_missing_or_ill_typed_are_named(tmp_path, harm):
 
 def test_pictures_replace_regular_files_alone(tmp_path):
     figure = plots.new_figure()
-    figure.suptitle("classes $a_b and x$^{")                # no mathematics
+    figure.suptitle("classes $a_b and x$^{ caf\udce9")      # no mathematics, and not UTF-8
     plots.save_figure(figure, tmp_path / "a.png")
     plots.save_figure(figure, tmp_path / "a.png")
     (tmp_path / "folder.png").mkdir()

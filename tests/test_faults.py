@@ -13,11 +13,17 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from test_sage_main import SMALL, faults, same, train, weights
+from programs import Program, same, weights
 
 from common import checkpoint, data, distributed
 from common.errors import DataError, RunError
+from sage import main as sage
 
+SMALL = ("--dataset digits --image_size 16 --labels_per_class 12 --batch_size 30 --arch "
+         "preactresnet18 --initial_channels 4 --learning_rate 0.05 --rand_pos 0.02 --m_part 8 "
+         "--device cpu").split()
+PROGRAM = Program(sage, SMALL)
+train, faults = PROGRAM.train, PROGRAM.faults
 TINY = [*SMALL, "--image_size", "8", "--labels_per_class", "6", "--print_freq", "1"]
 
 

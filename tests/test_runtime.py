@@ -44,8 +44,8 @@ def test_pictures_have_a_format(text, allowed):
 @pytest.mark.parametrize("fault, code, line", [
     (DataError("a.npz: damaged"), 1, "error: a.npz: damaged"),
     (OSError(28, "No space left on device", "x/log.csv"), 1, "x/log.csv: No space left"),
-    (torch.OutOfMemoryError("CUDA out of memory"), 1, "lower --batch_size"),
-    (MemoryError(), 1, "memory is full"),
+    (torch.OutOfMemoryError("CUDA out of memory"), 1, "full (CUDA out of memory): lower --batch"),
+    (MemoryError("Unable to allocate 9 GiB"), 1, "full (Unable to allocate 9 GiB): lower"),
     (KeyboardInterrupt(), 130, "stopped by Ctrl-C"),
     (None, 0, "")])
 def test_known_faults_are_one_line(capsys, fault, code, line):
