@@ -10,32 +10,15 @@ import os
 import random
 import signal
 import sys
-import threading
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from programs import die_at
 
 from common import checkpoint, data, run, runtime
 from sage import main as sage
-
-
-def die_at(place, name, calls, delay=0.0):
-    """Kill this process when place.name is called for the calls-th time, or `delay` later."""
-    function, left = getattr(place, name), [calls]
-
-    def die():
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    def counted(*args, **words):
-        left[0] -= 1
-        if not left[0]:
-            threading.Timer(delay, die).start() if delay else die()
-        return function(*args, **words)
-
-    setattr(place, name, counted)
-
 
 kills, root, words = int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
 torch.set_num_threads(1)

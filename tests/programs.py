@@ -1,12 +1,50 @@
 """A paper's main.py run as users run it, made small by a few flags."""
+import os
+import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
+from conftest import ROOT
 
 from common import checkpoint, runtime
 from common.errors import DataError
+
+
+def die_at(place, name, calls, delay=0.0):
+    """Kill this process when place.name is called for the calls-th time, or `delay` later."""
+    function, left = getattr(place, name), [calls]
+
+    def die():
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def counted(*args, **words):
+        left[0] -= 1
+        if not left[0]:
+            threading.Timer(delay, die).start() if delay else die()
+        return function(*args, **words)
+
+    setattr(place, name, counted)
+
+
+KILLED = """
+import importlib, sys
+sys.path[:0] = {paths!r}
+import programs
+from common import run, runtime
+programs.die_at(run.Run, "ends", {steps})
+runtime.launch(lambda: importlib.import_module({module!r}).main(sys.argv[1:]))
+"""
+
+
+def killed(module, words, root, steps: int):
+    """Run a program's main() in a process of its own that SIGKILL ends in its `steps`-th step."""
+    code = KILLED.format(paths=[str(ROOT), str(ROOT / "tests")], steps=steps, module=module)
+    result = subprocess.run([sys.executable, "-c", code, *map(str, words), "--root_dir", str(root)],
+                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    assert result.returncode == -signal.SIGKILL
 
 
 class Program:
@@ -28,6 +66,9 @@ class Program:
         """In this process; returns the run's folder."""
         self.module.main([*self.small, "--root_dir", str(root), *map(str, words)])
         return next(root.iterdir())
+
+    def killed(self, *words, root, steps: int):
+        killed(self.module.__name__, [*self.small, *words], root, steps)
 
     def arguments(self, words=""):
         return self.module.parse_args([*self.small, *words.split()])

@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -378,14 +377,7 @@ def test_killed_and_resumed_is_the_run_never_killed(tmp_path):
     words = ["--epochs", 6, "--autoaugment", "True", "--cutmix_prob", 0.5, "--warmup_epochs", 2]
     whole = train(tmp_path / "whole", *words)
     folder = tmp_path / "killed" / whole.name
-    child = subprocess.Popen(
-        [sys.executable, str(ROOT / "resizemix" / "main.py"), *SMALL, *map(str, words),
-         "--root_dir", str(tmp_path / "killed")],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while child.poll() is None and not (folder / "checkpoint.pt").exists():
-        time.sleep(0.01)
-    child.kill()
-    assert child.wait() == -signal.SIGKILL
+    PROGRAM.killed(*words, root=tmp_path / "killed", steps=6)
     assert len((folder / "log.csv").read_text().splitlines()) < 7
     train(tmp_path / "killed", *words, "--resume", "auto")
     assert same(weights(whole), weights(folder))

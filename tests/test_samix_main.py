@@ -3,10 +3,8 @@ import json
 import os
 import re
 import shlex
-import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -16,7 +14,7 @@ import torchvision
 from conftest import ROOT
 from pictures import make_cub, make_photos
 from PIL import Image
-from programs import Program, same, weights
+from programs import Program, killed, same, weights
 from torchvision.transforms import v2
 
 from common import plots
@@ -473,24 +471,13 @@ def test_previews(tmp_path, drawn):
 
 # -------------------------------------------------------------------- resume, ranks, script, faults
 
-def killed(words, root, program="main.py"):
-    """Starts a program, kills it at its first checkpoint."""
-    child = subprocess.Popen([sys.executable, str(ROOT / "samix" / program), *map(str, words),
-                              "--root_dir", str(root)],
-                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while child.poll() is None and not list(root.glob("*/checkpoint.pt")):
-        time.sleep(0.01)
-    child.kill()
-    assert child.wait() == -signal.SIGKILL
-
-
 def test_killed_and_resumed_is_the_run_never_killed(tmp_path):
     words = [*SMALL, "--epochs", 6, "--dropout", 0.2, "--ema_start", 0.5, "--lr_every", "step",
              "--mask_anneal", "True", "--randaugment", "True", "--switch_off", 0.9]
     samix.main([*map(str, words), "--root_dir", str(tmp_path / "whole")])
     whole = next((tmp_path / "whole").iterdir())
     folder = tmp_path / "killed" / whole.name
-    killed(words, tmp_path / "killed")
+    killed("samix.main", words, tmp_path / "killed", 6)
     assert len((folder / "log.csv").read_text().splitlines()) < 7
     samix.main([*map(str, words), "--root_dir", str(tmp_path / "killed"), "--resume", "auto"])
     assert same(weights(whole), weights(folder))

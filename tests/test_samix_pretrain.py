@@ -6,8 +6,8 @@ import pytest
 import torch
 from pictures import HAS_DALI, make_photos
 from PIL import Image
-from programs import same, weights
-from test_samix_main import drawn, killed, on_two_ranks  # noqa: F401
+from programs import killed, same, weights
+from test_samix_main import drawn, on_two_ranks  # noqa: F401
 from torch import nn
 from torchvision.transforms.v2 import functional as TF
 
@@ -277,7 +277,7 @@ def test_killed_and_resumed_is_the_run_never_killed(tmp_path):
     pretrain.main([*map(str, words), "--root_dir", str(tmp_path / "whole")])
     whole = next((tmp_path / "whole").iterdir())
     folder = tmp_path / "killed" / whole.name
-    killed(words, tmp_path / "killed", "pretrain.py")
+    killed("samix.pretrain", words, tmp_path / "killed", 6)
     assert len((folder / "log.csv").read_text().splitlines()) < 6
     pretrain.main([*map(str, words), "--root_dir", str(tmp_path / "killed"), "--resume", "auto"])
     first, second = (checkpoint.load(place / "checkpoint.pt") for place in (whole, folder))
