@@ -64,7 +64,7 @@ def test_commands_are_understood(line, tmp_path):
     words = shlex.split(line, comments=True)
     place = next(word for word in words if word.endswith(".py"))
     assert (ROOT / place).is_file()
-    if any(name in place for name in ("bench", "make_recordio", "export")):     # want files at once
+    if re.search("bench|make_recordio|export", place):      # these look for their files at once
         return
     program = importlib.import_module(place[:-3].replace("/", "."))
     args = program.parse_args(words[words.index(place) + 1:])
