@@ -43,7 +43,7 @@ def test_a_method_of_ones_own(tmp_path, in_batch):
     (tmp_path / "sage" / "stripes.py").write_text(CODE[1])
     main = tmp_path / "sage" / "main.py"
     source = main.read_text()
-    for before, after in (('METHODS = {"vanilla": ', 'METHODS = {"stripes": "Stripes", "vanilla": '),
+    for before, after in (('METHODS = {', 'METHODS = {"stripes": "Stripes", '),
                           ("from sage import ", "from sage.stripes import stripe_mix\n"
                                                 "from sage import "),
                           ('    elif args.method == "cutmix":\n',
