@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
 """Draw the picture at the top of the README: two photographs mixed by every method.
 
-    python tests/bench/draw_methods.py methods.jpg [--epochs 30] [--runs DIR]
+    python tests/bench/draw_methods.py methods.jpg [--epochs 30] [--runs DIR] [--sage mixed.png]
 
 Saliency, attention and SAMix's masks come from a network that learned to tell random crops of these
 photographs apart (ResNet-18 with 16 channels, trained by samix/main.py in about ten minutes; with
 --runs it is kept, and an interrupted training goes on). LGCOAMix pastes as SAFuse does, AutoMix
-learns masks as SAMix does; Manifold Mixup mixes activations, of which there is no picture.
+learns masks as SAMix does; --sage draws the picture of SAGE's README. Manifold Mixup mixes
+activations, of which there is no picture.
 """
 import argparse
 import sys
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torchvision.transforms import v2
 
-from common import mixing
+from common import mixing, plots
 from common.plots import INK, new_figure, save_figure
 from resizemix.mixing import resize_mix
 from safuse import superpixels
@@ -155,17 +156,36 @@ def draw(path, images, names, results):
         Image.open(Path(folder, "methods.png")).convert("RGB").save(path, quality=90)
 
 
+def draw_sage(path, images, names, net):
+    """Write SAGE's picture: photographs, partners, saliency, and what SAGE makes of them."""
+    perm, labels = torch.tensor(PERM), torch.arange(len(images))
+    grad = mixing.input_gradient(net.q, images, labels)
+    saliency = gradient_saliency(grad, 9, 3.0)
+    offsets = draw_offsets(SIDE, SIDE, 0.02, torch.Generator().manual_seed(4))
+    mixed, ratio = sage_mix(images, saliency, perm, offsets, 0.5)
+    shown, partner, both = ((t * 0.25 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+                            for t in (images, images[perm], mixed))
+    targets = mixing.soft_targets(labels, perm, ratio, len(images))
+    rows = {"image": shown, "partner": partner, "saliency": saliency[:, 0].numpy(), "mixed": both}
+    plots.grid(path, "SAGE shifts the partner to where most saliency of both is seen", rows,
+               [caption(target, names) for target in targets], side=1.5)
+    Image.open(path).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("path", type=Path)
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--runs", type=Path, help="folder that keeps the trained network")
+    parser.add_argument("--sage", type=Path, help="draw SAGE's own picture, too")
     args = parser.parse_args()
     photos = photographs()
     with tempfile.TemporaryDirectory() as folder:
         net = train(photos, args.epochs, args.runs or Path(folder))
     images = (photos.float() / 255 - 0.5) / 0.25
     draw(args.path, images, list(PHOTOS), mixtures(images, net))
+    if args.sage:
+        draw_sage(args.sage, images, list(PHOTOS), net)
 
 
 if __name__ == "__main__":
