@@ -144,3 +144,20 @@ def check_identity(state: dict, identity: dict):
              if theirs.get(key) != value]
     if wrong:
         raise RunError("the checkpoint is of another run: " + ", ".join(wrong))
+
+
+def load_part(name: str, part, state: dict):
+    """Load one part's state; an optimizer keeps the settings of this run's flags (but for the
+    learning rate, which the loop sets). Raises RunError when it is of another shape.
+    """
+    settings = [{key: value for key, value in group.items() if key not in ("params", "lr")}
+                for group in getattr(part, "param_groups", [])]
+    try:
+        if state[name]:                                     # a scaler that is off has no state
+            part.load_state_dict(state[name])
+        for group, own in zip(getattr(part, "param_groups", []), settings, strict=True):
+            group.update(own)
+    except (KeyError, ValueError, RuntimeError) as fault:
+        reason = (str(fault).strip().splitlines() or [""])[-1].strip()
+        raise RunError(f"the checkpoint's {name} does not fit this run's ({reason[:120]})"
+                       ) from None

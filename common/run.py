@@ -1,13 +1,10 @@
 """A run: its folder, resume, the epoch's steps, log lines, sums of a training epoch."""
-import contextlib
 import csv
 import io
 import json
 import math
 import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 import weakref
@@ -20,35 +17,18 @@ except ImportError:                     # Windows: folders are not locked
 
 import numpy as np
 import torch
-import torchvision
 from PIL import Image
 from tqdm import tqdm
 
 from common import checkpoint, distributed, plots, runtime
 from common.distributed import log
-from common.errors import RunError
+from common.errors import NOT_SAVED, RunError
 from common.plots import write_atomic
-
-NOT_SAVED = ("nothing was saved after the last good checkpoint; mostly the learning rate is too "
-             "high, or the images are too small for the network")
 
 # Flags that a run may change when it goes on, without a word
 NOT_TRAINING = ("data_dir", "root_dir", "workers", "print_freq", "device", "resume", "evaluate",
                 "preview", "corruptions", "cam", "target_layer", "max_steps", "tensorboard",
                 "debug")
-
-
-def commit() -> str:
-    """The project's git commit, with '+' when files differ from it; '' outside a checkout."""
-    root = Path(__file__).resolve().parents[1]
-
-    def git(*words):
-        return subprocess.run(["git", "-C", root, *words], capture_output=True, text=True).stdout
-
-    with contextlib.suppress(OSError):
-        head = git("rev-parse", "--short", "HEAD").strip()
-        return head + ("+" if head and git("status", "--porcelain", "-uno") else "")
-    return ""
 
 
 def parameters(net) -> int:
@@ -112,7 +92,7 @@ class Run:
             return None
         state = checkpoint.load(path)
         checkpoint.check_identity(state, self.identity | {"data": state["identity"].get("data")})
-        self.load_part("model", state)
+        checkpoint.load_part("model", self.parts["model"], state)
         log(f"checkpoint: {path}, epoch {state['epoch']}")
         return Path(path)
 
@@ -149,15 +129,10 @@ class Run:
             runtime.traceback_folder = self.folder
         if not self.writes:
             return
-        on_gpu = self.device.type == "cuda"
-        facts |= {
+        facts |= runtime.facts(self.device) | {
             "parameters": parameters(self.parts["model"]), "data": str(self.info),
             "fingerprint": self.info.fingerprint,
             "command": " ".join([Path(sys.executable).name, *sys.argv]), "args": vars(self.args),
-            "device": str(self.device), "processes": distributed.world(), "commit": commit(),
-            "gpu": torch.cuda.get_device_name(self.device) if on_gpu else None,
-            "threads": torch.get_num_threads(), "python": platform.python_version(),
-            "torch": torch.__version__, "torchvision": torchvision.__version__,
             "resumed_at": [self.epoch, self.step] if state else None, "changed": changed}
         write_atomic(self.folder / "args.json", json.dumps(facts, indent=1, default=str) + "\n")
         if self.args.tensorboard:
@@ -194,27 +169,10 @@ class Run:
         if state["step"] and before != self.args.batch_size:
             raise RunError(f"the checkpoint stands inside an epoch of --batch_size {before}; go on "
                            "with the same")
-        for name in self.parts:
-            self.load_part(name, state)
+        for name, part in self.parts.items():
+            checkpoint.load_part(name, part, state)
         for name in ("history", "best", "epoch", "step", "sums"):
             setattr(self, name, state[name])
-
-    def load_part(self, name: str, state: dict):
-        """Load one part's state; an optimizer keeps the settings of this run's flags (but for the
-        learning rate, which the loop sets). Raises RunError when it is of another shape.
-        """
-        part = self.parts[name]
-        settings = [{key: value for key, value in group.items() if key not in ("params", "lr")}
-                    for group in getattr(part, "param_groups", [])]
-        try:
-            if state[name]:                                 # a scaler that is off has no state
-                part.load_state_dict(state[name])
-            for group, own in zip(getattr(part, "param_groups", []), settings, strict=True):
-                group.update(own)
-        except (KeyError, ValueError, RuntimeError) as fault:
-            reason = (str(fault).strip().splitlines() or [""])[-1].strip()
-            raise RunError(f"the checkpoint's {name} does not fit this run's ({reason[:120]})"
-                           ) from None
 
     # ---- inside an epoch
 
@@ -389,63 +347,3 @@ class Run:
                     self.events.add_image("mixed images", pixels, dataformats="HWC")
                     self.events.flush()
             log(f"checkpoints: {self.folder}")
-
-
-class StepSums:
-    """Loss and hits of one epoch's training steps, kept on the device without waiting for it.
-
-    saved: the `state` of a checkpoint inside the epoch.
-    """
-
-    def __init__(self, steps: int, device, saved=None):
-        self.losses = torch.zeros(steps, device=device)
-        self.hits = torch.zeros(2, dtype=torch.float64, device=device)      # right, seen
-        self.more = {}                                                      # sums of other values
-        self.steps = self.checked = 0
-        if saved:                       # means and totals of all ranks
-            self.steps = self.checked = len(saved["losses"])
-            self.losses[:self.steps] = torch.tensor(saved["losses"])
-            self.hits[:] = torch.tensor(saved["hits"]) * (distributed.rank() == 0)
-            self.more = {name: torch.tensor(value, device=device) * (distributed.rank() == 0)
-                         for name, value in saved.get("more", {}).items()}
-
-    def add(self, step: int, loss: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor,
-            **more: torch.Tensor):
-        """Add a step's loss and its hits on labels (B,) among logits (B, C).
-
-        more: scalars whose means over the steps become columns of these names.
-        """
-        self.steps = step + 1
-        self.losses[step] = loss.detach()
-        self.hits[0] += (logits.detach().argmax(1) == labels).sum()
-        self.hits[1] += len(labels)
-        for name, value in more.items():
-            self.more[name] = self.more.get(name, 0) + value.detach().double()
-
-    def check(self, epoch: int):
-        """Raises RunError naming the first step whose loss is not a finite number."""
-        bad = (~torch.isfinite(self.losses[self.checked:self.steps])).nonzero()
-        if len(bad):
-            first = self.checked + int(bad[0])
-            raise RunError(
-                f"the loss became {self.losses[first].item()} at epoch {epoch}, step {first}; "
-                f"{NOT_SAVED}")
-        self.checked = self.steps
-
-    def state(self) -> dict:
-        """What a checkpoint inside the epoch keeps; every rank must ask at the same step."""
-        losses = distributed.total(self.losses[:self.steps]) / distributed.world()
-        return {"losses": losses.tolist(), "hits": distributed.total(self.hits).tolist(),
-                "more": self.totals()}
-
-    def totals(self) -> dict:
-        """The sums of other values over all ranks."""
-        return {name: distributed.total(value).item() for name, value in self.more.items()}
-
-    def result(self) -> dict:
-        """Mean loss, accuracy in % and means of other values over the steps of all ranks."""
-        sums = torch.cat([self.losses[:self.steps].double().sum()[None], self.hits])
-        loss, right, seen = distributed.total(sums).tolist()
-        steps = self.steps * distributed.world()
-        return {"train_loss": loss / steps, "train_accuracy": 100 * right / max(seen, 1),
-                **{name: value / steps for name, value in self.totals().items()}}

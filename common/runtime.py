@@ -7,12 +7,14 @@ import os
 import platform
 import shutil
 import signal
+import subprocess
 import sys
 import traceback
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torchvision
 
 from common import distributed
 from common.distributed import log, print_once, rank, warn, world
@@ -86,6 +88,27 @@ def cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def commit() -> str:
+    """The project's git commit, with '+' when files differ from it; '' outside a checkout."""
+    root = Path(__file__).resolve().parents[1]
+
+    def git(*words):
+        return subprocess.run(["git", "-C", root, *words], capture_output=True, text=True).stdout
+
+    with contextlib.suppress(OSError):
+        head = git("rev-parse", "--short", "HEAD").strip()
+        return head + ("+" if head and git("status", "--porcelain", "-uno") else "")
+    return ""
+
+
+def facts(device: torch.device) -> dict:
+    """Return what a run notes of its machine and versions."""
+    return {"device": str(device), "processes": world(), "commit": commit(),
+            "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+            "threads": torch.get_num_threads(), "python": platform.python_version(),
+            "torch": torch.__version__, "torchvision": torchvision.__version__}
 
 
 def use_gpus(count: int):

@@ -42,7 +42,8 @@ from common.mixing import (
     soft_targets,
 )
 from common.models.weights import load_pretrained
-from common.run import Run, StepSums, about
+from common.run import Run, about
+from common.sums import StepSums
 from resizemix import configs, mixing, randaugment
 from resizemix.augment import AutoAugment
 from resizemix.cost import latency, multiply_adds

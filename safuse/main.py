@@ -44,7 +44,8 @@ from common.mixing import (
     soft_targets,
 )
 from common.models.weights import load_pretrained
-from common.run import Run, StepSums, about
+from common.run import Run, about
+from common.sums import StepSums
 from safuse import losses, mixing, network, picture, superpixels
 from safuse.localisation import localise
 from safuse.recipes import CROPS, SCHEDULES, defaults, learning_rate

@@ -34,7 +34,8 @@ from common.flags import add_boolean, amount, count, number, positive, share
 from common.mixing import probabilities, softmax_bce
 from common.models.parts import Network
 from common.models.weights import load_pretrained
-from common.run import Run, StepSums, about
+from common.run import Run, about
+from common.sums import StepSums
 from sage import comixup, graphcut, puzzlemix, rearrange, saliencymix
 
 METHODS = {"vanilla": "Plain training", "input": "Mixup", "manifold": "Manifold Mixup",

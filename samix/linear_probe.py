@@ -27,7 +27,8 @@ from common.data import Recipe
 from common.distributed import log
 from common.errors import RunError
 from common.models.features import Backbone, build_backbone
-from common.run import Run, StepSums, about
+from common.run import Run, about
+from common.sums import StepSums
 from samix.momentum import cosine
 
 

@@ -32,7 +32,8 @@ from common.mixing import draw_lambda, soft_targets
 from common.models import weights
 from common.models.features import build_backbone
 from common.randaugment import randaugment
-from common.run import Run, StepSums, about
+from common.run import Run, about
+from common.sums import StepSums
 from samix import configs
 from samix.evaluation import headline, measure, mixtures, report, warn_of_collapse
 from samix.losses import head_loss

@@ -34,7 +34,8 @@ from common.errors import RunError
 from common.flags import add_boolean
 from common.mixing import draw_lambda, soft_targets
 from common.models.features import build_backbone
-from common.run import Run, StepSums, about
+from common.run import Run, about
+from common.sums import StepSums
 from samix.contrast import (
     Encoder,
     Queue,

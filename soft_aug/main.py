@@ -37,7 +37,8 @@ from common.flags import add_boolean, amount, count, number, positive
 from common.mixing import cutout, draw_lambda, draw_perm, draw_pixels, mixup
 from common.models.weights import load_pretrained
 from common.randaugment import randaugment
-from common.run import Run, StepSums, about
+from common.run import Run, about
+from common.sums import StepSums
 from soft_aug import losses
 from soft_aug.evaluation import draw_softening, write_events
 from soft_aug.softcrop import (

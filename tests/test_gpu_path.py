@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from common import data, evaluation, mixing
 from common.data.recipe import to_uint8
 from common.randaugment import draw_randaugment, rand_augment
-from common.run import Run, StepSums
+from common.run import Run
+from common.sums import StepSums
 from resizemix import mixing as resizemix
 from resizemix import randaugment
 from resizemix.augment import AutoAugment
