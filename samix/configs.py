@@ -1,98 +1,70 @@
 """The published configurations, by alias and by the file names of the authors' collection.
 
-Keys are main.py's flags. `batch_size` counts the images of a step over all processes. The MixBlock
-reads the features behind `layer` (a stage, of DeiT a block, counted from 1); its masks are enlarged
-by image size / feature size. Our choice, where the published table is silent: drop_path.
+Keys are main.py's flags. Our choice, where the published table is silent: drop_path.
 """
 import difflib
 
 COMMON = {
-    # masks
-    "alpha": 2.0,                   # lambda ~ Beta(alpha, alpha)
-    "lam_concat": True,             # automix: lambda is an input channel
-    "lam_mul_k": -1.0,              # how lambda scales the features, see mixblock.rescale_lambda
-    "mode": ("bilinear",),           # upsampling of the masks; of several, one is drawn each time
-    "dropout": 0.1,                 # of the MixBlock's values
-    "mask_adjust": 0.0,             # probability of moving a batch's mean masks to lambda
-    "mask_loss": 0.1,               # weight
-    "mask_loss_kind": "l1_variance",
-    "mask_margin": 0.1,             # deviation of the mean mask from lambda that costs nothing
-    "mask_anneal": True,            # the weight falls to 0 along a cosine
-    "lam_margin": 0.08,             # nearer to 0 or 1 branch q sees plain Mixup
-    "no_repeat": False,             # no image is its own partner
-    "switch_off": 0.0,              # the originals' ViTs say 1.0, which never took effect
-    # heads
-    "head": "ce", "neg_weight": 1.0, "label_smoothing": 0.0,
-    "one_weight": 1.0, "mix_q_weight": 1.0, "mix_k_weight": 1.0,
-    # momentum branch
-    "ema_base": 0.999, "ema_end": 0.99999, "ema_start": 0.1,
-    # optimizer and schedule; block_*: the MixBlock's group
+    # mixing
+    "alpha": 2.0, "lam_concat": True, "lam_mul_k": -1.0, "mode": ("bilinear",), "dropout": 0.1,
+    "mask_adjust": 0.0, "lam_margin": 0.08, "no_repeat": False,
+    "switch_off": 0.0,                  # the originals' ViTs say 1.0, which never took effect
+    # losses
+    "mask_loss": 0.1, "mask_loss_kind": "l1_variance", "mask_margin": 0.1, "mask_anneal": True,
+    "head": "ce", "neg_weight": 1.0, "label_smoothing": 0.0, "one_weight": 1.0, "mix_q_weight": 1.0,
+    "mix_k_weight": 1.0,
+    # optimization
     "optimizer": "sgd", "lr": 0.1, "min_lr": 0.0, "momentum": 0.9, "weight_decay": 1e-4,
-    "block_lr": 0.1, "block_min_lr": 1e-3, "block_momentum": 0.9,
-    "lr_every": "epoch",            # or step: how often the cosine moves
-    "warmup_epochs": 0,             # linear, from warmup_ratio; never of the MixBlock
-    "warmup_ratio": 1e-5, "clip_grad": 0.0, "drop_path": 0.0, "amp": "off",
-    "batch_size": 256, "epochs": 100, "drop_last": False, "pretrained": "",
-    # data
+    "block_lr": 0.1, "block_min_lr": 1e-3, "block_momentum": 0.9, "lr_every": "epoch",
+    "warmup_epochs": 0, "warmup_ratio": 1e-5, "clip_grad": 0.0, "ema_base": 0.999,
+    "ema_end": 0.99999, "ema_start": 0.1, "amp": "off", "batch_size": 256, "epochs": 100,
+    "drop_last": False,
+    # data and network
     "image_size": 224, "layer": 3, "crop": "resized", "crop_scale": 0.08, "padding": 4,
-    "randaugment": False,
-    "resize_first": False,          # streamed sets: the shorter side, to image_size·256/224
-    "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225),
-}
+    "randaugment": False, "resize_first": False, "mean": (0.485, 0.456, 0.406),
+    "std": (0.229, 0.224, 0.225), "drop_path": 0.0, "pretrained": ""}
 
 CIFAR = {
-    "dataset": "cifar100", "image_size": 32, "crop": "reflect",
-    "mean": (0.4914, 0.4822, 0.4465), "std": (0.2023, 0.1994, 0.201), "neg_weight": 0.5,
-    "lam_mul_k": 0.25, "dropout": 0.0, "mask_anneal": False, "batch_size": 100, "epochs": 400,
-    "min_lr": 0.05, "block_min_lr": 0.05, "ema_end": 0.999999,
-}
+    "dataset": "cifar100", "image_size": 32, "crop": "reflect", "mean": (0.4914, 0.4822, 0.4465),
+    "std": (0.2023, 0.1994, 0.201), "neg_weight": 0.5, "lam_mul_k": 0.25, "dropout": 0.0,
+    "mask_anneal": False, "batch_size": 100, "epochs": 400, "min_lr": 0.05, "block_min_lr": 0.05,
+    "ema_end": 0.999999}
 TINY = {
     "dataset": "tiny-imagenet-200", "image_size": 64, "neg_weight": 0.5, "dropout": 0.0,
-    "mask_anneal": False, "batch_size": 100, "epochs": 400, "lr": 0.2,
-    "min_lr": 0.05, "ema_end": 0.999999,
-}
-FINE_GRAINED = {                    # from ImageNet weights
-    "lam_mul_k": 1.0, "batch_size": 16, "drop_last": True, "epochs": 200,
-    "pretrained": "torchvision",
-    "lr": 1e-3, "weight_decay": 5e-4, "block_lr": 0.01, "block_min_lr": 5e-4, "no_repeat": True,
-    "crop_scale": 0.5, "resize_first": True,
-}
-CUB = {"dataset": "cub200", **FINE_GRAINED}
-AIRCRAFT = {"dataset": "imagenet", **FINE_GRAINED, "ema_end": 0.99996}
-LARGE = {"dataset": "imagenet", "block_min_lr": 1e-4}        # image folders laid out like ImageNet
+    "mask_anneal": False, "batch_size": 100, "epochs": 400, "lr": 0.2, "min_lr": 0.05,
+    "ema_end": 0.999999}
+CUB = {                                 # from ImageNet weights
+    "dataset": "cub200", "pretrained": "torchvision", "lam_mul_k": 1.0, "batch_size": 16,
+    "drop_last": True, "epochs": 200, "lr": 1e-3, "weight_decay": 5e-4, "block_lr": 0.01,
+    "block_min_lr": 5e-4, "no_repeat": True, "crop_scale": 0.5, "resize_first": True}
+AIRCRAFT = {**CUB, "dataset": "imagenet", "ema_end": 0.99996}
+LARGE = {"dataset": "imagenet", "block_min_lr": 1e-4}     # image folders laid out like ImageNet
 VIT = {
     "dataset": "cifar100", "optimizer": "adamw", "weight_decay": 0.05, "clip_grad": 20.0,
-    "lr_every": "step", "warmup_epochs": 20, "batch_size": 100, "epochs": 200,
-    "min_lr": 1e-4, "block_min_lr": 1e-4, "ema_end": 0.99996, "ema_start": 0.25,
-    "label_smoothing": 0.1, "crop_scale": 0.8, "randaugment": True,
-    "mean": CIFAR["mean"], "std": CIFAR["std"],
-}
+    "lr_every": "step", "warmup_epochs": 20, "batch_size": 100, "epochs": 200, "min_lr": 1e-4,
+    "block_min_lr": 1e-4, "ema_end": 0.99996, "ema_start": 0.25, "label_smoothing": 0.1,
+    "crop_scale": 0.8, "randaugment": True, "mean": CIFAR["mean"], "std": CIFAR["std"]}
+NETS = {"r18": "resnet18", "r34": "resnet34", "r50": "resnet50", "r101": "resnet101",
+        "rx50": "resnext50_32x4d", "rx101": "resnext101_32x4d"}
 
 CONFIGS = {
-    "imagenet_r18": {"dataset": "imagenet", "arch": "resnet18"},
-    "imagenet_r34": {"dataset": "imagenet", "arch": "resnet34"},
-    "imagenet_r50": {"dataset": "imagenet", "arch": "resnet50"},
-    "imagenet_r101": {"dataset": "imagenet", "arch": "resnet101"},
-    "imagenet_rx101": {"dataset": "imagenet", "arch": "resnext101_32x4d"},
-    "cifar100_r18": {**CIFAR, "arch": "resnet18"},
-    "cifar100_rx50": {**CIFAR, "arch": "resnext50_32x4d"},
-    "cifar100_wrn28_8": {**CIFAR, "arch": "wrn28_8", "layer": 2, "lr": 0.03, "min_lr": 1e-3,
-                         "weight_decay": 1e-3, "block_lr": 0.03, "block_min_lr": 1e-3,
-                         "block_momentum": 0.0},
+    **{f"imagenet_{net}": {"dataset": "imagenet", "arch": NETS[net]}
+       for net in ("r18", "r34", "r50", "r101", "rx101")},
+    **{f"cifar100_{net}": {**CIFAR, "arch": NETS[net]} for net in ("r18", "rx50")},
+    "cifar100_wrn28_8": {
+        **CIFAR, "arch": "wrn28_8", "layer": 2, "lr": 0.03, "min_lr": 1e-3, "weight_decay": 1e-3,
+        "block_lr": 0.03, "block_min_lr": 1e-3, "block_momentum": 0.0},
     "tiny_r18": {**TINY, "arch": "resnet18"},
     "tiny_rx50": {**TINY, "arch": "resnext50_32x4d", "lam_mul_k": 0.25},
-    "cub_r18": {**CUB, "arch": "resnet18"},
-    "cub_rx50": {**CUB, "arch": "resnext50_32x4d"},
-    "aircraft_r18": {**AIRCRAFT, "arch": "resnet18"},
-    "aircraft_rx50": {**AIRCRAFT, "arch": "resnext50_32x4d"},
-    "inat2017_r50": {**LARGE, "arch": "resnet50"},
-    "places205_r50": {**LARGE, "arch": "resnet50"},
+    **{f"{name}_{net}": {**values, "arch": NETS[net]}
+       for name, values in (("cub", CUB), ("aircraft", AIRCRAFT)) for net in ("r18", "rx50")},
+    **{f"{name}_r50": {**LARGE, "arch": "resnet50"} for name in ("inat2017", "places205")},
     "cifar100_deit_s": {**VIT, "arch": "deit_s", "layer": 6, "mode": ("nearest",), "lr": 7.5e-4,
                         "block_lr": 7.5e-4, "drop_path": 0.1},
     "cifar100_swin_t": {**VIT, "arch": "swin_t", "mode": ("nearest",), "lr": 5e-4,
                         "block_lr": 5e-4, "drop_path": 0.2},
-    "cifar100_convnext_t": {**VIT, "arch": "convnext_t", "image_size": 32,
-                            "lr": 1e-3, "block_lr": 7.5e-4, "drop_path": 0.1},
+    "cifar100_convnext_t": {**VIT, "arch": "convnext_t", "image_size": 32, "lr": 1e-3,
+                            "block_lr": 7.5e-4, "drop_path": 0.1},
 }
 
 # File -> alias and what the file has beside it. Of the file of Tiny's ResNeXt-50 that promises
@@ -103,7 +75,7 @@ FILES = {
     **{f"{IMAGENET}{net}_l2_a2_bili_val_dp01_mul_mb_mlr1e_3_bb_mlr0_4xb64": (f"imagenet_{net}", {})
        for net in ("r18", "r34", "r50", "r101", "rx101")},
     **{f"{IMAGENET}r50/{UNSAMPLING}r50_l2_a2_bili_val_dp01_mul_mb_mlr1e_3_{rest}":
-       ("imagenet_r50", options) for rest, options in (
+       ("imagenet_r50", values) for rest, values in (
            ("m0_bb_mlr0_4xb64_ep100", {"block_momentum": 0.0}),
            ("m0_bb_mlr0_4xb64_fp16_ep100", {"block_momentum": 0.0, "amp": "fp16"}),
            ("m09_bb_mlr0_4xb64_ep300", {"epochs": 300}))},
@@ -146,11 +118,11 @@ FILES = {
 METHODS = ("samix", "automix", "mixup", "cutmix", "vanilla")
 AUTOMIX = {"variant": "automix", "mask_loss_kind": "l1", "mode": ("nearest",), "dropout": 0.0,
            "mask_adjust": 0.0, "label_smoothing": 0.0}
-NO_LAMBDA, VIT_RATES = {"lam_concat": False}, {"lr": 5e-4, "block_lr": 1e-3, "clip_grad": 10.0}
+VIT_RATES = {"lr": 5e-4, "block_lr": 1e-3, "clip_grad": 10.0}
 AUTOMIX_OWN = {
     "imagenet_r50": {"block_momentum": 0.0},            # as its 100-epoch file
-    "cifar100_r18": NO_LAMBDA, "cifar100_rx50": NO_LAMBDA, "cifar100_wrn28_8": NO_LAMBDA,
-    "tiny_r18": NO_LAMBDA, "tiny_rx50": NO_LAMBDA,
+    **dict.fromkeys(["cifar100_r18", "cifar100_rx50", "cifar100_wrn28_8", "tiny_r18", "tiny_rx50"],
+                    {"lam_concat": False}),
     "cub_rx50": {"mask_loss_kind": "l1_variance"},
     "aircraft_r18": {"ema_end": 0.99999},
     "aircraft_rx50": {"ema_end": 0.99999, "mask_loss_kind": "l1_variance"},
@@ -158,27 +130,22 @@ AUTOMIX_OWN = {
     "cifar100_deit_s": {**VIT_RATES, "warmup_epochs": 5}, "cifar100_swin_t": VIT_RATES,
     "cifar100_convnext_t": {"lr": 2e-3, "block_lr": 1e-3, "clip_grad": 0.0},
 }
-ALPHAS = {                          # mixup, cutmix
-    "imagenet": (0.2, 1.0), "cifar100": (1.0, 0.2), "tiny-imagenet-200": (1.0, 1.0),
-    "cub200": (0.2, 1.0),
-}
+ALPHAS = {"imagenet": (0.2, 1.0), "cifar100": (1.0, 0.2), "tiny-imagenet-200": (1.0, 1.0),
+          "cub200": (0.2, 1.0)}         # mixup, cutmix
 
 
 def find(name: str) -> tuple[str, dict]:
-    """Alias and overrides of a configuration: an alias, or a file name, with or without its path
-    and `.py`. Raises ValueError, naming what comes near or what the name could mean.
-    """
+    """Alias and overrides of an alias or file name, with or without path and `.py`; ValueError."""
     if name in CONFIGS:
         return name, {}
-    wish = name.removesuffix(".py").strip("/").split("configs/classification/")[-1]
-    hits = [path for path in FILES if f"/{path}".endswith(f"/{wish}")]
+    asked = name.removesuffix(".py").strip("/").split("configs/classification/")[-1]
+    hits = [path for path in FILES if f"/{path}".endswith(f"/{asked}")]
     if len(hits) == 1:
         return FILES[hits[0]]
     if hits:
-        raise ValueError(f"configuration {name!r} is ambiguous: give the path, "
-                         + " or ".join(hits))
+        raise ValueError(f"configuration {name!r} is ambiguous: give the path, {' or '.join(hits)}")
     known = [*CONFIGS, *(path.split("/")[-1] for path in FILES)]
-    near = difflib.get_close_matches(wish.split("/")[-1], known, n=3, cutoff=0.5)
+    near = difflib.get_close_matches(asked.split("/")[-1], known, n=3, cutoff=0.5)
     raise ValueError(f"unknown configuration {name!r}"
                      + (f"; near it: {', '.join(near)}" if near else "")
                      + f"; aliases: {', '.join(CONFIGS)}")

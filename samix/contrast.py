@@ -12,11 +12,8 @@ from common.precision import full_precision
 
 
 class Encoder(nn.Module):
-    """A backbone with MoCo v2's projection: images -> (middle feature map, embedding (B, dim)).
-
-    backbone: images -> (middle, pooled) features, as in `momentum.Branch`; width: pooled's; neck:
-    the projection's hidden width.
-    """
+    """A backbone as `momentum.Branch` has, of `width` pooled features, and MoCo v2's projection
+    through `neck` units: images -> (middle feature map, embedding (B, dim))."""
 
     def __init__(self, backbone: nn.Module, width: int, dim: int = 128, neck: int = 2048):
         super().__init__()
@@ -29,11 +26,8 @@ class Encoder(nn.Module):
 
 
 class Queue(nn.Module):
-    """The keys of past images, (size, dim), the negatives of all losses; the same on all ranks.
-
-    Its state_dict is all of its state. Keep it outside what DistributedDataParallel wraps, which
-    would send it around at every step.
-    """
+    """The keys of past images, (size, dim), the negatives of all losses; the same on all ranks, so
+    outside what DistributedDataParallel wraps, which would send it around at every step."""
 
     def __init__(self, size: int = 65536, dim: int = 128):
         super().__init__()
@@ -42,26 +36,23 @@ class Queue(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, keys: Tensor):
-        """Replaces the oldest keys by `keys` (B, dim) of every rank; call it after backward().
-
-        Raises ValueError for more keys than the queue holds.
-        """
+        """Replaces the oldest keys by `keys` (B, dim) of every rank, after backward(); ValueError
+        for more keys than the queue holds."""
         keys = distributed.gather_rows(keys).to(self.keys.dtype)
         if len(keys) > len(self.keys):
             raise ValueError(f"{len(keys)} keys do not fit into a queue of {len(self.keys)}")
-        place = torch.arange(len(keys), device=keys.device) + self.position
-        self.keys[place % len(self.keys)] = keys
+        index = torch.arange(len(keys), device=keys.device) + self.position
+        self.keys[index % len(self.keys)] = keys
         self.position.add_(len(keys)).remainder_(len(self.keys))
 
 
 # ------------------------------------------------------------------------------- many processes
 
 def shuffle(images: Tensor, order: Tensor) -> Tensor:
-    """This rank's part of all ranks' images in `order`, so that BatchNorm sees a random batch.
+    """This rank's part of all ranks' images in `order`, a permutation drawn alike on every rank.
 
-    `order`: a permutation of all ranks' images together, drawn alike on every rank. Without it
-    the keys' and queries' common statistics would give a positive pair away (MoCo section 3.3). One
-    process has nothing to shuffle.
+    Else the keys' and queries' common BatchNorm statistics would give a positive pair away (MoCo
+    section 3.3). One process has nothing to shuffle.
     """
     if distributed.world() == 1:
         return images
@@ -84,21 +75,15 @@ def encode_keys(encoder: nn.Module, images: Tensor, order: Tensor) -> tuple[Tens
 # ---------------------------------------------------------------------------------------- losses
 
 def info_nce(query: Tensor, key: Tensor, negatives: Tensor, temperature: float = 0.2) -> Tensor:
-    """MoCo's loss (equation 1): find each query's key among the `negatives` (size, dim); a scalar.
-
-    Only the query gets a gradient.
-    """
+    """MoCo's loss (equation 1), a scalar: find each query's key among `negatives` (size, dim)."""
     others = negatives_logsumexp(query, negatives, temperature)
     return F.softplus(others - similarity(query, key, temperature)).mean()
 
 
 def mixed_nce(mixed: Tensor, first: Tensor, second: Tensor, lam: float | Tensor,
               negatives: Tensor, temperature: float = 0.2) -> Tensor:
-    """lam·InfoNCE(mixed, first) + (1 - lam)·InfoNCE(mixed, second); a scalar.
-
-    mixed: the mixture's embedding; first, second: keys of its two images; `lam` a scalar. It is
-    the encoder's loss and, through the frozen momentum encoder, the MixBlock's.
-    """
+    """lam·InfoNCE(mixed, first) + (1 - lam)·InfoNCE(mixed, second), a scalar, of a mixture and the
+    keys of its two images: the encoder's loss and, through the momentum encoder, the MixBlock's."""
     others = negatives_logsumexp(mixed, negatives, temperature)
     one, two = (F.softplus(others - similarity(mixed, key, temperature)) for key in (first, second))
     return (lam * one + (1 - lam) * two).mean()
@@ -106,11 +91,8 @@ def mixed_nce(mixed: Tensor, first: Tensor, second: Tensor, lam: float | Tensor,
 
 def mixed_pair(mixed: Tensor, first: Tensor, second: Tensor, lam: float | Tensor,
                temperature: float = 0.2) -> Tensor:
-    """Binary cross entropy of which of its two images a mixture shows, at ratio lam; a scalar.
-
-    The two keys are contrasted with each other, without a queue: the local part of the mixing
-    objective (section 3.2).
-    """
+    """Binary cross entropy, a scalar, of which of its two images a mixture shows, at ratio lam: the
+    local part of the mixing objective (section 3.2), without a queue."""
     difference = similarity(mixed, first, temperature) - similarity(mixed, second, temperature)
     return (lam * F.softplus(-difference) + (1 - lam) * F.softplus(difference)).mean()
 
@@ -127,19 +109,14 @@ def negatives_logsumexp(query: Tensor, negatives: Tensor, temperature: float) ->
 
 
 def draw_extension(shape, how: str, generator: torch.Generator) -> Tensor:
-    """Weights of `extend`: Beta(2, 2) for each element; one more to extrapolate.
-
-    how: 'inter' or 'extra'; 'either': one of them with probability 1/2.
-    """
+    """Weights of `extend`: Beta(2, 2) for each element ('inter'), one more to extrapolate
+    ('extra'), or one of them with probability 1/2 ('either')."""
     extra = how == "extra" or how == "either" and torch.rand((), generator=generator) < 0.5
     pairs = torch.full((*shape, 2), 2.0, dtype=torch.float64)
     return torch._sample_dirichlet(pairs, generator)[..., 0].float() + float(extra)
 
 
 def extend(first: Tensor, second: Tensor, weight: Tensor) -> Tensor:
-    """Keys between the views' keys, or beyond the first, by `weight` (B, dim); of length 1 again.
-
-    Extended positives for the MixBlock's auxiliary loss.
-    """
+    """Keys of length 1 between the views' keys, or beyond the first, by `weight` (B, dim)."""
     weight = weight.to(first.device, non_blocking=True)
     return F.normalize(weight * first + (1 - weight) * second)

@@ -13,26 +13,19 @@ MASK_LOSSES = ("l1_variance", "l1", "l2_variance", "sparsity")
 
 
 def draw_partners(n: int, generator: torch.Generator, no_repeat: bool = False) -> Tensor:
-    """Partners (n,), a permutation; with `no_repeat` none is its own partner (CUB, Aircraft).
-
-    As a fallback, after ten draws with fixed points, the images are shifted around the circle.
-    """
-    perm = draw_perm(n, generator)
-    if not no_repeat or n < 2:
-        return perm
+    """Partners (n,), a permutation; with `no_repeat` none is its own partner (CUB, Aircraft): after
+    eleven draws with fixed points the images are shifted around the circle."""
     index = torch.arange(n)
-    for _ in range(10):
-        if (perm != index).all():
-            return perm
+    for _ in range(11):
         perm = draw_perm(n, generator)
+        if not no_repeat or n < 2 or (perm != index).all():
+            return perm
     return index.roll(int(torch.randint(1, n, (), generator=generator)))
 
 
 def rescale_lambda(lam: Tensor, k: float) -> Tensor:
-    """Lambda as the features carry it: itself for k < 0, else a cubic through 0, 1/2 and 1.
-
-    The cubic is flat around 1/2 for k = 0 and nears the identity as k grows to its cap of 10.
-    """
+    """Lambda as the features carry it: itself for k < 0, else a cubic through 0, 1/2 and 1, flat
+    around 1/2 for k = 0, near the identity for k = 10 (its cap)."""
     if k < 0:
         return lam
     k = min(k, 10) + 1
@@ -40,10 +33,9 @@ def rescale_lambda(lam: Tensor, k: float) -> Tensor:
 
 
 class MixBlock(nn.Module):
-    """Masks of image pairs from the features of a layer.
+    """Masks of image pairs from a layer's features of `in_channels` channels.
 
-    in_channels: channels C of the features; lam_mul_k: see `rescale_lambda`; mode: upsampling,
-    'bilinear' or 'nearest'; dropout: probability on the values. variant 'samix' multiplies lambda
+    mode: upsampling, 'bilinear' or 'nearest'; dropout: of the values. 'samix' multiplies lambda
     into the features, lets query and key see both images, and has a non-linear value; 'automix' has
     a query of the first image, a key, of the same weights, of the second, and a linear value.
     lam_concat, of 'automix': lambda is one more input channel (False: masks do not see lambda).
@@ -75,9 +67,8 @@ class MixBlock(nn.Module):
                 partners: Tensor | None = None, mode: str | None = None) -> Tensor:
         """Masks (B, 2, scale_factor·h, scale_factor·w) >= 0 that sum to 1, float32.
 
-        `features` (B, C, h, w); `lam` in [0, 1], a scalar or (B,), the wished share of the first
-        image; `perm` (B,): image i is mixed with image perm[i]. The partners' features come from
-        `partners`, where they are of another view. `mode` overrides the upsampling once.
+        `features` (B, C, h, w); `lam` in [0, 1], a scalar or (B,): the first image's share; image
+        i is mixed with perm[i], its features of `partners` where these are of another view.
         """
         perm = perm.to(features.device, non_blocking=True)
         lam = per_image(lam, features).to(features.dtype).view(-1, 1, 1, 1)
@@ -131,22 +122,16 @@ def mask_loss(mask: Tensor, lam: float | Tensor, margin: float = 0.1,
 
 
 def mask_columns(mask: Tensor) -> dict:
-    """Return the log's columns of masks (B, 2, H, W), tensors without dimensions.
-
-    mask_mean and mask_std: of the first image's share, inside an image, averaged over the batch;
-    mask_alone: share of pairs that show one image alone (mean below 0.05 or above 0.95).
-    """
+    """The log's columns of masks (B, 2, H, W): mean and deviation of the first image's share, inside
+    an image, averaged; the share of pairs that show one image alone (mean beyond 0.05 and 0.95)."""
     std, mean = torch.std_mean(mask[:, 0].detach(), (1, 2), unbiased=False)
     return {"mask_mean": mean.mean(), "mask_std": std.mean(),
             "mask_alone": ((mean - 0.5).abs() > 0.45).float().mean()}
 
 
 def adjust_mask(mask: Tensor, lam: float | Tensor, margin: float = 0.0) -> Tensor:
-    """Masks (B, 2, H, W) rescaled so that the first one's mean is `lam`, image by image.
-
-    `lam` is the masks' own lambda, a scalar or (B,). A mask whose mean is within `margin` of it
-    stays as it is.
-    """
+    """Masks (B, 2, H, W) rescaled so that the first one's mean is their `lam`, a scalar or (B,),
+    unless it is within `margin` of it."""
     first = mask[:, 0].clamp(1e-8, 1 - 1e-8)
     mean, lam = first.mean((1, 2), keepdim=True), per_image(lam, mask).view(-1, 1, 1)
     lower, higher = first * (lam / mean), 1 - (1 - first) * ((1 - lam) / (1 - mean))
@@ -157,10 +142,8 @@ def adjust_mask(mask: Tensor, lam: float | Tensor, margin: float = 0.0) -> Tenso
 
 
 def plain_near_ends(mask: Tensor, lam: Tensor, lam_margin: float = 0.08) -> Tensor:
-    """Mixup's constant masks (lam, 1 - lam) where `lam` is within `lam_margin` of 0 or 1.
-
-    `mask` (B, 2, H, W); `lam` a scalar or (B,). Elsewhere the masks stay.
-    """
+    """Masks (B, 2, H, W), those of Mixup where `lam`, a scalar or (B,), is within `lam_margin` of 0
+    or 1."""
     lam = per_image(lam, mask).view(-1, 1, 1, 1)
     near = torch.minimum(lam, 1 - lam) <= lam_margin
     return torch.where(near, torch.cat([lam, 1 - lam], 1), mask)
@@ -177,11 +160,8 @@ def check_masks(backbone, arch: str, *sides: int):
 
 
 def mix(images: Tensor, mask: Tensor, perm: Tensor, partners: Tensor | None = None) -> Tensor:
-    """Images (B, C, H, W) mixed pixel by pixel: mask 0 shows image i, mask 1 image perm[i].
-
-    `mask` (B, 2, H, W) differentiable; the partners are taken from `partners` where these are
-    other views.
-    """
+    """Images (B, C, H, W) mixed by a mask (B, 2, H, W): mask 0 shows image i, mask 1 image perm[i],
+    of `partners` where these are other views."""
     perm = perm.to(images.device, non_blocking=True)
     others = (images if partners is None else partners)[perm]
     return torch.lerp(others, images, mask[:, :1].to(images.dtype))

@@ -1,7 +1,7 @@
 """The momentum branch (AutoMix section 3.3, SAMix section 3.4): networks, update and schedules.
 
-Branch q learns to classify; branch k, its moving average, makes the features that masks are drawn
-from and judges the mixed images that the MixBlock learns by.
+Branch q learns to classify; branch k, its moving average, makes the masks' features and judges the
+mixed images that the MixBlock learns by.
 """
 import copy
 import math
@@ -11,10 +11,8 @@ from torch import Tensor, nn
 
 
 class Branch(nn.Module):
-    """A backbone with two linear heads: `one` for clean images, `mix` for mixed ones.
-
-    backbone: images -> (middle feature map (B, C, h, w), pooled features (B, width)).
-    """
+    """A backbone (images -> middle feature map (B, C, h, w), pooled features (B, width)) with two
+    linear heads: `one` for clean images, `mix` for mixed ones."""
 
     def __init__(self, backbone: nn.Module, width: int, num_classes: int):
         super().__init__()
@@ -38,29 +36,25 @@ class Branch(nn.Module):
 
 
 def momentum_copy(branch: nn.Module) -> nn.Module:
-    """A copy of everything, statistics included, that no gradient reaches and `update` moves."""
+    """A copy of everything, statistics included, that no gradient reaches."""
     return copy.deepcopy(branch).requires_grad_(False)
 
 
 @torch.no_grad()
 def momentum_update(k: nn.Module, q: nn.Module, momentum: float):
-    """k = momentum·k + (1 - momentum)·q for the parameters; call it after each optimizer step.
-
-    Buffers are left alone: k's BatchNorm statistics are of what k itself has seen.
-    """
+    """k = momentum·k + (1 - momentum)·q for the parameters, after each optimizer step. Buffers are
+    left alone: k's BatchNorm statistics are of what k itself has seen."""
     torch._foreach_lerp_(list(k.parameters()), list(q.parameters()), 1 - momentum)
 
 
 def cosine(step: int, total: int) -> float:
-    """From 1 at step 0 to 0 at step `total`; scales the mask loss, where that is annealed."""
+    """From 1 at step 0 to 0 at step `total`."""
     return (1 + math.cos(math.pi * step / total)) / 2
 
 
 def ema_momentum(step: int, total: int, base: float = 0.999, end: float = 0.99999,
                  start: float = 0.1) -> float:
-    """Momentum of the update after `step` of `total`: `base` up to a share `start` of the run.
-
-    From there a cosine towards `end` that began at step 0, as the recorded runs had it: the
-    momentum jumps a little where it sets in.
+    """Momentum of the update after `step` of `total`: `base` up to a share `start` of the run, then
+    a cosine towards `end` that began at step 0, as in the recorded runs: it jumps a little there.
     """
     return base if step < start * total else end - (end - base) * cosine(step, total)

@@ -5,17 +5,16 @@ from samix.momentum import cosine
 def parameter_groups(net, args) -> list[dict]:
     """q's parameters and the MixBlock's; under AdamW norms, biases, tokens and positions apart,
     without decay."""
-    q, block = (net.q, net.block) if hasattr(net, "block") else (net, None)
-    groups = []
-    for part, module, momentum in (("q", q, args.momentum), ("block", block, args.block_momentum)):
+    sgd, groups = args.optimizer == "sgd", []
+    for part, module, momentum in (("q", getattr(net, "q", net), args.momentum),
+                                   ("block", getattr(net, "block", None), args.block_momentum)):
         kinds = {True: [], False: []}
         for name, parameter in module.named_parameters() if module else ():
-            plain = parameter.ndim == 1 or "class_token" in name or "position" in name \
-                or "pos_embedding" in name
-            kinds[args.optimizer == "sgd" or not plain].append(parameter)
-        groups += [{"params": found, "part": part,
-                    **({"momentum": momentum} if args.optimizer == "sgd" else {}),
-                    "weight_decay": args.weight_decay if decayed else 0.0}
+            plain = parameter.ndim == 1 or any(
+                word in name for word in ("class_token", "position", "pos_embedding"))
+            kinds[sgd or not plain].append(parameter)
+        groups += [{"params": found, "part": part, **({"momentum": momentum} if sgd else {}),
+                    "weight_decay": args.weight_decay * decayed}
                    for decayed, found in kinds.items() if found]
     return groups
 
