@@ -46,8 +46,6 @@ class Queue(nn.Module):
         self.position.add_(len(keys)).remainder_(len(self.keys))
 
 
-# ------------------------------------------------------------------------------- many processes
-
 def shuffle(images: Tensor, order: Tensor) -> Tensor:
     """This rank's part of all ranks' images in `order`, a permutation drawn alike on every rank.
 
@@ -71,8 +69,6 @@ def encode_keys(encoder: nn.Module, images: Tensor, order: Tensor) -> tuple[Tens
     """Features and keys of this rank's images by the momentum encoder, BatchNorm shuffled."""
     return tuple(unshuffle(output, order) for output in encoder(shuffle(images, order)))
 
-
-# ---------------------------------------------------------------------------------------- losses
 
 def info_nce(query: Tensor, key: Tensor, negatives: Tensor, temperature: float = 0.2) -> Tensor:
     """MoCo's loss (equation 1), a scalar: find each query's key among `negatives` (size, dim)."""

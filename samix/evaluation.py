@@ -13,18 +13,12 @@ HEADS = {"one_k": ("k", "one"), "mix_k": ("k", "mix"), "one_q": ("q", "one"), "m
 
 
 def headline(net):
-    """The network whose accuracy is the headline: branch k with the head of clean images.
-
-    A network trained by a baseline is it itself.
-    """
+    """The network whose accuracy is the headline: branch k, or what a baseline trained."""
     return getattr(net, "k", net)
 
 
 def measure(net, batches, args, info) -> dict:
-    """`evaluation.averages` of each head by name, the headline's first; over all ranks.
-
-    A network trained by a baseline has one head, one_q.
-    """
+    """`evaluation.measure` of each head, the headline's first (one_q alone of a baseline)."""
     if not hasattr(net, "k"):
         return {"one_q": evaluation.evaluate(net, batches, args, info)}
 
@@ -38,11 +32,8 @@ def measure(net, batches, args, info) -> dict:
 @torch.no_grad()
 def knn_accuracy(backbone, batches, num_classes: int, args, k: int = 20,
                  temperature: float = 0.07) -> float:
-    """Return the share in % of images whose k nearest others vote for their label.
-
-    backbone: images -> (middle, pooled); neighbours by cosine of the pooled features, weighed by
-    exp(cosine / temperature) (Wu et al. 2018), among the other images of this rank's `batches`.
-    """
+    """Share in % of images whose k nearest others, on this rank, vote for their label: neighbours
+    by cosine of pooled features, weighed by exp(cosine / temperature) (Wu et al. 2018)."""
     training, found = backbone.training, []
     backbone.eval()
     for step, (images, labels) in enumerate(batches):
@@ -52,18 +43,16 @@ def knn_accuracy(backbone, batches, num_classes: int, args, k: int = 20,
             found.append((F.normalize(backbone(images)[1].float()), labels))
     backbone.train(training)
     features, known = (torch.cat(part) for part in zip(*found, strict=True))
-    place = torch.arange(len(known), device=known.device)
+    index = torch.arange(len(known), device=known.device)
     right = torch.zeros((), dtype=torch.float64, device=known.device)
-    for part in place.split(1024):
-        cosines = features[part] @ features.T
-        cosines = cosines.masked_fill(place == part[:, None], -torch.inf)
+    for part in index.split(1024):
+        cosines = (features[part] @ features.T).masked_fill(index == part[:, None], -torch.inf)
         cosines, nearest = cosines.topk(min(k, len(known)), 1)
         votes = torch.zeros(len(part), num_classes, device=known.device)
         votes.scatter_add_(1, known[nearest], (cosines / temperature).exp())
         right += (votes.argmax(1) == known[part]).sum()
-    counts = torch.stack([right, torch.full_like(right, len(known))])
-    right, count = distributed.total(counts).tolist()
-    return 100 * right / count
+    right, count = distributed.total(torch.stack([right, torch.full_like(right, len(known))]))
+    return float(100 * right / count)
 
 
 def warn_of_collapse(row: dict, run):
@@ -88,8 +77,8 @@ def report(run) -> str:
 
 @torch.no_grad()
 def mixtures(net, images, second, perm, args, info) -> dict:
-    """Rows of masks (white: the first image) and of mixtures by lambda, to draw: of images with
-    second[perm], another view of them or themselves. Leaves the network alone."""
+    """Rows of masks (white: the first image) and of mixtures, to draw: of images with second[perm],
+    another view of them or themselves. Leaves the network alone."""
     # in training mode, but without dropout, nor SyncBatchNorm, which would wait for other ranks
     net, rows = copy.deepcopy(net).train(not getattr(args, "sync_bn", False)), {}
     net.block.value[-1].eval()

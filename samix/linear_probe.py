@@ -5,9 +5,8 @@
     python samix/linear_probe.py --weights random --arch resnet18 --dataset cifar100 --data_dir data
     torchrun --nproc_per_node=8 samix/linear_probe.py --weights … --data_dir imagenet --amp bf16
 
-Network and data set are those of the checkpoint. `random` probes an untrained network, the least
-that a pretrained one has to beat. Features are standardised before the layer, so that one learning
-rate serves all.
+Network and data set are those of the checkpoint; `random` probes an untrained network. Features are
+standardised before the layer, so that one learning rate serves all.
 """
 import hashlib
 import signal
@@ -35,9 +34,8 @@ from samix.momentum import cosine
 def parse_args(argv=None):
     """The flags; usage errors end the program with exit code 2."""
     parser = flags.Parser(__doc__)
-    add = parser.add_argument_group("run").add_argument
-    add("--weights", required=True, type=flags.path, metavar="CHECKPOINT|random",
-        help="of pretrain.py (or of another run of the probe's network)")
+    parser.add_argument("--weights", required=True, type=flags.path, metavar="CHECKPOINT|random",
+                        help="of pretrain.py, or of main.py's SAMix")
     flags.add_flags(parser, data.NAMES, models.ALL, {}, initial_channels=None, epochs=100,
                     batch_size=256, lr=0.1, weight_decay=0.0)
     args = parser.parse_args(argv)
@@ -77,8 +75,8 @@ def train_one_epoch(net, model, loader, optimizer, scaler, args, run):
     sums = StepSums(len(loader), run.device, run.sums)
     for step, (images, labels) in run.steps(loader):
         distributed.step_generator(args.seed, run.epoch, step)
-        fall = cosine(run.epoch * len(loader) + step, args.epochs * len(loader))
-        optimizer.param_groups[0]["lr"] = args.lr * fall
+        optimizer.param_groups[0]["lr"] = args.lr * cosine(run.epoch * len(loader) + step,
+                                                           args.epochs * len(loader))
         optimizer.zero_grad(set_to_none=True)
         with runtime.autocast(args, images.device):
             logits = model(images)
@@ -120,27 +118,22 @@ def main(argv=None):
                                   initial_channels=args.initial_channels)
         backbone.load_state_dict(state or backbone.state_dict())
     except (ValueError, RuntimeError) as fault:
-        raise RunError(f"{args.weights} does not fit {args.arch}: {str(fault).splitlines()[0]}"
-                       ) from None
-    digest = hashlib.blake2b(digest_size=8)
-    for value in backbone.state_dict().values():
-        digest.update(value.numpy().tobytes())
+        reason = str(fault).splitlines()[0]
+        raise RunError(f"{args.weights} does not fit {args.arch}: {reason}") from None
+    digest = hashlib.blake2b(b"".join(value.numpy().tobytes() for value in
+                                      backbone.state_dict().values()), digest_size=8)
     net, model = runtime.prepare(Probe(backbone, info.num_classes), args, device)
     optimizer = torch.optim.SGD(net.fc.parameters(), args.lr, args.momentum,
                                 weight_decay=args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     what = "random" if not state else known.get("method", "weights")
     log(f"{about(info, net, train, args)}; probe of {what}")
-
-    # The run
     run = Run(args, device, info, ["probe", what], {"weights": digest.hexdigest()},
-                     model=net, optimizer=optimizer, scaler=scaler)
+              model=net, optimizer=optimizer, scaler=scaler)
     if args.evaluate:
         evaluation.report(net, test, args, info, run, run.load_weights())
         return net
     run.start(weights=args.weights)
-
-    # The epochs
     while not run.over:
         sums = train_one_epoch(net, model, train, optimizer, scaler, args, run)
         row, timing = {"lr": optimizer.param_groups[0]["lr"]} | sums.result(), run.clock()
@@ -148,7 +141,6 @@ def main(argv=None):
         row |= evaluation.columns(evaluation.evaluate(net, test, args, info))
         run.end_epoch(row | timing, row["test_accuracy"], sums)
 
-    # The report
     evaluation.report(net, test, args, info, run)
     run.finish(f"linear probe of {what} features, {args.arch} on {info.name}")
     return net

@@ -34,20 +34,10 @@ from common.models.features import build_backbone
 from common.randaugment import randaugment
 from common.run import Run, about
 from common.sums import StepSums
-from samix import configs
+from samix import configs, mixblock
 from samix.evaluation import headline, measure, mixtures, report, warn_of_collapse
 from samix.losses import head_loss
-from samix.mixblock import (
-    MASK_LOSSES,
-    MixBlock,
-    adjust_mask,
-    check_masks,
-    draw_partners,
-    mask_columns,
-    mask_loss,
-    mix,
-    plain_near_ends,
-)
+from samix.mixblock import MixBlock, draw_partners, mix
 from samix.momentum import Branch, cosine, ema_momentum, momentum_copy, momentum_update
 from samix.schedule import parameter_groups, step_rates
 
@@ -66,33 +56,30 @@ def parse_args(argv=None):
     add("--method", choices=configs.METHODS, default="samix")
 
     add = parser.add_argument_group("data and network").add_argument
-    add("--crop", choices=["zero", "reflect", "resized"], help="of sets in memory: a crop of the "
-        "image with a border of zeros or of its reflection, or of a random part, resized")
+    add("--crop", choices=["zero", "reflect", "resized"], help="of sets in memory: of the image "
+        "with a border of zeros or of its reflection, or of a random part, resized")
     add("--padding", type=count, help="width of that border")
     add("--crop_scale", type=flags.number(above=0, high=1), help="least area of a resized crop")
-    add_boolean(add, "--resize_first", None,
-                "sets read from disk: first the shorter side becomes 256/224 of image_size")
+    add_boolean(add, "--resize_first", None, "sets read from disk: shorter side first 256/224·size")
     add_boolean(add, "--randaugment", None, "two random operations, magnitude 7 ± 0.5 of 10")
     add("--mean", type=flags.number(), nargs=3, metavar="R", help="of pixels in [0, 1]")
     add("--std", type=flags.number(above=0), nargs=3, metavar="R")
     add_boolean(add, "--drop_last", None, "no partial batch at an epoch's end")
-    add("--layer", type=flags.positive, help="stage (of DeiT: block) whose features the MixBlock "
-        "sees, from 1")
+    add("--layer", type=flags.positive, help="stage (DeiT: block), from 1, that the MixBlock sees")
     add("--drop_path", type=share, help="of transformers: stochastic depth of the last block")
 
     add = parser.add_argument_group("mixing").add_argument
     add("--alpha", type=amount, help="lambda ~ Beta(alpha, alpha)")
     add("--variant", choices=["samix", "automix"], help="of the MixBlock")
     add_boolean(add, "--lam_concat", None, "automix: lambda is an input channel of the MixBlock")
-    add("--lam_mul_k", type=flags.number(),
-        help="how lambda scales the features: -1 itself, else a cubic")
-    add("--mode", choices=["bilinear", "nearest"], nargs="+", help="how masks are enlarged; of "
-        "several one is drawn each step")
+    add("--lam_mul_k", type=flags.number(), help="scale of the features: -1 lambda, else a cubic")
+    add("--mode", choices=["bilinear", "nearest"], nargs="+",
+        help="how masks are enlarged; of several one is drawn each step")
     add("--dropout", type=share, help="of the MixBlock's values")
     add("--mask_adjust", type=share, help="probability of moving a batch's mean masks to lambda")
     add("--lam_margin", type=share, help="nearer to 0 or 1 branch q sees plain Mixup")
     add("--switch_off", type=share, help="probability, annealed to 0 by a cosine, that a step has "
-        "mix_k's loss; without it the MixBlock learns from its mask loss alone; 0: every step has")
+        "mix_k's loss, without which the MixBlock learns from its mask loss alone; 0: all steps")
     add_boolean(add, "--no_repeat", None, "no image is its own partner")
 
     add = parser.add_argument_group("losses").add_argument
@@ -103,7 +90,7 @@ def parse_args(argv=None):
     add("--mix_q_weight", type=amount, help="of the loss of mixed images")
     add("--mix_k_weight", type=amount, help="of the MixBlock's loss through branch k")
     add("--mask_loss", type=amount, help="weight of the masks' loss")
-    add("--mask_loss_kind", choices=MASK_LOSSES)
+    add("--mask_loss_kind", choices=mixblock.MASK_LOSSES)
     add("--mask_margin", type=share, help="deviation of the mean mask from lambda that is free")
     add_boolean(add, "--mask_anneal", None, "that weight falls to 0 along a cosine")
 
@@ -111,8 +98,7 @@ def parse_args(argv=None):
     add("--optimizer", choices=["sgd", "adamw"])
     add("--min_lr", type=amount, help="at the end of the cosine")
     add("--lr_every", choices=["epoch", "step"], help="how often the cosine moves")
-    add("--milestones", type=count, nargs="*", default=None,
-        help="no cosine: epochs at which the learning rates change")
+    add("--milestones", type=count, nargs="*", help="no cosine: epochs at which the rates change")
     add("--gamma", type=amount, default=0.1, help="factor at these epochs")
     add("--warmup_epochs", type=count, help="linear warm-up, not of the MixBlock")
     add("--warmup_ratio", type=share, help="share of the rate that it begins with")
@@ -133,16 +119,15 @@ def parse_args(argv=None):
     except ValueError as fault:
         parser.error(f"--config: {fault}")
     if first.dataset not in (None, config["dataset"]):
-        for name in ("image_size", "mean", "std"):          # every data set has its own
-            del config[name]
+        del config["image_size"], config["mean"], config["std"]     # every data set has its own
         if first.dataset in STREAMED:
             config["crop"] = "resized"
     parser.set_defaults(**config)
     args = parser.parse_args(argv)
-    same = all(config[f"block_{name}"] == config[name] for name in ("lr", "min_lr"))
-    for name in ("lr", "min_lr"):               # CIFAR's are the backbone's own
-        if same and getattr(first, f"block_{name}") is None:
-            setattr(args, f"block_{name}", getattr(args, name))
+    if all(config[f"block_{name}"] == config[name] for name in ("lr", "min_lr")):
+        for name in ("lr", "min_lr"):           # CIFAR's are the backbone's own
+            if getattr(first, f"block_{name}") is None:
+                setattr(args, f"block_{name}", getattr(args, name))
     for own, least in (("lr", "min_lr"), ("block_lr", "block_min_lr")):
         if args.milestones is None and getattr(args, own) < getattr(args, least):
             parser.error(f"--{own} {getattr(args, own)} is below --{least} {getattr(args, least)}, "
@@ -178,8 +163,8 @@ class Draws(NamedTuple):
 def draw_mixing(n: int, args, generator, fall: float, device="cpu") -> Draws:
     """Draws for n images; `fall`: from 1 to 0 over the run; partners are sent to `device`."""
     lam_mb, lam_bb = draw_lambda(args.alpha, generator, 2)
-    perms = torch.stack([draw_partners(n, generator, args.no_repeat) for _ in range(2)])
-    perm_bb, perm_mb = perms.to(device, non_blocking=True)
+    perm_bb, perm_mb = torch.stack([draw_partners(n, generator, args.no_repeat) for _ in range(2)]
+                                   ).to(device, non_blocking=True)
     modes = [args.mode[i] for i in torch.randint(len(args.mode), (2,), generator=generator)]
     adjust, off = torch.rand(2, generator=generator).tolist()
     return Draws(lam_mb, lam_bb, perm_bb, perm_mb, modes, adjust < args.mask_adjust,
@@ -187,10 +172,7 @@ def draw_mixing(n: int, args, generator, fall: float, device="cpu") -> Draws:
 
 
 class SAMix(nn.Module):
-    """Branch q, its moving average k, and the MixBlock: losses of a batch.
-
-    `args`: the flags of the groups mixing and losses.
-    """
+    """Branch q, its moving average k, and the MixBlock: losses of a batch."""
 
     without_graph = torch.no_grad       # of the masks that branch q learns from
 
@@ -203,8 +185,8 @@ class SAMix(nn.Module):
         with self.without_graph():
             mask = self.block(features, draws.lam_bb, draws.perm_bb, scale, mode=draws.modes[1])
             if draws.adjust:
-                mask = adjust_mask(mask, draws.lam_bb)
-            return plain_near_ends(mask, draws.lam_bb, self.args.lam_margin)
+                mask = mixblock.adjust_mask(mask, draws.lam_bb)
+            return mixblock.plain_near_ends(mask, draws.lam_bb, self.args.lam_margin)
 
     def forward(self, images, labels, draws: Draws, mask_weight: float):
         """(losses by name, logits of clean images, the two mixed batches mb and bb)."""
@@ -215,7 +197,7 @@ class SAMix(nn.Module):
         scale = images.shape[-1] // features.shape[-1]
         mask_mb = self.block(features, draws.lam_mb, draws.perm_mb, scale, mode=draws.modes[0])
         mask_bb = self.masks_for_q(features, draws, scale)
-        self.columns = mask_columns(mask_mb)                # of the log
+        self.columns = mixblock.mask_columns(mask_mb)       # of the log
         mix_mb, mix_bb = mix(images, mask_mb, draws.perm_mb), mix(images, mask_bb, draws.perm_bb)
         targets_mb, targets_bb = (
             soft_targets(labels, perm, lam, num_classes)
@@ -223,8 +205,8 @@ class SAMix(nn.Module):
         clean = self.q(images, "one")
         losses = {
             # through k, which does not learn, to the MixBlock alone
-            "mask": mask_weight * mask_loss(mask_mb, draws.lam_mb, args.mask_margin,
-                                            args.mask_loss_kind),
+            "mask": mask_weight * mixblock.mask_loss(mask_mb, draws.lam_mb, args.mask_margin,
+                                                     args.mask_loss_kind),
             # to branch q alone
             "one_q": args.one_weight * head_loss(clean, labels, **loss),
             "mix_q": args.mix_q_weight * head_loss(self.q(mix_bb, "mix"), targets_bb, **loss),
@@ -237,13 +219,12 @@ class SAMix(nn.Module):
 
 def mix_baseline(images, labels, args, info, generator):
     """Mixup, CutMix or nothing: images, soft targets and partners."""
-    perm, lam = draw_partners(len(images), generator, args.no_repeat), torch.ones(())
-    if args.method == "vanilla":
-        return images, soft_targets(labels, perm, lam, info.num_classes), perm
-    lam = draw_lambda(args.alpha, generator)
+    perm, ratio = draw_partners(len(images), generator, args.no_repeat), torch.ones(())
+    if args.method != "vanilla":
+        lam = draw_lambda(args.alpha, generator)
     if args.method == "mixup":
         images, ratio = runtime.compiled(mixing.mixup, args)(images, perm, lam)
-    else:
+    elif args.method == "cutmix":
         centre = mixing.draw_centre(*images.shape[-2:], generator)
         images, ratio = runtime.compiled(mixing.cutmix, args)(images, perm, centre, lam)
     return images, soft_targets(labels, perm, ratio, info.num_classes), perm
@@ -265,13 +246,10 @@ def training_step(model, images, labels, args, info, generator, scaler, fall):
     return loss, logits
 
 
-# --------------------------------------------------------------------------------------- training
-
 def train_one_epoch(net, model, loader, optimizer, scaler, args, info, run):
     """The rest of the epoch that `run` stands in; returns its sums of loss and hits."""
     net.train()
-    sums = StepSums(len(loader), run.device, run.sums)
-    total = args.epochs * len(loader)
+    sums, total = StepSums(len(loader), run.device, run.sums), args.epochs * len(loader)
     for step, (images, labels) in run.steps(loader):
         generator = distributed.step_generator(args.seed, run.epoch, step)
         done = run.epoch * len(loader) + step
@@ -312,16 +290,14 @@ def draw_preview(path, net, train, args, info):
     return plots.preview(path, f"{args.method} on {info.name}", rows, targets, info)
 
 
-# ------------------------------------------------------------------------------------------ start
-
 def build(args, info) -> nn.Module:
     """The network to train: SAMix, or a Branch with one head for the baselines."""
-    options = {"drop_path": args.drop_path} if args.drop_path else {}
     backbone = build_backbone(args.arch, info.image_size, args.layer,
-                              initial_channels=args.initial_channels, **options)
+                              initial_channels=args.initial_channels,
+                              **({"drop_path": args.drop_path} if args.drop_path else {}))
     branch = Branch(backbone, backbone.width, info.num_classes)
     if args.method in LEARNED:
-        check_masks(backbone, args.arch, info.image_size, info.width)
+        mixblock.check_masks(backbone, args.arch, info.image_size, info.width)
         block = MixBlock(backbone.channels, args.lam_mul_k, dropout=args.dropout,
                          variant=args.variant, lam_concat=args.lam_concat)
         return SAMix(branch, block, args)
@@ -330,7 +306,7 @@ def build(args, info) -> nn.Module:
 
 
 def load_pretrained(net, args):
-    """Begin both branches with the weights that --pretrained names, if any."""
+    """Begins both branches with the weights that --pretrained names, if any."""
     weights.load_pretrained(getattr(net, "q", net).backbone.before, args)
     if args.pretrained and args.method in LEARNED:
         net.k.load_state_dict(net.q.state_dict())
@@ -366,9 +342,9 @@ def main(argv=None):
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     log(f"{about(info, net, train, args)}; method {args.method}")
 
-    # The run: its folder, what it holds already, and the place to go on from
+    # The run: its folder and what it holds already
     run = Run(args, device, info, [args.method], {"method": args.method},
-                     model=net, optimizer=optimizer, scaler=scaler)
+              model=net, optimizer=optimizer, scaler=scaler)
     if args.evaluate or args.preview:
         checkpoint = run.load_weights()
         if not checkpoint:
@@ -389,8 +365,7 @@ def main(argv=None):
     # The epochs
     while not run.over:
         sums = train_one_epoch(net, model, train, optimizer, scaler, args, info, run)
-        row = {"lr": optimizer.param_groups[0]["lr"]} | sums.result()
-        timing = run.clock()
+        row, timing = {"lr": optimizer.param_groups[0]["lr"]} | sums.result(), run.clock()
         if args.method in LEARNED:
             warn_of_collapse(row, run)
         distributed.share_buffers(net)
@@ -399,7 +374,6 @@ def main(argv=None):
         row |= {f"{name}_accuracy": head["top1"] for name, head in heads.items()}
         run.end_epoch(row | timing, row["test_accuracy"], sums)
 
-    # The report
     evaluation.report(headline(net), test, args, info, run)
     if args.method in LEARNED:
         log(report(run))

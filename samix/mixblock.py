@@ -122,8 +122,8 @@ def mask_loss(mask: Tensor, lam: float | Tensor, margin: float = 0.1,
 
 
 def mask_columns(mask: Tensor) -> dict:
-    """The log's columns of masks (B, 2, H, W): mean and deviation of the first image's share, inside
-    an image, averaged; the share of pairs that show one image alone (mean beyond 0.05 and 0.95)."""
+    """The log's columns of masks (B, 2, H, W): mean and deviation of the first image's share, of an
+    image, averaged; share of pairs that show one image alone (mean below 0.05 or above 0.95)."""
     std, mean = torch.std_mean(mask[:, 0].detach(), (1, 2), unbiased=False)
     return {"mask_mean": mean.mean(), "mask_std": std.mean(),
             "mask_alone": ((mean - 0.5).abs() > 0.45).float().mean()}

@@ -36,27 +36,10 @@ from common.mixing import draw_lambda, soft_targets
 from common.models.features import build_backbone
 from common.run import Run, about
 from common.sums import StepSums
-from samix.contrast import (
-    Encoder,
-    Queue,
-    draw_extension,
-    encode_keys,
-    extend,
-    info_nce,
-    mixed_nce,
-    mixed_pair,
-    similarity,
-)
+from samix import contrast, mixblock
+from samix.contrast import Encoder, Queue, extend, info_nce, mixed_nce, mixed_pair, similarity
 from samix.evaluation import knn_accuracy, mixtures, warn_of_collapse
-from samix.mixblock import (
-    MixBlock,
-    adjust_mask,
-    check_masks,
-    draw_partners,
-    mask_columns,
-    mask_loss,
-    mix,
-)
+from samix.mixblock import MixBlock, draw_partners, mask_loss, mix
 from samix.momentum import cosine, momentum_copy, momentum_update
 from samix.views import DaliViews, draw_view, make_view
 
@@ -66,8 +49,6 @@ CONFIGS = {                             # the blur is for large images alone
     "imagenet_r50": {"dataset": "imagenet", "arch": "resnet50", "blur": 0.5, "queue": 65536},
 }
 
-
-# ------------------------------------------------------------------------------------------ flags
 
 def parse_args(argv=None):
     """The flags; usage errors end the program with exit code 2."""
@@ -79,8 +60,7 @@ def parse_args(argv=None):
     add("--method", choices=["samix", "moco"], default="samix")
 
     add = parser.add_argument_group("data and network").add_argument
-    add("--crop_scale", type=flags.number(above=0, high=1), default=0.2,
-        help="least area of a view")
+    add("--crop_scale", type=flags.number(above=0, high=1), default=0.2, help="a view's least area")
     add("--blur", type=share, help="probability of a view's blur")
     add("--layer", type=flags.positive, default=3, help="stage whose features the MixBlock sees")
 
@@ -117,12 +97,9 @@ def parse_args(argv=None):
     if args.queue < args.batch_size:
         parser.error(f"--queue {args.queue} is less than a batch of {args.batch_size}")
     if args.evaluate or args.corruptions:
-        parser.error("--evaluate, --corruptions, --cam: evaluate the encoder with "
-                     "samix/linear_probe.py")
+        parser.error("--evaluate, --corruptions, --cam: evaluate with samix/linear_probe.py")
     return args
 
-
-# --------------------------------------------------------------------------------------- one step
 
 class Draws(NamedTuple):
     """The random choices of one step: for the encoder's mixtures (bb) and the MixBlock's (mb)."""
@@ -137,12 +114,12 @@ class Draws(NamedTuple):
 def draw_mixing(n: int, args, generator, shared, device="cpu") -> Draws:
     """Draws for the n images of this rank, partners on `device`; `shared`: all ranks' generator."""
     lam_bb, lam_mb = draw_lambda(args.alpha, generator, 2)
-    perms = torch.stack([draw_partners(n, generator) for _ in range(2)])
-    perm_bb, perm_mb = perms.to(device, non_blocking=True)
+    perm_bb, perm_mb = torch.stack([draw_partners(n, generator) for _ in range(2)]).to(
+        device, non_blocking=True)
     total = (2 if args.method == "samix" else 1) * n * distributed.world()
     order = torch.arange(total) if args.sync_bn else torch.randperm(total, generator=shared)
     return Draws(lam_bb, lam_mb, perm_bb, perm_mb, order,
-                 draw_extension((n, args.dim), args.extend, generator))
+                 contrast.draw_extension((n, args.dim), args.extend, generator))
 
 
 class Contrast(nn.Module):
@@ -154,29 +131,29 @@ class Contrast(nn.Module):
 
     def forward(self, view_q, view_k, draws: Draws, negatives):
         """(unweighed losses by name, new keys, queries) of normalised views (B, 3, H, W)."""
-        heat = {"negatives": negatives, "temperature": self.args.temperature}
+        others = {"negatives": negatives, "temperature": self.args.temperature}
         _, query = self.q(view_q)
         if self.block is None:
-            _, key_k = encode_keys(self.k, view_k, draws.order)
-            return {"moco": info_nce(query, key_k, **heat)}, key_k, query
+            _, key_k = contrast.encode_keys(self.k, view_k, draws.order)
+            return {"moco": info_nce(query, key_k, **others)}, key_k, query
 
         perm_bb, perm_mb = draws.perm_bb, draws.perm_mb
-        features, keys = encode_keys(self.k, torch.cat([view_q, view_k]), draws.order)
+        features, keys = contrast.encode_keys(self.k, torch.cat([view_q, view_k]), draws.order)
         (features_q, features_k), (key_q, key_k) = features.chunk(2), keys.chunk(2)
         scale = view_q.shape[-1] // features_q.shape[-1]
         with torch.no_grad():
             mask_bb = self.block(features_q, draws.lam_bb, perm_bb, scale, partners=features_k)
-            mask_bb = adjust_mask(mask_bb, draws.lam_bb, margin=self.args.mask_margin)
+            mask_bb = mixblock.adjust_mask(mask_bb, draws.lam_bb, margin=self.args.mask_margin)
         mask_mb = self.block(features_q, draws.lam_mb, perm_mb, scale, partners=features_k)
-        self.columns = mask_columns(mask_mb)                # of the log
+        self.columns = mixblock.mask_columns(mask_mb)       # of the log
         # image i's pixels are of view q, its partner's of view k; each meets the other view's key
         _, mixed_q = self.q(mix(view_q, mask_bb, perm_bb, view_k))
         _, mixed_k = self.k(mix(view_q, mask_mb, perm_mb, view_k))
         pair = {"lam": draws.lam_mb, "temperature": self.args.temperature}
         losses = {
-            "moco": info_nce(query, key_k, **heat),
-            "mix": mixed_nce(mixed_q, key_k, key_q[perm_bb], draws.lam_bb, **heat),     # to q
-            "block": mixed_nce(mixed_k, key_k, key_q[perm_mb], draws.lam_mb, **heat)    # to block
+            "moco": info_nce(query, key_k, **others),
+            "mix": mixed_nce(mixed_q, key_k, key_q[perm_bb], draws.lam_bb, **others),   # q learns
+            "block": mixed_nce(mixed_k, key_k, key_q[perm_mb], draws.lam_mb, **others)
             if self.args.block_loss == "infonce" else
             mixed_pair(mixed_k, key_k, key_q[perm_mb], **pair),
             "mask": mask_loss(mask_mb, draws.lam_mb),
@@ -199,10 +176,8 @@ def two_views(images, args, info, generator):
 
 
 def training_step(model, images, queue, args, info, generator, shared, scaler, fall):
-    """Leaves the gradients of one step in the parameters; returns loss, logits, and the new keys.
-
-    logits: of each query, the similarity to its own key and to the nearest negative (B, 2).
-    """
+    """Leaves the gradients of one step in the parameters; returns the loss, each query's similarity
+    to its own key and to the nearest negative (B, 2), and the new keys."""
     view_q, view_k = two_views(images, args, info, generator)
     draws = draw_mixing(len(images), args, generator, shared, images.device)
     weights = {"moco": args.moco_weight, "mix": args.mix_weight, "block": args.block_weight,
@@ -221,12 +196,11 @@ def train_one_epoch(net, model, queue, loader, optimizer, scaler, args, info, ru
     net.train()
     sums = StepSums(len(loader), run.device, run.sums)
     for step, (images, _) in run.steps(loader):
-        order_seed = distributed.seed_of(args.seed, "order", run.epoch, step)
-        shared = torch.Generator().manual_seed(order_seed)
+        shared = torch.Generator().manual_seed(
+            distributed.seed_of(args.seed, "order", run.epoch, step))
         generator = distributed.step_generator(args.seed, run.epoch, step)
         fall = cosine(run.epoch * len(loader) + step, args.epochs * len(loader))
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * fall
+        optimizer.param_groups[0]["lr"] = args.lr * fall
         optimizer.zero_grad(set_to_none=True)
         loss, logits, keys = training_step(model, images, queue, args, info, generator, shared,
                                            scaler, fall)
@@ -245,8 +219,7 @@ def train_one_epoch(net, model, queue, loader, optimizer, scaler, args, info, ru
 def draw_preview(path, net, train, args, info):
     """A picture of both views of the first batch and, of SAMix, of masks and mixtures by lambda."""
     train.set_epoch(0)
-    images, labels = next(iter(train))
-    images, labels = images[:16], labels[:16]
+    images, labels = (part[:16] for part in next(iter(train)))
     generator = distributed.step_generator(args.seed, 0, 0)
     view_q, view_k = two_views(images, args, info, generator)
     perm, lam = draw_partners(len(images), generator, True), 1.0
@@ -264,15 +237,13 @@ def build(args, info) -> Contrast:
                               initial_channels=args.initial_channels)
     block = None
     if args.method == "samix":
-        check_masks(backbone, args.arch, info.image_size)
+        mixblock.check_masks(backbone, args.arch, info.image_size)
         block = MixBlock(backbone.channels, args.lam_mul_k)
     net = Contrast(Encoder(backbone, backbone.width, args.dim, args.neck), block, args)
-    if args.sync_bn:
-        if not torch.cuda.is_available():
-            raise RunError("--sync_bn needs GPUs; without it the keys are shuffled over the "
-                           "processes, which serves as well")
-        net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
-    return net
+    if args.sync_bn and not torch.cuda.is_available():
+        raise RunError("--sync_bn needs GPUs; without it the keys are shuffled over the processes, "
+                       "which serves as well")
+    return nn.SyncBatchNorm.convert_sync_batchnorm(net) if args.sync_bn else net
 
 
 def main(argv=None):
@@ -280,7 +251,7 @@ def main(argv=None):
     args = parse_args(argv)
     device = runtime.setup(args)
 
-    # Data: streamed sets come as two views from DALI, or as squares to make views of
+    # Streamed sets come as two views from DALI, or as squares to make views of
     recipe = Recipe(crop="random" if args.dataset in STREAMED else "padded", padding=0, flip=False)
     train, test, info = data.load(
         args.dataset, args.data_dir, recipe, batch_size=args.batch_size, device=device,
@@ -288,8 +259,6 @@ def main(argv=None):
         labels_per_class=args.labels_per_class, workers=args.workers, drop_last=True)
     if isinstance(train, DaliStream):
         train = DaliViews(train, (args.crop_scale, 1.0), args.blur)
-
-    # Network, optimizer
     torch.manual_seed(args.seed)
     net, model = runtime.prepare(build(args, info), args, device)
     queue = Queue(args.queue, args.dim).to(device)
@@ -298,19 +267,16 @@ def main(argv=None):
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     log(f"{about(info, net, train, args)}; method {args.method}, {args.queue} keys")
 
-    # The run: its folder, what it holds already, and the place to go on from
-    run = Run(args, device, info, [args.method, "pretrained"],
-                     {"layer": args.layer, "image_size": info.image_size, "method": args.method,
-                      "queue": args.queue},
-                     model=net, queue=queue, optimizer=optimizer, scaler=scaler)
+    identity = {"layer": args.layer, "image_size": info.image_size, "method": args.method,
+                "queue": args.queue}
+    run = Run(args, device, info, [args.method, "pretrained"], identity,
+              model=net, queue=queue, optimizer=optimizer, scaler=scaler)
     if args.preview:
         run.load_weights()
         if distributed.rank() == 0:
             log(f"mixed images: {draw_preview(args.preview, net, train, args, info)}")
         return net
     run.start()
-
-    # The epochs
     while not run.over:
         sums = train_one_epoch(net, model, queue, train, optimizer, scaler, args, info, run)
         row, timing = {"lr": optimizer.param_groups[0]["lr"]} | sums.result(), run.clock()
@@ -320,7 +286,6 @@ def main(argv=None):
         row["knn_accuracy"] = knn_accuracy(net.q.backbone, test, info.num_classes, args)
         run.end_epoch(row | timing, None, sums)
 
-    # The report
     run.finish(f"{args.method}, {args.arch} on {info.name} (accuracy: queries nearest to their own "
                "key)", draw_preview, net, train, args, info)
     log(f"now: python samix/linear_probe.py --weights {run.folder / 'checkpoint.pt'}")

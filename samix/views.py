@@ -1,8 +1,7 @@
 """Two random views of each image (MoCo v2's augmentation): crop, flip, colours, grey, blur.
 
-Colours change by one affine map of an image's channels, which joins brightness, contrast (around
-mid-grey), saturation and hue (a turn of the colour plane), as DALI's color_twist does; so DALI's
-views and those made here are of one kind.
+Colours change by one affine map of an image's channels, as by DALI's color_twist: brightness,
+contrast (around mid-grey), saturation and hue (a turn of the colour plane).
 """
 import dataclasses
 import math
@@ -31,16 +30,14 @@ class View(NamedTuple):
     sigma: Tensor                       # (n,) of the blur, 0: none
 
 
-def draw_view(n: int, size, generator: torch.Generator, *, scale=(0.2, 1.0), blur: float = 0.5
-              ) -> View:
+def draw_view(n: int, size, generator, *, scale=(0.2, 1.0), blur: float = 0.5) -> View:
     """Draws for n images of `size` (height, width): crops of a share `scale` of the area; `blur`:
     its probability."""
     boxes = draw_boxes(n, size, scale, (3 / 4, 4 / 3), generator)
     flip, jittered, grey, blurred, width = torch.rand(5, n, generator=generator)
     change = (2 * torch.rand(4, n, generator=generator) - 1) * (jittered < JITTERED)
     brightness, contrast, saturation = 1 + JITTER * change[:3]
-    turn = 2 * math.pi * HUE * change[3]
-    saturation = saturation * (grey >= GREY)
+    turn, saturation = 2 * math.pi * HUE * change[3], saturation * (grey >= GREY)
     plane = torch.zeros(n, 3, 3, dtype=torch.float64)       # luminance stays, the colours turn
     plane[:, 0, 0] = 1
     plane[:, 1, 1] = plane[:, 2, 2] = saturation * turn.cos()
@@ -56,8 +53,8 @@ def make_view(images: Tensor, view: View, size: int) -> Tensor:
                                           for draw in view)
     pixels = resize_boxes(images, boxes, (size, size), "bicubic").float() / 255
     pixels = torch.where(flip[:, None, None, None], pixels.flip(3), pixels)
-    pixels = (colours @ pixels.flatten(2)).unflatten(2, (size, size))
-    pixels = (pixels + shift[:, None, None, None]).clamp(0, 1)
+    pixels = (colours @ pixels.flatten(2) + shift[:, None, None]).clamp(0, 1)
+    pixels = pixels.unflatten(2, (size, size))
     if not view.sigma.any():                                # known on the CPU
         return pixels
     reach = min(math.ceil(3 * SIGMA[1]), size - 1)
