@@ -69,8 +69,7 @@ CONFIGS = {
 
 # File -> alias and what the file has beside it. Of the file of Tiny's ResNeXt-50 that promises
 # mask_adjust 0.25, the value is 0, as in its table.
-IMAGENET, CIFAR_VITS = "imagenet/samix/basic/", "cifar100/samix/vits/"
-UNSAMPLING = "unsampling_modebilinear/"
+IMAGENET, UNSAMPLING = "imagenet/samix/basic/", "unsampling_modebilinear/"
 FILES = {
     **{f"{IMAGENET}{net}_l2_a2_bili_val_dp01_mul_mb_mlr1e_3_bb_mlr0_4xb64": (f"imagenet_{net}", {})
        for net in ("r18", "r34", "r50", "r101", "rx101")},
@@ -79,38 +78,31 @@ FILES = {
            ("m0_bb_mlr0_4xb64_ep100", {"block_momentum": 0.0}),
            ("m0_bb_mlr0_4xb64_fp16_ep100", {"block_momentum": 0.0, "amp": "fp16"}),
            ("m09_bb_mlr0_4xb64_ep300", {"epochs": 300}))},
-    "cifar100/samix/basic/r18_l2_a2_bili_val_dp0_mul_x_cat_L1_var_01_mlr5e_2":
-        ("cifar100_r18", {}),
-    f"cifar100/samix/basic/r18/{UNSAMPLING}r18_l2_a2_bili_val_dp0_mul_x_cat_L1_var_01_mlr5e_2_"
-    "lam_mul_k0_25_mask_adjust0_25_ep800":
-        ("cifar100_r18", {"epochs": 800, "mask_adjust": 0.25}),
-    "cifar100/samix/basic/rx50_l2_a2_bili_val_dp0_mul_x_cat_L1_var_01_mlr5e_2":
-        ("cifar100_rx50", {}),
-    "cifar100/samix/basic/wrn28_8_l1_a2_bili_val_dp0_mul_x_cat_L1_var_01_mlr1e_3":
-        ("cifar100_wrn28_8", {}),
-    "tiny_imagenet/samix/basic/r18_l2_a2_bili_val_dp0_mul_mb_mlr1e_3_bb_mlr5e_2": ("tiny_r18", {}),
-    f"tiny_imagenet/samix/basic/r18/{UNSAMPLING}"
-    "r18_l2_a2_bili_val_dp0_mul_mb_mlr1e_3_bb_mlr5e_2_ep400": ("tiny_r18", {}),
-    "tiny_imagenet/samix/basic/rx50_l2_a2_bili_val_dp0_mul_mb_mlr1e_3_bb_mlr5e_2_2xb50":
-        ("tiny_rx50", {}),
-    f"tiny_imagenet/samix/basic/rx50/{UNSAMPLING}rx50_l2_a2_bili_val_dp0_mul_mb_mlr1e_3_bb_mlr5e_2_"
-    "2xb50_lam_mul_k0_25_mask_adjust0_25_ep400": ("tiny_rx50", {}),
+    **{f"cifar100/samix/basic/{file}_a2_bili_val_dp0_mul_x_cat_L1_var_01_mlr{rest}":
+       (f"cifar100_{net}", values) for net, file, rest, values in (
+           ("r18", "r18_l2", "5e_2", {}), ("rx50", "rx50_l2", "5e_2", {}),
+           ("wrn28_8", "wrn28_8_l1", "1e_3", {}),
+           ("r18", f"r18/{UNSAMPLING}r18_l2", "5e_2_lam_mul_k0_25_mask_adjust0_25_ep800",
+            {"epochs": 800, "mask_adjust": 0.25}))},
+    **{f"tiny_imagenet/samix/basic/{file}_l2_a2_bili_val_dp0_mul_mb_mlr1e_3_bb_mlr5e_2{rest}":
+       (f"tiny_{net}", {}) for net, file, rest in (
+           ("r18", "r18", ""), ("r18", f"r18/{UNSAMPLING}r18", "_ep400"),
+           ("rx50", "rx50", "_2xb50"),
+           ("rx50", f"rx50/{UNSAMPLING}rx50", "_2xb50_lam_mul_k0_25_mask_adjust0_25_ep400"))},
     **{f"{folder}/samix/{net}_l2_a2_bili_val_dp01_mb_mlr5e_4_1xb16_ep200": (f"{alias}_{net}", {})
        for folder, alias in (("cub200", "cub"), ("aircrafts", "aircraft"))
        for net in ("r18", "rx50")},
     **{f"{folder}/samix/r50_l2_a2_bili_val_dp01_mb_mlr1e_4_bb_mlr0_4xb64_ep100": (alias, {})
        for folder, alias in (("inaturalist2017", "inat2017_r50"), ("place205", "places205_r50"))},
-    f"{CIFAR_VITS}deit_s_l6_a2_near_val_dp01_sz224_mlr1e_4_bs100_ep200": ("cifar100_deit_s", {}),
-    f"{CIFAR_VITS}deit_s_l6_a2_near_val_dp01_sz224_mlr1e_4_bs100_ep600":
-        ("cifar100_deit_s", {"epochs": 600}),
-    f"{CIFAR_VITS}swin_t_l3_a2_near_val_dp01_sz224_mlr1e_4_bs100_ep200": ("cifar100_swin_t", {}),
-    f"{CIFAR_VITS}swin_t_l3_a2_near_bili_val_dp01_sz224_mlr2e_4_bs100_ep600":
-        ("cifar100_swin_t", {"epochs": 600, "mode": ("bilinear", "nearest"), "min_lr": 2e-4,
-                             "block_lr": 7.5e-4}),
-    f"{CIFAR_VITS}convnext_t_l2_a2_bili_val_dp01_lr2e_3_mlr1e_4_bs100_ep200":
-        ("cifar100_convnext_t", {}),
-    f"{CIFAR_VITS}convnext_t_l2_a2_bili_val_dp01_lr2e_3_mlr1e_4_bs100_ep600":
-        ("cifar100_convnext_t", {"epochs": 600, "lr": 2e-3, "block_lr": 1e-3}),
+    **{f"cifar100/samix/vits/{net}_{file}": (f"cifar100_{net}", values) for net, file, values in (
+        ("deit_s", "l6_a2_near_val_dp01_sz224_mlr1e_4_bs100_ep200", {}),
+        ("deit_s", "l6_a2_near_val_dp01_sz224_mlr1e_4_bs100_ep600", {"epochs": 600}),
+        ("swin_t", "l3_a2_near_val_dp01_sz224_mlr1e_4_bs100_ep200", {}),
+        ("swin_t", "l3_a2_near_bili_val_dp01_sz224_mlr2e_4_bs100_ep600",
+         {"epochs": 600, "mode": ("bilinear", "nearest"), "min_lr": 2e-4, "block_lr": 7.5e-4}),
+        ("convnext_t", "l2_a2_bili_val_dp01_lr2e_3_mlr1e_4_bs100_ep200", {}),
+        ("convnext_t", "l2_a2_bili_val_dp01_lr2e_3_mlr1e_4_bs100_ep600",
+         {"epochs": 600, "lr": 2e-3, "block_lr": 1e-3}))},
 }
 
 # What --method changes: AutoMix's settings, of all and by alias, and the Beta parameters of Mixup

@@ -341,8 +341,6 @@ def main(argv=None):
         torch.optim.SGD(groups, args.lr, args.momentum, nesterov=args.nesterov)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     log(f"{about(info, net, train, args)}; method {args.method}")
-
-    # The run: its folder and what it holds already
     run = Run(args, device, info, [args.method], {"method": args.method},
               model=net, optimizer=optimizer, scaler=scaler)
     if args.evaluate or args.preview:
@@ -361,8 +359,6 @@ def main(argv=None):
         load_pretrained(net, args)
     if run.writes and run.epoch == run.step == 0:
         draw_preview(run.folder / "mixed_start.png", net, train, args, info)
-
-    # The epochs
     while not run.over:
         sums = train_one_epoch(net, model, train, optimizer, scaler, args, info, run)
         row, timing = {"lr": optimizer.param_groups[0]["lr"]} | sums.result(), run.clock()

@@ -97,7 +97,8 @@ def parse_args(argv=None):
     if args.queue < args.batch_size:
         parser.error(f"--queue {args.queue} is less than a batch of {args.batch_size}")
     if args.evaluate or args.corruptions:
-        parser.error("--evaluate, --corruptions, --cam: evaluate with samix/linear_probe.py")
+        parser.error("--evaluate, --corruptions, --cam: evaluate the encoder with "
+                     "samix/linear_probe.py")
     return args
 
 
