@@ -105,8 +105,6 @@ def main(argv=None):
             raise RunError(f"{args.weights} holds no encoder of pretrain.py or of main.py's SAMix")
     for name in ("arch", "dataset", "initial_channels", "image_size"):
         setattr(args, name, getattr(args, name) or known.get(name))
-
-    # Data, network, optimizer
     recipe = Recipe(interpolation="bicubic", mean=known.get("mean"), std=known.get("std"))
     train, test, info = data.load(
         args.dataset, args.data_dir, recipe, batch_size=args.batch_size, device=device,

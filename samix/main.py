@@ -331,8 +331,6 @@ def main(argv=None):
     """Trains (or evaluates, or draws a picture) as the flags say; returns the network."""
     args = parse_args(argv)
     device = runtime.setup(args)
-
-    # Data, network, optimizer
     train, test, info = load_data(args, device)
     torch.manual_seed(args.seed)
     net, model = runtime.prepare(build(args, info), args, device)
