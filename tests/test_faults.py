@@ -144,7 +144,7 @@ def test_second_run_in_the_same_folder_is_refused(tmp_path, capsys):
     with subprocess.Popen([sys.executable, str(ROOT / "sage" / "main.py"), *words],
                           stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as first:
         try:
-            next(line for line in first.stdout if "epoch 0 step 1/" in line)
+            next(line for line in first.stdout if "epoch 1 step 1/" in line)
             for wish in ([], ["--resume", "auto"]):
                 code, error = faults(capsys, *words[len(SMALL):], *wish)
                 assert code == 1 and "another run is writing there" in error

@@ -212,7 +212,7 @@ def test_signals_save_inside_the_epoch(tmp_path, number):
     child = subprocess.Popen(command(*words, root=tmp_path / "a"), text=True,
                              stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     for line in child.stdout:
-        if "epoch 0 step 3/" in line:
+        if "epoch 1 step 3/" in line:
             child.send_signal(number)
             break
     last = child.communicate()[0].splitlines()[-1]

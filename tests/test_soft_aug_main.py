@@ -280,7 +280,7 @@ def test_a_signal_saves_inside_the_epoch(tmp_path):
     child = subprocess.Popen(command(*words, root=tmp_path), text=True, stdout=subprocess.PIPE,
                              stderr=subprocess.DEVNULL)
     for line in child.stdout:
-        if "epoch 0 step 3/" in line:
+        if "epoch 1 step 3/" in line:
             child.send_signal(signal.SIGTERM)
             break
     last = child.communicate()[0].splitlines()[-1]
