@@ -326,7 +326,7 @@ def test_probe_learns_resumes_and_is_evaluated(tmp_path, capsys):
     last = (whole / "log.csv").read_text().splitlines()
     accuracy = float(last[-1].split(",")[last[0].split(",").index("test_accuracy")])
     assert accuracy > 50                                    # chance: 10
-    killed([*PROBE, *words], tmp_path / "killed", "linear_probe.py")
+    killed("samix.linear_probe", [*PROBE, *words], tmp_path / "killed", 45)
     folder = probe(tmp_path / "killed", *words, "--resume", "auto")
     assert same(weights(whole), weights(folder))
     capsys.readouterr()
