@@ -342,7 +342,7 @@ class Run:
             if draw:
                 picture = draw(self.folder / "mixed.png", *what)
                 log(f"mixed images: {picture}")
-                if self.events:
+                if self.events and picture:
                     pixels = np.asarray(Image.open(picture).convert("RGB"))
                     self.events.add_image("mixed images", pixels, dataformats="HWC")
                     self.events.flush()

@@ -255,7 +255,7 @@ def build(arch: str, num_classes: int, image_size: int = 32, *, decoder: str = "
                        f"{' and equal' * (arch == 'deit_b16')}, not {image_size}×{width}; "
                        "give --image_size")
     if initial_channels < 16 or initial_channels % 16:
-        raise RunError(f"the number of channels must be a multiple of 16, not {initial_channels}")
+        raise RunError(f"--initial_channels {initial_channels} is no multiple of 16")
     encoder = ViT(image_size, initial_channels) if arch == "deit_b16" else \
         ResNet(arch, form, initial_channels)
     net = Network(encoder, None if decoder == "none" else

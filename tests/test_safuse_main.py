@@ -704,7 +704,7 @@ def test_two_ranks_agree(tmp_path, method):
     ("--attention_score mean", 2, "invalid choice: 'mean'"),
     ("--NUM_CLASS 100", 1, "--NUM_CLASS 100: digits has 10 classes"),
     ("--image_size 20", 1, "resnet18 takes images whose sides are multiples of 8 pixels"),
-    ("--initial_channels 20", 1, "must be a multiple of 16, not 20"),
+    ("--initial_channels 20", 1, "--initial_channels 20 is no multiple of 16"),
     ("--pretrained none.pth", 1, "none.pth: no such file of weights"),
     ("--batch_size 500", 0, ""),
     ("--dataset cub200 --data_dir nowhere", 1, "is for sets that fit in memory"),

@@ -203,7 +203,7 @@ def test_samix_learns(tmp_path):
              "--blur 0 --crop_scale 0.9 --temperature 0.1 --ema 0.99 --neck 128 --lr 0.02 "
              "--epochs 8 --device cpu").split()
     args = pretrain.parse_args(words)
-    _, test, info = data.load("digits", None, batch_size=50, device=torch.device("cpu"), seed=2,
+    _, test, info = data.load("digits", "", batch_size=50, device=torch.device("cpu"), seed=2,
                               image_size=16)
     torch.manual_seed(2)
     untrained = knn_accuracy(pretrain.build(args, info).q.backbone, test, 10, args)

@@ -489,7 +489,6 @@ def test_preview_shows_the_targets_of_the_loss(info_and_batch):
 
 @pytest.mark.parametrize("words, code, line", [
     ("--da 3", 2, "invalid choice: 3"), ("--net nonet", 2, "invalid choice: 'nonet'"),
-    ("--dataset imagenet", 2, "invalid choice: 'imagenet'"),
     ("--loss ols", 2, "invalid choice: 'ols'"),
     ("--loss st --max_p 0.8", 2, "--max_p is for --loss sce, or for --loss st with --da 2"),
     ("--dataset digits --image_size 128 --initial_channels 16", 1, "has --initial_channels 64"),

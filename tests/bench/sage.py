@@ -98,7 +98,7 @@ def main():
     for number in range(own.rounds + 1):
         for method, args in parsed.items():
             seconds = timed(device, step, args, number)
-            sage.saliency_gradient = lambda *_, method=method: gradients[method]
+            sage.saliency_gradient = lambda *_, method=method, **__: gradients[method]
             generator = distributed.step_generator(0, 0, number)
             alone = timed(device, lambda args=args, generator=generator: sage.mix_batch(
                 net, images, labels, args, info, generator, scaler))
