@@ -57,7 +57,7 @@ COMMANDS |= {"resizemix_baseline": RESIZEMIX + "--resizemix False",
              "resizemix": RESIZEMIX + "--resizemix True"}
 
 SAFUSE = ("safuse/main.py --dataset npz --data_dir {data} --arch resnet18 --initial_channels 16 "
-          "--epochs {epochs} --schedule step --milestones {schedule} --LR 0.05 --weight_decay 1e-4 "
+          "--epochs {epochs} --schedule step --milestones {schedule} --LR 0.1 --weight_decay 1e-4 "
           "--nesterov True --batch_size 100 --padding 2 --normalise True --seed {seed} ")
 COMMANDS |= {name: SAFUSE + f"--method {words}" for name, words in (
     ("safuse_baseline", "baseline"), ("safuse_cutmix", "cutmix"), ("safuse", "safuse"),
@@ -71,7 +71,8 @@ SAMIX = ("samix/main.py --config cifar100_r18 --dataset npz --data_dir {data} "
          "--ema_base 0.99 --ema_end 0.99 --seed {seed} ")
 COMMANDS |= {name: SAMIX + f"--method {name.removeprefix('samix_')}" for name in
              ("samix_vanilla", "samix_mixup", "samix_cutmix", "automix", "samix")}
-COMMANDS["automix"] += " --lam_concat False"           # as published for CIFAR-100
+# as published for CIFAR-100; momentum 0 is what keeps the masks of short runs from one image
+COMMANDS["automix"] += " --lam_concat False --block_momentum 0"
 ONCE = ("softaug_standard_ra", "softaug_hard_ra", "softaug_soft_ra", "softaug_hard",    # P20 alone
         "resizemix_cutmix", "safuse_cutmix", "safuse_pre_norm", "samix_mixup", "samix_cutmix")
 
