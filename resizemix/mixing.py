@@ -23,13 +23,14 @@ def clip_corners(centres: Tensor, size: tuple[int, int], image_size: tuple[int, 
                         for axis, (side, length) in enumerate(pairs)], dim=1)
 
 
-def draw_scale(generator: torch.Generator, low: float = 0.1, high: float = 0.8) -> float:
+def draw_scale(generator: torch.Generator | None = None, low: float = 0.1, high: float = 0.8
+               ) -> float:
     """Return a batch's scale, uniform in [low, high) (section 3.2 of the paper)."""
     return low + (high - low) * torch.rand((), generator=generator, dtype=torch.float64).item()
 
 
-def draw_corners(n: int, image_size: tuple[int, int], scale: float, generator: torch.Generator
-                 ) -> Tensor:
+def draw_corners(n: int, image_size: tuple[int, int], scale: float,
+                 generator: torch.Generator | None = None) -> Tensor:
     """Return upper left corners (n, 2), y and x, of small images in images of `image_size` (H, W).
 
     Centres are uniform over the pixels, boxes at the border are moved inside: corners at the border

@@ -15,7 +15,7 @@ from conftest import ROOT, SHARED
     ("safuse.py --rounds 1 --rounds_step 1 --no_table --sizes 32 --initial_channels 16 --batch 4",
      "mixed / plain step"),
     ("samix.py --initial_channels 16 --batch_size 4 --rounds 1", "samix step"),
-    ("hub.py --data digits --steps 2 --batch_size 16 --methods softcrop", "the same weights")])
+    ("hub.py --data digits --steps 2 --batch_size 8 --methods softcrop samix", "the same weights")])
 def test_benches_run(words, line):
     script, *flags = words.split()
     result = subprocess.run([sys.executable, str(ROOT / "tests" / "bench" / script), *flags],

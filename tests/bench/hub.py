@@ -5,12 +5,17 @@
 
 Both take --steps steps with the same draws, from the same weights; printed is the largest
 difference of a weight. The loop's loss is cross-entropy with soft targets, but of SoftCrop the
-program's divergence: equal but for rounding, which 200 steps would enlarge.
+program's divergence: equal but for rounding, which 200 steps would enlarge. superpixels: SAFuse's
+own mixture, its label by area on both sides (attention needs SAFuse's network). samix: the module
+with `update()` beside samix/main.py's step.
 """
 import argparse
+import copy
 import importlib
+import itertools
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -20,7 +25,10 @@ import torch
 from common import data, models
 from common.distributed import step_generator
 from common.mixing import soft_cross_entropy, softmax_bce
+from safuse import main as safuse
 from safuse import network
+from safuse.mixing import area_ratio
+from samix import main as samix
 from soft_aug.losses import soft_target_loss
 
 ROOT = str(Path(__file__).resolve().parents[2])
@@ -31,11 +39,19 @@ METHODS = {                             # the program, and its flags for the sam
     "resizemix": ("resizemix", "--resizemix True"),
     "softcrop": ("soft_aug", "--da 2 --loss st --rw off"),
     "occamix": ("safuse", "--method occamix"),
+    "superpixels": ("safuse", "--method safuse"),
+    "samix": ("samix", "--method samix --epochs 10"),
 }
 
 
 def program_step(room, args, net, info, images, labels, generator):
     """Leave the gradients of the program's own step."""
+    if room == "safuse" and args.method == "safuse":
+        mixed = safuse.mix_batch(None, images, args, info, generator)
+        counts = network.superpixel_pool(images, mixed.fused, mixed.from_b.shape[1])[1]
+        targets = safuse.soft_targets(labels, mixed.perm, 1 - area_ratio(counts, mixed.from_b),
+                                      info.num_classes)
+        return soft_cross_entropy(net(mixed.images), targets).backward()
     step, scaler = importlib.import_module(f"{room}.main").training_step, torch.amp.GradScaler(
         enabled=False)
     if room == "sage":
@@ -48,13 +64,29 @@ def program_step(room, args, net, info, images, labels, generator):
         step(net, images, labels, args, info, generator, scaler)
 
 
+def load(words):
+    source = ("digits", "") if words.data == "digits" else ("npz", words.data)
+    return data.load(*source, batch_size=words.batch_size, device=torch.device("cpu"), seed=1)
+
+
+def endless(loader):
+    """Yield the batches of epoch after epoch."""
+    for epoch in itertools.count():
+        loader.set_epoch(epoch)
+        yield from loader
+
+
+def largest(first, second) -> float:
+    """Return the largest difference of a parameter of two networks."""
+    return max((a - b).abs().max().item() for a, b in zip(first.parameters(), second.parameters(),
+                                                          strict=True))
+
+
 def difference(method, words) -> float:
     """Return the largest difference of a weight after --steps steps of both."""
     room, flags = METHODS[method]
     args = importlib.import_module(f"{room}.main").parse_args(flags.split())
-    source = ("digits", "") if words.data == "digits" else ("npz", words.data)
-    loader, _, info = data.load(*source, batch_size=words.batch_size, device=torch.device("cpu"),
-                                seed=1)
+    loader, _, info = load(words)
     nets = []
     for _ in range(2):
         torch.manual_seed(0)
@@ -66,11 +98,7 @@ def difference(method, words) -> float:
     mixer = torch.hub.load(ROOT, "mixer", source="local", method=method, mean=info.mean,
                            std=info.std, num_classes=info.num_classes)
     loss = softmax_bce if room == "sage" else soft_cross_entropy
-    for step in range(words.steps):
-        if step % len(loader) == 0:
-            loader.set_epoch(step // len(loader))
-            batches = iter(loader)
-        images, labels = next(batches)
+    for step, (images, labels) in zip(range(words.steps), endless(loader), strict=False):
         for optimizer in optimizers:
             optimizer.zero_grad()
         program_step(room, args, nets[0], info, images, labels, step_generator(1, 0, step))
@@ -83,8 +111,36 @@ def difference(method, words) -> float:
             loss(nets[1](mixed), targets).backward()
         for optimizer in optimizers:
             optimizer.step()
-    return max((a - b).abs().max().item() for a, b in zip(
-        nets[0].parameters(), nets[1].parameters(), strict=True))
+    return largest(*nets)
+
+
+def difference_of_samix(words) -> float:
+    """Return the largest difference of a weight between samix/main.py's loop and the module's."""
+    args = samix.parse_args(f"{METHODS['samix'][1]} --dataset digits --initial_channels "
+                            f"{words.initial_channels}".split())
+    loader, _, info = load(words)
+    torch.manual_seed(0)
+    net = samix.build(args, info).train()
+    backbone, total = copy.deepcopy(net.q.backbone), args.epochs * len(loader)
+    module = torch.hub.load(ROOT, "samix", backbone, info.num_classes, source="local",
+                            image_size=info.image_size, total_steps=total).train()
+    module.net.load_state_dict(net.state_dict())
+    optimizers = [torch.optim.SGD([p for p in part.parameters() if p.requires_grad], 0.05,
+                                  momentum=0.9) for part in (net, module)]
+    scaler = torch.amp.GradScaler(enabled=False)
+    for step, (images, labels) in zip(range(words.steps), endless(loader), strict=False):
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        samix.training_step(net, images, labels, args, info, step_generator(1, 0, step), scaler,
+                            samix.cosine(step, total))
+        module.draws = partial(step_generator, 1, 0, step)
+        module(images, labels)[0].backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        samix.momentum_update(net.k, net.q, samix.ema_momentum(step, total, args.ema_base,
+                                                               args.ema_end, args.ema_start))
+        module.update()
+    return largest(net, module.net)
 
 
 def main():
@@ -97,7 +153,7 @@ def main():
     words = parser.parse_args()
     for method in words.methods:
         start = time.perf_counter()
-        gap = difference(method, words)
+        gap = difference_of_samix(words) if method == "samix" else difference(method, words)
         print(f"{method:12} {words.steps} steps: {'the same weights' if gap == 0 else ''}"
               f"{f'at most {gap:.1e} apart' if gap else ''} "
               f"({time.perf_counter() - start:.0f} s)", flush=True)
