@@ -65,7 +65,7 @@ def curves(path: Path, title: str, history: list[dict]) -> Path:
             (axes[1], "accuracy", "accuracy, % (training: on mixed images)")):
         for part, colour in (("train", ORANGE), ("valid", GREEN), ("test", BLUE)):
             name = f"{part}_{what}"
-            points = [(row["epoch"], row[name]) for row in history if name in row]
+            points = [(row["epoch"] + 1, row[name]) for row in history if name in row]
             if points:
                 axis.plot(*zip(*points, strict=True), color=colour, linewidth=1.8, label=part,
                           marker="o" if len(points) < 3 else None, markersize=4)

@@ -93,7 +93,8 @@ class Run:
         state = checkpoint.load(path)
         checkpoint.check_identity(state, self.identity | {"data": state["identity"].get("data")})
         checkpoint.load_part("model", self.parts["model"], state)
-        log(f"checkpoint: {path}, epoch {state['epoch']}")
+        whole = state.get("step") == 0                  # then the counter is at the next epoch
+        log(f"checkpoint: {path}, epoch {state['epoch'] + (not whole)}")
         return Path(path)
 
     def start(self, start_epoch: int | None = None, **facts):
@@ -109,7 +110,7 @@ class Run:
             state = checkpoint.resume(self.args.resume, self.folder)
         if state:
             self.restore(state)
-            log(f"resumed at epoch {self.epoch}, step {self.step}")
+            log(f"resumed at epoch {self.epoch + 1}, step {self.step}")
         if len(set(distributed.gather((self.epoch, self.step)))) > 1:
             raise RunError(f"{self.folder}: the processes find different checkpoints there; "
                            "--root_dir must be on a disk that all machines share")
@@ -133,11 +134,11 @@ class Run:
             "parameters": parameters(self.parts["model"]), "data": str(self.info),
             "fingerprint": self.info.fingerprint,
             "command": " ".join([Path(sys.executable).name, *sys.argv]), "args": vars(self.args),
-            "resumed_at": [self.epoch, self.step] if state else None, "changed": changed}
+            "resumed_at": [self.epoch + 1, self.step] if state else None, "changed": changed}
         write_atomic(self.folder / "args.json", json.dumps(facts, indent=1, default=str) + "\n")
         if self.args.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
-            self.events = SummaryWriter(self.folder / "tensorboard", purge_step=self.epoch or None)
+            self.events = SummaryWriter(self.folder / "tensorboard", purge_step=self.epoch + 1)
 
     def take_folder(self):
         """Make the run's folder and hold it until the process ends."""
@@ -206,7 +207,7 @@ class Run:
         if self.stop.arrived(step, last=self.step == self.epoch_steps):
             sums.check(self.epoch)
             self.save(sums.state())
-            self.stop.leave(f"stopped at epoch {self.epoch}, step {self.step}; "
+            self.stop.leave(f"stopped at epoch {self.epoch + 1}, step {self.step}; "
                             "go on with --resume auto")
         if self.steps_left is not None:
             self.steps_left -= 1
@@ -220,7 +221,7 @@ class Run:
         finite = torch.stack(list(values.values())).tolist()        # waits for the device once
         if not all(finite):
             name = list(values)[finite.index(False)]
-            raise RunError(f"{name} of the network is no longer finite at epoch {self.epoch}, "
+            raise RunError(f"{name} of the network is no longer finite at epoch {self.epoch + 1}, "
                            f"after step {self.step}; {NOT_SAVED}")
 
     def save(self, sums=None):
@@ -250,8 +251,8 @@ class Run:
         """
         bad = [name for name, value in row.items() if not math.isfinite(value)]
         if bad:
-            raise RunError(f"{bad[0]} became {row[bad[0]]} at epoch {self.epoch}, after step "
-                           f"{self.step}; {NOT_SAVED}")
+            raise RunError(f"{bad[0]} became {row[bad[0]]} at epoch {self.epoch + 1}, after "
+                           f"step {self.step}; {NOT_SAVED}")
         self.check_weights()
         row = {"epoch": self.epoch} | row
         self.history.append(row)
@@ -306,11 +307,12 @@ class Run:
         writer = csv.DictWriter(text, columns, lineterminator="\n")
         writer.writeheader()
         for line in self.history:
-            writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in line.items()})
+            writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in line.items()}
+                            | {"epoch": line["epoch"] + 1})
         write_atomic(self.folder / "log.csv", text.getvalue())
         if self.events:
             for name, value in row.items():
-                self.events.add_scalar(name, value, row["epoch"])
+                self.events.add_scalar(name, value, row["epoch"] + 1)
             self.events.flush()
 
     # ---- the end

@@ -42,8 +42,8 @@ class StepSums:
         if len(bad):
             first = self.checked + int(bad[0])
             raise RunError(
-                f"the loss became {self.losses[first].item()} at epoch {epoch}, step {first}; "
-                f"{NOT_SAVED}")
+                f"the loss became {self.losses[first].item()} at epoch {epoch + 1}, step "
+                f"{first + 1}; {NOT_SAVED}")
         self.checked = self.steps
 
     def state(self) -> dict:

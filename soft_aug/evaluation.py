@@ -37,5 +37,5 @@ def write_events(run):
             tags[f"{part}/Best Average loss"] = min(run.column(f"{part.lower()}_loss"))
             tags[f"{part}/Best Accuracy"] = max(run.column(f"{part.lower()}_accuracy"))
     for tag, value in tags.items():
-        run.events.add_scalar(tag, value, row["epoch"])
+        run.events.add_scalar(tag, value, row["epoch"] + 1)
     run.events.flush()

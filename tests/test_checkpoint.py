@@ -257,7 +257,7 @@ def test_what_is_not_finite_is_not_saved(tmp_path, harm):
     before = (run.folder / "checkpoint.pt").read_bytes(), (run.folder / "log.csv").read_bytes()
     if harm == "weight":
         run.parts["model"].bias.data[1] = float("nan")
-    with pytest.raises(RunError, match="at epoch 1, after step 1; nothing was saved"):
+    with pytest.raises(RunError, match="at epoch 2, after step 1; nothing was saved"):
         end_epoch(run, 60.0, test_loss=float("inf") if harm == "loss" else 1.0)
     assert before == ((run.folder / "checkpoint.pt").read_bytes(),
                       (run.folder / "log.csv").read_bytes())
@@ -335,7 +335,7 @@ def test_run_logs_epochs_and_goes_on(tmp_path):
                        "seconds": 2.0}, 50.0 - epoch, sums)
     assert loader.place == (1, 0) and not run.over
     lines = (run.folder / "log.csv").read_text().splitlines()
-    assert lines == ["epoch,train_loss,test_accuracy,seconds", "0,1,50,2", "1,0.5,51,2"]
+    assert lines == ["epoch,train_loss,test_accuracy,seconds", "1,1,50,2", "2,0.5,51,2"]
     assert plots.curves(run.folder / "curves.png", "title", run.history).stat().st_size > 5000
     assert list((run.folder / "tensorboard").iterdir())
     assert json.loads((run.folder / "args.json").read_text())["parameters"] == 6
@@ -363,5 +363,5 @@ def test_epoch_sums_name_the_step_of_a_nan():
     resumed = StepSums(6, torch.device("cpu"), sums.state())
     resumed.add(4, torch.tensor(torch.nan), logits, labels)
     resumed.add(5, torch.tensor(1.0), logits, labels)
-    with pytest.raises(RunError, match="nan at epoch 7, step 4"):
+    with pytest.raises(RunError, match="nan at epoch 8, step 5"):
         resumed.check(epoch=7)

@@ -24,7 +24,7 @@ def make_run(root, name, accuracies, program="sage", evaluation=True, **flags):
         {"args": args, "command": f"python {program}/main.py", "gpu": None, "threads": 1,
          "data": "d", "torch": "2"}))
     (folder / "log.csv").write_text("epoch,test_accuracy,seconds\n" + "".join(
-        f"{n},{value},{n + 1}\n" for n, value in enumerate(accuracies)))
+        f"{n + 1},{value},{n + 1}\n" for n, value in enumerate(accuracies)))
     if evaluation:
         (folder / "evaluation.csv").write_text("condition,accuracy,top5,loss,ece,count\n" + "".join(
             f"{name},{value},90,1,0.05,100\n" for name, value in CONDITIONS.items()))
@@ -69,7 +69,7 @@ def test_what_is_no_run_or_differs_is_said(tmp_path, capsys, monkeypatch):
     said = capsys.readouterr()
     assert "a: 2 of 3 epochs" in said.err and "differ in precision: bf16; off" in said.err
     assert "sage: vanilla" in said.out and "sage: sage" in said.out
-    (tmp_path / "a" / "log.csv").write_text("epoch\n0\n")
+    (tmp_path / "a" / "log.csv").write_text("epoch\n1\n")
     for place, words in ((tmp_path / "a", "a: no run, or a damaged one"), (tmp_path / "no", "no")):
         with pytest.raises(RunError, match=words):
             compare.main([str(place)])

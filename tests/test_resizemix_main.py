@@ -424,7 +424,7 @@ def test_killed_and_resumed_is_the_run_never_killed(tmp_path):
     ("--init_lr 1e-7", 2, "--lr 1e-07 is below --min_lr 1e-05"),
     ("--load_path none.pt", 1, "none.pt: no such checkpoint"),
     ("--target_layer layer3.3 --cam cam.png --resume none.pt", 1, "none.pt: no such checkpoint"),
-    ("--init_lr 1e30 --lr_schedule step --print_freq 1", 1, "at epoch 0, step")])
+    ("--init_lr 1e30 --lr_schedule step --print_freq 1", 1, "at epoch 1, step")])
 def test_bad_input_is_one_line(tmp_path, words, code, line, capsys, monkeypatch):
     monkeypatch.setattr(os, "environ", os.environ.copy())
     status, error = faults(capsys, *SMALL, "--root_dir", tmp_path, *words.split())
@@ -531,7 +531,8 @@ def test_script_two_ranks_one_killed_and_resumed(photos, tmp_path, capsys):
     result = subprocess.run([*words, "--epochs", str(done + 1)], capture_output=True, timeout=3600,
                             **options)
     assert result.returncode == 0, result.stderr
-    assert f"resumed at epoch {done}, step 0" in result.stdout and "2 processes" in result.stdout
+    assert f"resumed at epoch {done + 1}, step 0" in result.stdout
+    assert "2 processes" in result.stdout
     log = (folder / "log.csv").read_text().splitlines()
     assert len(log) == done + 2
     capsys.readouterr()                     # one process measures what the two did

@@ -710,7 +710,7 @@ def test_two_ranks_agree(tmp_path, method):
     ("--batch_size 500", 0, ""),
     ("--dataset cub200 --data_dir nowhere", 1, "is for sets that fit in memory"),
     ("--evaluate", 1, "best.pt: no such checkpoint"),
-    ("--LR 1e30 --print_freq 1", 1, "at epoch 0, step")])
+    ("--LR 1e30 --print_freq 1", 1, "at epoch 1, step")])
 def test_bad_input_is_one_line(tmp_path, words, code, line, capsys):
     with pytest.raises(SystemExit) as end:
         runtime.launch(lambda: safuse.main([*SMALL, "--root_dir", str(tmp_path), "--max_steps",

@@ -217,7 +217,7 @@ def test_signals_save_inside_the_epoch(tmp_path, number):
             break
     last = child.communicate()[0].splitlines()[-1]
     assert child.returncode == 128 + number
-    step = re.fullmatch(number.name + r": stopped at epoch 0, step (\d+); go on with --resume auto",
+    step = re.fullmatch(number.name + r": stopped at epoch 1, step (\d+); go on with --resume auto",
                         last)
     assert step and 3 <= int(step[1]) < 40
     stopped = next((tmp_path / "a").iterdir())
@@ -310,8 +310,8 @@ def test_log_off_writes_nothing(tmp_path):
     ("--dataset npz --data_dir none.npz", 1, "none.npz: no such"),
     ("--dataset cifar100 --data_dir /proc/none", 1, "/proc/none"),
     ("--root_dir /proc/none", 1, "/proc/none"),
-    ("--learning_rate 1e30 --print_freq 1", 1, "the loss became nan at epoch 0, step 1"),
-    ("--learning_rate 1e30 --labels_per_class 3", 1, "at epoch 0, after step 1; nothing was saved"),
+    ("--learning_rate 1e30 --print_freq 1", 1, "the loss became nan at epoch 1, step 2"),
+    ("--learning_rate 1e30 --labels_per_class 3", 1, "at epoch 1, after step 1; nothing was saved"),
     ("--resume none.pt", 1, "none.pt: no such checkpoint"),
     ("--evaluate none.pt", 1, "none.pt: no such checkpoint")])
 def test_bad_input_is_one_line(tmp_path, words, code, line, capsys):

@@ -532,7 +532,7 @@ def test_script_trains_on_two_ranks(sets, tmp_path):
         result = subprocess.run(words, **options)
         assert result.returncode == 0, result.stderr
         assert "2 processes" in result.stdout and "headline, one_k" in result.stdout
-    assert "resumed at epoch 1, step 0" in result.stdout
+    assert "resumed at epoch 2, step 0" in result.stdout
     folder = tmp_path / "runs" / "imagenet_resnet18_samix_seed0_x"
     assert len((folder / "log.csv").read_text().splitlines()) == 3
     options["env"].pop("DATA")
@@ -561,7 +561,7 @@ def test_script_trains_on_two_ranks(sets, tmp_path):
     ("--image_size 128", "resnet18 for 128 pixels has --initial_channels 64"),
     ("--arch swin_t --image_size 32 --initial_channels 5", "swin_t cannot have"),
     ("--evaluate --preview a.png", "--preview: not allowed with argument --evaluate"),
-    ("--lr 1e30 --print_freq 1", "at epoch 0, ")])
+    ("--lr 1e30 --print_freq 1", "at epoch 1, ")])
 def test_bad_input_is_one_line(tmp_path, words, line, capsys):
     with pytest.raises((SystemExit, RunError)) as fault:
         samix.main([*SMALL, "--root_dir", str(tmp_path), *words.split()])

@@ -122,7 +122,7 @@ def test_the_logs_follow_the_schedule(tmp_path, no_pictures):
     folder = train(tmp_path, *RECIPE.split(), "--epochs", 7, "--ft", 0, "--tensorboard",
                    "--batch_size", 60)
     rows = table(folder / "log.csv")
-    assert [int(row["epoch"]) for row in rows if "test_ece" in row] == [0, 5, 6]
+    assert [int(row["epoch"]) for row in rows if "test_ece" in row] == [1, 6, 7]
     rates = [0.025 * (1 + math.cos(math.pi * 2 * epoch / 15)) for epoch in range(1, 8)]
     assert [row["lr"] for row in rows] == pytest.approx(rates, rel=1e-4)    # of their last steps
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -285,7 +285,7 @@ def test_a_signal_saves_inside_the_epoch(tmp_path):
             break
     last = child.communicate()[0].splitlines()[-1]
     assert child.returncode == 128 + signal.SIGTERM
-    step = re.fullmatch(r"SIGTERM: stopped at epoch 0, step (\d+); go on with --resume auto", last)
+    step = re.fullmatch(r"SIGTERM: stopped at epoch 1, step (\d+); go on with --resume auto", last)
     folder, = tmp_path.iterdir()
     assert step and checkpoint.load(folder / "checkpoint.pt")["step"] == int(step[1])
 
@@ -512,7 +512,7 @@ def test_preview_shows_the_targets_of_the_loss(info_and_batch):
     ("--image_size 2 --ra", 1, "--ra needs images of at least 3 pixels"),
     ("--resume none.pt --seed -1", 1, "none.pt: no such checkpoint"),
     ("--evaluate none.pt", 1, "none.pt: no such checkpoint"),
-    ("--epochs 1 --lr 1e30 --print_freq 1", 1, "at epoch 0, step")])
+    ("--epochs 1 --lr 1e30 --print_freq 1", 1, "at epoch 1, step")])
 def test_bad_input_is_one_line(tmp_path, words, code, line, capsys):
     status, error = faults(capsys, "--root_dir", tmp_path, *words.split())
     lines = [text for text in error.splitlines() if "error:" in text]
