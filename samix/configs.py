@@ -107,7 +107,8 @@ FILES = {
 
 # What --method changes: AutoMix's settings, of all and by alias, and the Beta parameters of Mixup
 # and CutMix in the paper's tables
-METHODS = ("samix", "automix", "mixup", "cutmix", "vanilla")
+METHODS = {"samix": "SAMix", "automix": "AutoMix", "mixup": "Mixup", "cutmix": "CutMix",
+           "vanilla": "Plain training"}
 AUTOMIX = {"variant": "automix", "mask_loss_kind": "l1", "mode": ("nearest",), "dropout": 0.0,
            "mask_adjust": 0.0, "label_smoothing": 0.0}
 VIT_RATES = {"lr": 5e-4, "block_lr": 1e-3, "clip_grad": 10.0}

@@ -11,6 +11,7 @@ two machines      torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d \\
 
 --batch_size counts the images of a step over all processes.
 """
+import argparse
 import signal
 import sys
 from functools import partial
@@ -274,20 +275,26 @@ def train_one_epoch(net, model, loader, optimizer, scaler, args, info, run):
     return sums
 
 
-def draw_preview(path, net, train, args, info):
-    """A picture of pairs of the first training batch, their mixtures and, if learned, masks."""
+def draw_preview(path, net, train, args, info, trained: bool = True):
+    """Draw images of the first training batch, mixed near a half; return the path."""
     train.set_epoch(0)
-    images, labels = (part[:16] for part in next(iter(train)))
+    images, labels = (part[:32] for part in next(iter(train)))
     generator = distributed.step_generator(args.seed, 0, 0)
+    title = f"{configs.METHODS[args.method]} on {info.name}"
     if args.method in LEARNED:
         perm = draw_partners(len(images), generator, True)
-        rows = {"image": images, "partner": images[perm],
-                **mixtures(net, images, images, perm, args, info)}
+        rows = mixtures(net, images, images, perm, args, info)
         targets = soft_targets(labels, perm, torch.tensor(0.7), info.num_classes)   # the last row's
+        title += "" if trained else ": the MixBlock before training"
     else:
-        mixed, targets, perm = mix_baseline(images, labels, args, info, generator)
-        rows = {"image": images, "partner": images[perm], "mixed": mixed}
-    return plots.preview(path, f"{args.method} on {info.name}", rows, targets, info)
+        args = argparse.Namespace(**vars(args) | {"alpha": 32.0})       # a lambda near a half
+        for _ in range(30):                         # until CutMix's box, too, shows a good part
+            mixed, targets, perm = mix_baseline(images, labels, args, info, generator)
+            if targets.amax(1).median() < 0.7:
+                break
+        rows = {"mixed": mixed}
+    rows = {"image": images, "partner": images[perm]} | rows
+    return plots.preview(path, title, rows, targets, info)
 
 
 def build(args, info) -> nn.Module:
@@ -350,13 +357,14 @@ def main(argv=None):
                 log(f"{name}: {evaluation.sentence(result)}")
             evaluation.report(headline(net), test, args, info, run, checkpoint)
         elif distributed.rank() == 0:
-            log(f"mixed images: {draw_preview(args.preview, net, train, args, info)}")
+            path = draw_preview(args.preview, net, train, args, info, bool(checkpoint))
+            log(f"mixed images: {path}")
         return net
     run.start()
     if not run.resumed:
         load_pretrained(net, args)
     if run.writes and run.epoch == run.step == 0:
-        draw_preview(run.folder / "mixed_start.png", net, train, args, info)
+        draw_preview(run.folder / "mixed_start.png", net, train, args, info, False)
     while not run.over:
         sums = train_one_epoch(net, model, train, optimizer, scaler, args, info, run)
         row, timing = {"lr": optimizer.param_groups[0]["lr"]} | sums.result(), run.clock()

@@ -217,19 +217,21 @@ def train_one_epoch(net, model, queue, loader, optimizer, scaler, args, info, ru
     return sums
 
 
-def draw_preview(path, net, train, args, info):
-    """A picture of both views of the first batch and, of SAMix, of masks and mixtures by lambda."""
+def draw_preview(path, net, train, args, info, trained: bool = True):
+    """Draw both views of the first training batch and, of SAMix, masks and mixtures by lambda."""
     train.set_epoch(0)
-    images, labels = (part[:16] for part in next(iter(train)))
+    images, labels = (part[:32] for part in next(iter(train)))
     generator = distributed.step_generator(args.seed, 0, 0)
     view_q, view_k = two_views(images, args, info, generator)
     perm, lam = draw_partners(len(images), generator, True), 1.0
-    rows = {"view q": view_q, "view k": view_k}
+    title, rows = f"MoCo's views of {info.name}", {"view q": view_q, "view k": view_k}
     if args.method == "samix":
         lam = 0.7                                           # of the last row
+        title = f"SAMix's views of {info.name}" + ("" if trained else
+                                                   ": the MixBlock before training")
         rows |= {"partner, view k": view_k[perm], **mixtures(net, view_q, view_k, perm, args, info)}
-    return plots.preview(path, f"{args.method} on {info.name}", rows,
-                        soft_targets(labels, perm, torch.tensor(lam), info.num_classes), info)
+    return plots.preview(path, title, rows,
+                         soft_targets(labels, perm, torch.tensor(lam), info.num_classes), info)
 
 
 def build(args, info) -> Contrast:
@@ -273,9 +275,9 @@ def main(argv=None):
     run = Run(args, device, info, [args.method, "pretrained"], identity,
               model=net, queue=queue, optimizer=optimizer, scaler=scaler)
     if args.preview:
-        run.load_weights()
+        trained = run.load_weights() is not None
         if distributed.rank() == 0:
-            log(f"mixed images: {draw_preview(args.preview, net, train, args, info)}")
+            log(f"mixed images: {draw_preview(args.preview, net, train, args, info, trained)}")
         return net
     run.start()
     while not run.over:

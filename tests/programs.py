@@ -47,6 +47,31 @@ def killed(module, words, root, steps: int):
     assert result.returncode == -signal.SIGKILL
 
 
+RANKS = """
+import sys
+sys.path.insert(0, {root!r})
+import importlib, torch, torch.distributed as dist
+from common.distributed import log
+net = importlib.import_module({module!r}).main(sys.argv[1:])
+values = torch.cat([value.double().flatten() for name, value in net.state_dict().items()])
+others = [torch.empty_like(values) for _ in range(2)]
+dist.all_gather(others, values)
+log(f"ranks agree: {{torch.equal(*others)}}")
+dist.destroy_process_group()
+"""
+
+
+def on_two_ranks(tmp_path, module, words) -> str:
+    """Run a program's main() in two processes under torchrun; return what it printed."""
+    (tmp_path / "ranks.py").write_text(RANKS.format(root=str(ROOT), module=module))
+    result = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+         str(tmp_path / "ranks.py"), *map(str, words)], capture_output=True, text=True,
+        timeout=3600)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
 class Program:
     """module: a main.py; small: flags that come before all others."""
 

@@ -14,7 +14,7 @@ import torchvision
 from conftest import ROOT
 from pictures import make_cub, make_photos
 from PIL import Image
-from programs import Program, killed, same, weights
+from programs import Program, killed, on_two_ranks, same, weights
 from torchvision.transforms import v2
 
 from common import plots
@@ -486,35 +486,9 @@ def test_killed_and_resumed_is_the_run_never_killed(tmp_path):
     assert len(logs[0]) == 7 and logs[0] == logs[1]
 
 
-RANKS = """
-import sys
-sys.path.insert(0, {root!r})
-import torch, torch.distributed as dist
-from common.distributed import log
-from samix import {program}
-net = {program}.main(sys.argv[1:])
-values = torch.cat([value.double().flatten() for name, value in net.state_dict().items()])
-others = [torch.empty_like(values) for _ in range(2)]
-dist.all_gather(others, values)
-log(f"ranks agree: {{torch.equal(*others)}}")
-dist.destroy_process_group()
-"""
-
-
-def on_two_ranks(tmp_path, program, words):
-    """Runs {program}.main under torchrun, two processes; its output."""
-    (tmp_path / "ranks.py").write_text(RANKS.format(root=str(ROOT), program=program))
-    result = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-         str(tmp_path / "ranks.py"), *map(str, words)], capture_output=True, text=True,
-        timeout=3600)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
-
-
 @pytest.mark.parametrize("method", ["samix", "vanilla"])
 def test_two_ranks_end_alike(tmp_path, method):
-    printed = on_two_ranks(tmp_path, "main", [
+    printed = on_two_ranks(tmp_path, "samix.main", [
         *SMALL, "--method", method, "--epochs", 2, "--switch_off", 0.5, "--root_dir",
         tmp_path / "runs"])
     assert "2 processes" in printed and "ranks agree: True" in printed

@@ -6,8 +6,7 @@ import pytest
 import torch
 from pictures import HAS_DALI, make_photos
 from PIL import Image
-from programs import killed, same, weights
-from test_samix_main import drawn, on_two_ranks  # noqa: F401
+from programs import killed, on_two_ranks, same, weights
 from torch import nn
 from torchvision.transforms.v2 import functional as TF
 
@@ -20,6 +19,11 @@ from samix.evaluation import knn_accuracy
 SMALL = ("--dataset digits --image_size 16 --labels_per_class 12 --batch_size 30 --queue 90 "
          "--dim 16 --initial_channels 8 --device cpu").split()
 PROBE = "--batch_size 30 --device cpu".split()
+
+
+@pytest.fixture
+def drawn():
+    """For tests that look at pictures."""
 
 
 @pytest.fixture(autouse=True)
@@ -176,7 +180,7 @@ def test_dalis_views_are_of_the_same_kind(photos):
 # ------------------------------------------------------------------------------------ pretraining
 
 @pytest.mark.parametrize("method", ["samix", "moco"])
-def test_pretrains_and_probes(tmp_path, method, drawn, capsys):  # noqa: F811
+def test_pretrains_and_probes(tmp_path, method, drawn, capsys):
     folder = train(tmp_path, "--method", method, "--max_steps", 3)
     assert {f.name for f in folder.iterdir()} == {
         "args.json", "log.csv", "curves.png", "mixed.png", "checkpoint.pt", ".lock"}
@@ -285,7 +289,7 @@ def test_killed_and_resumed_is_the_run_never_killed(tmp_path):
 
 
 def test_two_ranks_end_alike(tmp_path):
-    printed = on_two_ranks(tmp_path, "pretrain", [*SMALL, "--epochs", 2, "--root_dir",
+    printed = on_two_ranks(tmp_path, "samix.pretrain", [*SMALL, "--epochs", 2, "--root_dir",
                                                   tmp_path / "runs"])
     assert "2 processes" in printed and "ranks agree: True" in printed
     state = checkpoint.load(next((tmp_path / "runs").iterdir()) / "checkpoint.pt")
