@@ -8,7 +8,7 @@ input, or half and half of two; labels are therefore pairs of inputs, equal ones
 """
 import itertools
 import math
-from typing import NamedTuple
+from collections import namedtuple
 
 import numpy as np
 import torch
@@ -17,41 +17,32 @@ from torch import Tensor
 
 from common.mixing import check_floats
 from common.precision import full_precision
-from sage import graphcut
+from sage import graphcut, puzzlemix
 
 HALF_BONUS = 5e-4                    # what a half-and-half block is cheaper than its parents' mean
-# gco works on integers: its wrapper scales unary terms, edge weights and the label table so
+# gco works on integers: unary terms, edge weights and the table of labels are scaled so
 UNARY_SCALE, EDGE_SCALE, TABLE_SCALE = 100_000, 1000, 100
-MAX_TERM = 10_000_000                # gco ends the process at terms above this
 # Temperatures of the mean field, in units of the labels' smoothness; 2 × 2 blocks need more
 TEMPERATURES, SLOWER = (0.5, 0.05, 0.01), (1, 0.6, 0.4, 0.25, 0.15, 0.08, 0.03, 0.01)
 
 
 # ---- draws and preparation
 
-class CoMixDraws(NamedTuple):
-    """Random draws of a batch: blocks a side n, prior (B,), initial labels (B, n, n) in a part."""
-    block_num: int
-    prior: Tensor
-    labels0: Tensor
-
-
-def part_sizes(batch: int, m_part: int) -> list[int]:
-    """Sizes of the parts of a batch: m_part each, the last one what is left."""
-    return [m_part] * (batch // m_part) + [batch % m_part] * (batch % m_part > 0)
+CoMixDraws = namedtuple("CoMixDraws", "block_num prior labels0")
 
 
 def draw_comix(batch: int, generator: torch.Generator | None = None, *, m_part: int = 20,
                block_num: int = 4, mixup_alpha: float = 2.0) -> CoMixDraws:
-    """Dirichlet(mixup_alpha) prior and uniform initial labels for each part, on the CPU.
+    """Return blocks a side n, prior (B,) and initial labels (B, n, n) in [0, N), on the CPU.
 
-    `block_num` -1 draws 2, 4, 8 or 16.
+    For each part of N images a Dirichlet(mixup_alpha) prior and uniform labels. `block_num` -1
+    draws 2, 4, 8 or 16.
     """
     if block_num == -1:
         block_num = 2 ** int(torch.randint(1, 5, (), generator=generator))
     priors, labels = [], []
-    for n in part_sizes(batch, m_part):
-        concentration = torch.full((n,), float(mixup_alpha), dtype=torch.float64)
+    for n in map(len, torch.arange(batch).split(m_part)):
+        concentration = torch.full((n,), mixup_alpha, dtype=torch.float64)
         priors.append(torch._sample_dirichlet(concentration, generator).float())
         labels.append(torch.randint(n, (n, block_num, block_num), generator=generator))
     return CoMixDraws(block_num, torch.cat(priors), torch.cat(labels))
@@ -69,9 +60,7 @@ def cost_and_compatibility(saliency: Tensor, block_num: int, omega: float = 0.00
     *parts, height, width = saliency.shape
     maps = saliency.float().reshape(-1, 1, height, width)
     blocks = F.adaptive_avg_pool2d(maps, block_num).view(*parts, block_num, block_num)
-    total = blocks.sum((-2, -1), keepdim=True)
-    usable = (total > 0) & total.isfinite()
-    cost = -torch.where(usable, blocks / total, 1 / block_num ** 2)
+    cost = -puzzlemix.shares(blocks)
 
     windows = F.avg_pool2d(maps, (min(8, height), 1), stride=1)
     windows = F.avg_pool2d(windows, (1, min(8, width)), stride=1)
@@ -111,106 +100,83 @@ def _resolve(counts: Tensor) -> Tensor:
 # ---- labelling by graph cuts on the CPU, as the paper's program does
 
 def _best_labels(unary: np.ndarray, halves: list[tuple[int, int]], weight: int) -> np.ndarray:
-    """One output's labels, pairs of inputs (n², 2), by alpha-beta swaps from all-zero labels.
+    """Return one output's labels, pairs of inputs (n², 2), by alpha-beta swaps from all-zero ones.
 
     `unary` (n², N) is an input's cost in each block, `halves` are the pairs that may share one;
     `weight` of neighbours is an integer.
     """
     size, n = unary.shape
-    side = math.isqrt(size)
-    grid = np.arange(size).reshape(side, side)
     pairs = np.array([(i, i) for i in range(n)] + halves)
-    unary = (unary[:, pairs[:, 0]] + unary[:, pairs[:, 1]]) / 2
-    unary[:, n:] -= HALF_BONUS
-    if unary.max() * UNARY_SCALE > MAX_TERM:                     # only differences count
-        unary = np.minimum(unary - unary.min(), MAX_TERM / UNARY_SCALE)
     if len(pairs) == 1:                                          # gco ends the process
         return pairs.repeat(size, 0)
+    unary = unary[:, pairs].mean(2)
+    unary[:, n:] -= HALF_BONUS
+    if unary.max() * UNARY_SCALE > graphcut.MAX_TERM:            # only differences count
+        unary = np.minimum(unary - unary.min(), graphcut.MAX_TERM / UNARY_SCALE)
     table = TABLE_SCALE * (1 - np.eye(len(pairs), dtype=np.intc))
     for half, parents in enumerate(halves, n):
         table[half, list(parents)] = table[list(parents), half] = TABLE_SCALE // 4
-    cut = graphcut.GCO()
-    cut.create_general_graph(size, len(pairs))
-    cut.set_data_cost(np.ascontiguousarray(unary * UNARY_SCALE))  # truncated toward zero
-    cut.set_all_neighbors(np.concatenate([grid[:-1].ravel(), grid[:, :-1].ravel()]),
-                          np.concatenate([grid[1:].ravel(), grid[:, 1:].ravel()]),
-                          np.full(2 * side * (side - 1), weight))
-    cut.set_smooth_cost(table)
-    cut.swap()
-    best = cut.get_labels()
-    cut.destroy_graph()
+    site = np.arange(size).reshape(math.isqrt(size), -1)
+    graph = graphcut.build_graph(unary * UNARY_SCALE, site,
+                                 np.full(2 * (size - len(site)), weight), table)
+    graph.swap()
+    best = graph.get_labels()
+    graph.destroy_graph()
     return pairs[best]
 
 
-def _label_part(cost: np.ndarray, compatibility: np.ndarray, labels: np.ndarray, *, weight: int,
-                gamma: float, tau: float, hard: bool, set_resolve: bool, niter: int):
-    """Improves the labels (N, n², 2) of one part in place; `cost` (n², N)."""
-    n = len(labels)
-    counts = np.array([np.bincount(row.ravel(), minlength=n) for row in labels], np.float32) / 2
-    total = counts.sum(0)
-    extra = np.zeros_like(counts)
-    for sweep in range(niter):
-        before = labels.copy()
-        for j in range(n):
-            others = total - counts[j]
-            load = compatibility @ others
-            # The published program masks before A, not after: A·(others·[load > tau])
-            over = compatibility @ (others * (load > tau)) if hard else np.maximum(load - tau, 0)
-            penalty = np.float32(2 * gamma) * over + np.float32(gamma) * extra[j]
-            used = counts[j].nonzero()[0].tolist() if sweep else []
-            if len(used) > 3:
-                used = sorted(torch.from_numpy(counts[j]).topk(3).indices.tolist())
-            halves = list(itertools.combinations(used, 2))
-            labels[j] = _best_labels(cost + penalty, halves, weight)
-            counts[j] = np.bincount(labels[j].ravel(), minlength=n) / 2
-            total = others + counts[j]
-        if (labels == before).all():
-            return
-        if set_resolve and sweep == niter - 2:
-            extra = _resolve(torch.from_numpy(counts)[None])[0].numpy()
-
-
 @torch.compiler.disable
-def _label_gco(cost: Tensor, compatibility: Tensor, labels0: Tensor, *, beta: float, **terms
-               ) -> Tensor:
-    """Labels (P, N, n, n, 2), part by part."""
-    parts, n, side, _ = cost.shape
-    weight = min(int(np.float32(beta) * EDGE_SCALE), MAX_TERM // TABLE_SCALE)
-    costs, compatibility = cost.flatten(2).mT.cpu().numpy(), compatibility.cpu().numpy()
-    labels = labels0.flatten(2)[..., None].expand(-1, -1, -1, 2).cpu().clone().numpy()
-    for part in range(parts):
-        _label_part(costs[part], compatibility[part], labels[part], weight=weight, **terms)
-    return torch.from_numpy(labels).view(parts, n, side, side, 2).to(cost.device)
+def _label_gco(cost: Tensor, compatibility: Tensor, labels0: Tensor, *, beta: float, gamma: float,
+               tau: float, hard: bool, set_resolve: bool, niter: int) -> Tensor:
+    """Return labels (P, N, n, n, 2), output by output."""
+    n = cost.shape[1]
+    weight = min(int(np.float32(beta) * EDGE_SCALE), graphcut.MAX_TERM // TABLE_SCALE)
+    labels = labels0.flatten(2)[..., None].repeat(1, 1, 1, 2).cpu()
+    parts = zip(cost.flatten(2).mT.cpu().numpy(), compatibility.cpu().numpy(), labels.numpy(),
+                strict=True)
+    for unary, alike, part in parts:
+        counts = np.array([np.bincount(row.ravel(), minlength=n) for row in part], np.float32) / 2
+        extra = np.zeros_like(counts)
+        for sweep in range(niter):
+            before = part.copy()
+            for j in range(n):
+                others = counts.sum(0) - counts[j]
+                load = alike @ others
+                # The published program masks before A, not after: A·(others·[load > tau])
+                over = alike @ (others * (load > tau)) if hard else np.maximum(load - tau, 0)
+                penalty = np.float32(2 * gamma) * over + np.float32(gamma) * extra[j]
+                used = torch.from_numpy(counts[j]).topk(min(3, np.count_nonzero(counts[j]))).indices
+                halves = list(itertools.combinations(sorted(used.tolist()), 2)) if sweep else []
+                part[j] = _best_labels(unary + penalty, halves, weight)
+                counts[j] = np.bincount(part[j].ravel(), minlength=n) / 2
+            if (part == before).all():
+                break
+            if set_resolve and sweep == niter - 2:
+                extra = _resolve(torch.from_numpy(counts)[None])[0].numpy()
+    return labels.view(*labels0.shape, 2).to(cost.device)
 
 
 # ---- labelling on the device, all parts at once
 
-def _half_labels(counts: Tensor, eye: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the half-and-half labels of each output, of its three most used inputs.
-
-    `counts` (P, N, N), `eye` (N, N). Returns the inputs (P, N, 3, 2), the shares of all inputs
-    (P, N, 3, N), and whether the output uses both (P, N, 3).
-    """
-    blocks, top = counts.topk(min(3, len(eye)))
-    pairs = torch.stack([top, top.roll(1, -1)], -1)
-    return pairs, eye[pairs].mean(-2), blocks.minimum(blocks.roll(1, -1)) > 0.25
-
-
 def _sweep_terms(counts: Tensor, cost: Tensor, eye: Tensor, limit: float):
     """Return what a sweep with half-and-half labels needs; L labels, N whole ones first.
 
-    `counts` (P, N, N), `cost` (P, n², N) in units of the temperature, `limit` bars a label.
-    Returns the two inputs (P, N, 3, 2) of the halves, shares of the inputs (P, N, L, N), how alike
-    two labels are (P, N, L, L), and the labels' costs (P, N, n², L).
+    The halves are of each output's three most used inputs. `counts` (P, N, N), `cost` (P, n², N) in
+    units of the temperature, `limit` bars a half of inputs that the output does not use. Returns
+    the two inputs (P, N, 3, 2) of the halves, shares of the inputs (P, N, L, N), how alike two
+    labels are (P, N, L, L), and the labels' costs (P, N, n², L).
     """
     parts, size, n = cost.shape
-    pairs, half, usable = _half_labels(counts, eye[:n, :n])
+    blocks, top = counts.topk(min(3, n))
+    usable = blocks.minimum(blocks.roll(1, -1)) > 0.25
+    pairs = torch.stack([top, top.roll(1, -1)], -1)
+    half = eye[:n, :n][pairs].mean(-2)
     wholes = eye[:n, :n].expand(parts, n, n, n)
     other = eye[n:, n:].expand(parts, n, -1, -1)
     near = 1.5 * half                                                # 0.75 of a half's parents
     alike = torch.cat([torch.cat([wholes, near.mT], 3), torch.cat([near, other], 3)], 2)
     halves = (cost @ half.flatten(1, 2).mT).view(parts, size, n, -1).transpose(1, 2)
-    halves = torch.where(usable[:, :, None], halves - HALF_BONUS / MAX_TERM * limit, limit)
+    halves = torch.where(usable[:, :, None], halves - HALF_BONUS / graphcut.MAX_TERM * limit, limit)
     costs = torch.cat([cost[:, None].expand(-1, n, -1, -1), halves], 3)
     return pairs, torch.cat([wholes, half], 2), alike, costs
 
@@ -232,6 +198,7 @@ def _label_device(cost: Tensor, compatibility: Tensor, labels0: Tensor, *, beta:
     ones, eye = torch.ones_like(edges), torch.eye(n + min(3, n), device=device)
     unit = max(beta, 1e-4)
     first, *falling = (unit * t for t in (TEMPERATURES if side > 2 else SLOWER))
+    limit = graphcut.MAX_TERM / -first
     cost = cost.flatten(2).mT / -first                                   # logits, (P, n², N)
     counts = (labels0.flatten(2)[..., None] == inputs).float().sum(2)    # (P, N, N)
     shares = alike = wholes = eye[:n, :n].expand(parts, n, n, n)
@@ -241,7 +208,7 @@ def _label_device(cost: Tensor, compatibility: Tensor, labels0: Tensor, *, beta:
     tables = torch.cat([wholes[:, 0], compatibility.mT, weigh.expand(parts, -1, -1)], 2)
     for sweep in range(niter):
         if sweep:
-            halves, shares, alike, costs = _sweep_terms(counts, cost, eye, MAX_TERM / -first)
+            halves, shares, alike, costs = _sweep_terms(counts, cost, eye, limit)
         if sweep == niter - 1 and sweep and set_resolve:
             extra = _resolve(counts * (counts > 0.25))[..., None]
             costs = costs - gamma / first * (shares @ extra).mT
@@ -281,19 +248,14 @@ def label_parts(cost: Tensor, compatibility: Tensor, prior: Tensor, labels0: Ten
     [0, N). beta, gamma and eta are divided by n², tau = thres·n². After niter - 1 sweeps over the
     outputs `set_resolve` parts those made of the same inputs. `solver`: "device" (mean field on the
     tensors' device), "gco" (alpha-beta swaps on the CPU, the paper's own, slower), "auto" (device).
-    Raises ValueError for an unknown solver or thres_type.
     """
-    if thres_type not in ("hard", "soft"):
-        raise ValueError(f"thres_type is 'hard' or 'soft', not {thres_type!r}")
-    if solver not in graphcut.SOLVERS:
-        raise ValueError(f"solver is 'auto', 'gco' or 'device', not {solver!r}")
     size = cost.shape[-1] ** 2
     cost = prior_cost(cost, prior, eta)
-    terms = {"beta": beta / size, "gamma": gamma / size, "tau": thres * size,
-             "hard": thres_type == "hard", "set_resolve": set_resolve, "niter": niter}
+    hard = {"hard": True, "soft": False}[thres_type]
+    terms = {"beta": beta / size, "gamma": gamma / size, "tau": thres * size, "hard": hard,
+             "set_resolve": set_resolve, "niter": niter}
     labels0, compatibility = labels0.to(cost.device, non_blocking=True), compatibility.float()
     if solver == "gco":
-        graphcut.check_gco()
         return _label_gco(cost, compatibility, labels0, **terms)
     with full_precision(cost.device.type):
         return _label_device(cost, compatibility, labels0, **terms)
@@ -336,11 +298,8 @@ def co_mix_batch(images: Tensor, targets: Tensor, saliency: Tensor, draws: CoMix
     parts of one size at once; the options as in `label_parts`. Returns mixed images and soft
     targets (B, classes).
     """
-    sizes = part_sizes(len(images), m_part)
-    if parallel:
-        whole = len(images) // m_part * m_part
-        sizes = [size for size in (whole, len(images) - whole) if size]
-    batch = [t.to(images.device, non_blocking=True).split(sizes)
+    at_once = len(images) // m_part * m_part if parallel else m_part
+    batch = [t.to(images.device, non_blocking=True).split(at_once or len(images))
              for t in (images, targets, saliency, draws.prior, draws.labels0)]
     results = []
     for together in zip(*batch, strict=True):

@@ -32,29 +32,21 @@ SOLVERS = ("auto", "gco", "device")
 MAX_TERM = 10**7               # gco ends the process at larger ones
 
 
-def check_gco():
-    """Raise RunError where gco-wrapper is not installed."""
-    if GCO is None:
-        raise RunError("the solver gco needs gco-wrapper, which is not installed here (pip install "
-                       "gco-wrapper; Python 3.12 at most); --solver device does without it")
-
-
 def solve(unary: Tensor, weight_x: Tensor, weight_y: Tensor, *, solver: str = "auto",
           threads: int = 0) -> Tensor:
-    """Label grids of blocks with (nearly) the least energy.
+    """Return labels (B, h, w) int64 of grids of blocks with (nearly) the least energy.
 
     unary (B, h, w, L): cost of every label; weight_x (B, h-1, w) and weight_y (B, h, w-1):
     weights of vertical and horizontal neighbours, negative ones count as 0. solver: 'gco', 'device'
     or 'auto' (gco on the CPU where it is installed, else device). threads: of gco, 0 is none beside
-    the caller's. Returns labels (B, h, w) int64. Raises ValueError for another solver.
+    the caller's.
     """
-    if solver not in SOLVERS:
-        raise ValueError(f"solver must be auto, gco or device, not {solver!r}")
     terms = unary.detach().float(), weight_x.detach().float(), weight_y.detach().float()
-    if solver == "device" or solver == "auto" and (GCO is None or unary.device.type != "cpu"):
-        return _solve_on_device(*terms)
-    check_gco()
-    return _solve_by_gco(*terms, threads=threads)
+    if solver == "auto":
+        solver = "gco" if GCO and unary.device.type == "cpu" else "device"
+    if solver == "gco":
+        return _solve_by_gco(*terms, threads=threads)
+    return _solve_on_device(*terms)
 
 
 def energy(labels: Tensor, unary: Tensor, weight_x: Tensor, weight_y: Tensor) -> Tensor:
@@ -68,49 +60,56 @@ def energy(labels: Tensor, unary: Tensor, weight_x: Tensor, weight_y: Tensor) ->
 
 # ---------------------------------------------------------------------------------- gco
 
-def _integer_terms(unary, weight_x, weight_y) -> list[Tensor]:
-    """1000 h w times the terms, truncated as in the paper's code; (L-1)^2 makes label costs whole.
+def neighbours(site: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the ends of all edges of grids (..., h, w): the vertical ones, then the others."""
+    first, second = (site[..., :-1, :], site[..., :-1]), (site[..., 1:, :], site[..., 1:])
+    return tuple(np.concatenate([part.ravel() for part in ends]) for ends in (first, second))
 
-    Where that would overflow it is cut off: such a block's label is beyond doubt.
+
+def build_graph(unary: np.ndarray, site: np.ndarray, weights: np.ndarray, table: np.ndarray):
+    """Return gco's graph of unary (sites, L), the weights of `neighbours(site)`, table (L, L).
+
+    By one thread at a time: gco keeps its graphs in one unguarded table.
     """
-    squared = (unary.shape[-1] - 1) ** 2
-    scale, most = 1000 * unary[0, ..., 0].numel(), MAX_TERM // squared
-    unary, *weights = ((term * scale).clamp(-most, most).int()
-                       for term in (unary, weight_x, weight_y))
-    return [unary * squared, *(weight.clamp(min=0) for weight in weights)]
+    if GCO is None:
+        raise RunError("the solver gco needs gco-wrapper, which is not installed here (pip install "
+                       "gco-wrapper; Python 3.12 at most); --solver device does without it")
+    graph = GCO()
+    graph.create_general_graph(*unary.shape)
+    graph.set_data_cost(np.ascontiguousarray(unary))
+    graph.set_all_neighbors(*neighbours(site), weights)
+    graph.set_smooth_cost(table)
+    return graph
+
+
+_pool = functools.cache(ThreadPoolExecutor)
 
 
 @torch.compiler.disable
-def _solve_by_gco(*terms, threads: int) -> Tensor:
+def _solve_by_gco(unary: Tensor, weight_x: Tensor, weight_y: Tensor, *, threads: int) -> Tensor:
     """Alpha-beta swap (Boykov et al. 2001) to convergence from all-zero labels.
 
-    To be called by one thread at a time: gco keeps its graphs in one unguarded table.
+    On integers, 1000 h w times the terms, truncated as in the paper's code; (L-1)² makes label
+    costs whole. Where that would overflow it is cut off: such a block's label is beyond doubt.
     """
-    device = terms[0].device
-    unary, weight_x, weight_y = (term.cpu().numpy() for term in _integer_terms(*terms))
     images, height, width, num_labels = unary.shape
-    level = np.arange(num_labels)
-    cuts = []
+    squared, level = (num_labels - 1) ** 2, np.arange(num_labels)
+    scale, most = 1000 * height * width, MAX_TERM // squared
+    terms = [(term * scale).clamp(low, most).int().cpu().numpy()
+             for term, low in ((unary, -most), (weight_x, 0), (weight_y, 0))]
+    graphs = []
     for part in np.array_split(np.arange(images), min(max(threads, 1), images)):
+        costs, *weights = (term[part] for term in terms)
         site = np.arange(len(part) * height * width).reshape(-1, height, width)
-        cut = GCO()
-        cut.create_general_graph(site.size, num_labels)
-        cut.set_data_cost(unary[part].reshape(-1, num_labels))
-        cut.set_all_neighbors(np.concatenate([site[:, :-1].ravel(), site[:, :, :-1].ravel()]),
-                              np.concatenate([site[:, 1:].ravel(), site[:, :, 1:].ravel()]),
-                              np.concatenate([weight_x[part].ravel(), weight_y[part].ravel()]))
-        cut.set_smooth_cost((level[:, None] - level) ** 2)
-        cuts.append(cut)
-    list((map if len(cuts) < 2 else _pool(threads).map)(GCO.swap, cuts))    # releases the GIL
-    labels = np.concatenate([cut.get_labels() for cut in cuts])
-    for cut in cuts:
-        cut.destroy_graph()
-    return torch.from_numpy(labels).view(images, height, width).long().to(device)
-
-
-@functools.cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads)
+        graphs.append(build_graph(squared * costs.reshape(-1, num_labels), site,
+                                  np.concatenate([weight.ravel() for weight in weights]),
+                                  (level[:, None] - level) ** 2))
+    run = map if len(graphs) < 2 else _pool(threads).map
+    list(run(GCO.swap, graphs))                                 # releases the GIL
+    labels = np.concatenate([graph.get_labels() for graph in graphs])
+    for graph in graphs:
+        graph.destroy_graph()
+    return torch.from_numpy(labels).view(images, height, width).long().to(unary.device)
 
 
 # ------------------------------------------------------------------------------- device
@@ -166,8 +165,7 @@ def _lifted_grid(height: int, width: int, steps: int, device) -> tuple[Tensor, .
     and a row of zeros, whose constant carries the iteration's constant term.
     """
     site = np.arange(height * width).reshape(height, width)
-    first = np.concatenate([site[:-1].ravel(), site[:, :-1].ravel()])
-    second = np.concatenate([site[1:].ravel(), site[:, 1:].ravel()])
+    first, second = neighbours(site)
     x = np.eye(height * width * steps).reshape(height * width, steps, -1)
     rows = [x[first, k] - x[second, m] for k in range(steps) for m in range(steps)]
     rows += [x[:, k] - x[:, k + 1] for k in range(steps - 1)] + [x.reshape(-1, x.shape[-1])] * 2

@@ -42,17 +42,11 @@ METHODS = {"vanilla": "Plain training", "input": "Mixup", "manifold": "Manifold 
            "cutmix": "CutMix", "saliencymix": "SaliencyMix", "puzzle": "Puzzle Mix",
            "comix": "Co-Mixup", "sage": "SAGE"}
 OLDER_WORDS = {"mixup": "input", "mixup_hidden": "manifold"}        # of --train
-
-
-def method_defaults(method: str, dataset: str) -> dict:
-    """Return what a method (and the size of its images) sets; the command line wins."""
-    if method == "comix":
-        return {"mixup_alpha": 2.0, "clean_lam": 1.0, "dataset": "cifar100", "workers": 0,
-                "arch": "preactresnet18", "lr": 0.2, "schedule": [100, 200]}
-    if dataset == "tiny-imagenet-200":
-        return {"mixup_alpha": 0.2 if method in ("input", "manifold", "cutmix") else 1.0,
-                "clean_lam": float(method == "puzzle")}
-    return {"manifold": {"mixup_alpha": 2.0}, "puzzle": {"t_size": 4}}.get(method, {})
+DEFAULTS = {"comix": {"mixup_alpha": 2.0, "clean_lam": 1.0, "dataset": "cifar100", "workers": 0,
+                      "arch": "preactresnet18", "lr": 0.2, "schedule": [100, 200]},
+            "manifold": {"mixup_alpha": 2.0}, "puzzle": {"t_size": 4}}
+TINY_DEFAULTS = {"comix": DEFAULTS["comix"], "puzzle": {"clean_lam": 1.0}} | dict.fromkeys(
+    ("input", "manifold", "cutmix"), {"mixup_alpha": 0.2})          # of tiny-imagenet-200
 
 
 # ------------------------------------------------------------------------------------------ flags
@@ -126,27 +120,23 @@ def parse_args(argv=None):
        workers=2, pretrained="")
 
     first = parser.peek(argv)
-    implied = ("comix" if first.comix else "puzzle" if first.graph else "cutmix" if first.box else
-               OLDER_WORDS.get(first.train, first.train))
-    if first.method and implied and implied != first.method:
-        parser.error(f"--method {first.method}, but --train, --box, --graph or --comix {implied}")
-    method = first.method or implied or "vanilla"
-    parser.set_defaults(**method_defaults(method, first.dataset))
+    older = ("comix" if first.comix else "puzzle" if first.graph else "cutmix" if first.box else
+             OLDER_WORDS.get(first.train, first.train))
+    method = first.method or older or "vanilla"
+    defaults = TINY_DEFAULTS if first.dataset == "tiny-imagenet-200" else DEFAULTS
+    parser.set_defaults(**defaults.get(method, {}))
     args = parser.parse_args(argv)
     args.method = method
     if len(args.schedule) != len(args.gammas):
         parser.error(f"--schedule has {len(args.schedule)} epochs, --gammas {len(args.gammas)}")
-    if args.kernel_size % 2 == 0:
-        parser.error(f"--kernel_size {args.kernel_size} is not odd")
-    if 0 in (args.t_size, args.m_block_num):
-        parser.error("--t_size and --m_block_num are -1 or at least 1")
-    if method == "comix" and args.mixup_alpha <= 0:
-        parser.error(f"--mixup_alpha {args.mixup_alpha}: Co-Mixup's must be above 0")
-    if args.start_epoch is not None and args.start_epoch >= args.epochs:
-        parser.error(f"--start_epoch {args.start_epoch}: the last epoch is {args.epochs - 1}")
     if args.ngpu == 0:
         args.device = "cpu"
     return args
+
+
+def options(args, names: str, prefix: str = "") -> dict:
+    """Return the flags of these names as keyword arguments."""
+    return {name: getattr(args, prefix + name) for name in names.split()}
 
 
 # ----------------------------------------------------------------------------------------- mixing
@@ -201,10 +191,9 @@ def mix_batch(net, images, labels, args, info, generator, scaler, part=1.0) -> M
                                    mixup_alpha=args.mixup_alpha)
         saliency = puzzlemix.gradient_magnitude(gradient(images, labels))
         mixed, targets = compiled(comixup.co_mix_batch)(
-            images, probabilities(labels, info.num_classes), saliency, draws, m_part=args.m_part,
-            omega=args.m_omega, beta=args.m_beta, gamma=args.m_gamma, eta=args.m_eta,
-            thres=args.m_thres, thres_type=args.m_thres_type, set_resolve=args.set_resolve,
-            niter=args.m_niter, solver=args.solver, parallel=args.parallel)
+            images, probabilities(labels, info.num_classes), saliency, draws,
+            **options(args, "m_part set_resolve solver parallel"),
+            **options(args, "omega beta gamma eta thres thres_type niter", "m_"))
         return Mixed(mixed, targets, saliency=saliency)
 
     perm = mixing.draw_perm(n, generator).to(images.device, non_blocking=True)
@@ -218,7 +207,6 @@ def mix_batch(net, images, labels, args, info, generator, scaler, part=1.0) -> M
                                                args.blur_sigma)
         mixed, ratio = compiled(rearrange.sage_mix)(images, saliency, perm, offsets, lam)
         saliency = saliency[:, 0]
-
     elif args.method == "puzzle":
         block_num = puzzlemix.draw_block_num(generator, size)
         noisy, adversary = puzzlemix.draw_noise(images, args.adv_p, args.adv_eps, generator,
@@ -226,27 +214,21 @@ def mix_batch(net, images, labels, args, info, generator, scaler, part=1.0) -> M
         grad = gradient(noisy, labels)
         saliency = puzzlemix.gradient_magnitude(grad)
         mixed, ratio = compiled(puzzlemix.puzzle_mix)(
-            images, saliency, perm, lam, block_num, beta=args.beta, gamma=args.gamma,
-            eta=args.eta, n_labels=args.n_labels, neigh_size=args.neigh_size,
-            transport=args.transport, t_eps=args.t_eps, t_size=args.t_size, mean=info.mean,
-            std=info.std, solver=args.solver, threads=args.mp, **adversary(grad))
-
+            images, saliency, perm, lam, block_num, mean=info.mean, std=info.std, threads=args.mp,
+            **options(args, "beta gamma eta n_labels neigh_size transport t_eps t_size solver"),
+            **adversary(grad))
     elif args.method == "saliencymix":
         lam = saliencymix.draw_box_lambda(generator)    # Beta(1, 1) whatever --mixup_alpha is
-        source = to_uint8(images[perm[:1]], info)
-        saliency = compiled(saliencymix.fine_grained_saliency)(source)
+        saliency = compiled(saliencymix.fine_grained_saliency)(to_uint8(images[perm[:1]], info))
         mixed, ratio = compiled(saliencymix.saliency_mix)(images, perm, lam, saliency[0])
         saliency = saliency.expand(n, -1, -1)
-
     elif args.method == "cutmix":
         centre = mixing.draw_centre(*size, generator, per_image)
         mixed, ratio = compiled(mixing.cutmix)(images, perm, centre, lam)
-
     elif args.method == "manifold":
         layer = int(torch.randint(3, (), generator=generator))
         mixed, ratio = images, lam.expand(n).to(images.device, non_blocking=True)
         hidden = {"perm": perm, "lam": ratio, "layer": layer}
-
     else:
         mixed, ratio = compiled(mixing.mixup)(images, perm, lam)
 
@@ -352,9 +334,7 @@ def main(argv=None):
     run = Run(args, device, info, [args.method, f"job{args.job_id}" * (args.job_id > 0)],
               model=net, optimizer=optimizer, scaler=scaler)
     if args.evaluate or args.preview:
-        checkpoint = run.load_weights()
-        if not checkpoint:
-            load_pretrained(net, args)
+        checkpoint = run.load_weights() or load_pretrained(net, args)
         if args.evaluate:
             evaluation.report(net, test, args, info, run, checkpoint)
         elif distributed.rank() == 0:

@@ -17,6 +17,7 @@ from sage import graphcut
 
 SLACK = 1e-6         # rounding in comparisons of saliencies that sum to 1
 
+
 def gradient_magnitude(grad: Tensor) -> Tensor:
     """Saliency (B, H, W): root of the mean over channels of the squared input gradient."""
     return grad.float().square().mean(1).sqrt()
@@ -35,12 +36,11 @@ def draw_block_num(generator: torch.Generator | None = None, sides: tuple[int, .
 def draw_noise(images: Tensor, adv_p: float, adv_eps: float,
                generator: torch.Generator | None = None, *, mean, std
                ) -> tuple[Tensor, Callable[[Tensor], dict]]:
-    """Noise of stochastic adversarial Puzzle Mix, for the first and for the second images with
-    probability adv_p each.
+    """Return the images of the saliency pass, with adversarial noise for the first and for the
+    second images with probability adv_p each, and a function that turns their gradient into the
+    keyword arguments `noise` and `noisy` of `puzzle_mix`.
 
-    images: (B, C, H, W) normalised by mean and std (C values each); adv_eps: radius of the noise
-    in 1/255. Returns the images of the saliency pass (with noise if any was drawn) and a function
-    that turns their gradient into the keyword arguments `noise` and `noisy` of `puzzle_mix`.
+    images: (B, C, H, W) normalised by mean and std (C values each); adv_eps: radius in 1/255.
     """
     noisy = tuple((torch.rand(2, generator=generator) < adv_p).tolist())
     if not any(noisy):
@@ -63,26 +63,19 @@ def draw_noise(images: Tensor, adv_p: float, adv_eps: float,
 # ------------------------------------------------------------------------------------ mixing
 
 def puzzle_mix(images: Tensor, saliency: Tensor, perm: Tensor, lam: Tensor | float, block_num: int,
-               *, beta: float = 1.2, gamma: float = 0.5, eta: float = 0.2, n_labels: int = 3,
-               neigh_size: int = 4, transport: bool = True, t_eps: float = 0.8, t_size: int = 4,
-               mean, std, solver: str = "auto", threads: int = 0, noise: Tensor | None = None,
-               noisy: tuple[bool, bool] = (True, True)) -> tuple[Tensor, Tensor]:
-    """Mixes image i with image perm[i].
+               *, transport: bool = True, t_eps: float = 0.8, t_size: int = 4, mean, std,
+               noise: Tensor | None = None, noisy: tuple[bool, bool] = (True, True), **options
+               ) -> tuple[Tensor, Tensor]:
+    """Return image i mixed with image perm[i] (B, C, H, W), and ratio (B,), the mask's mean.
 
     images (B, C, H, W), normalised by mean and std (C values each); saliency (B, H, W), not
     negative, an all-zero map counts as uniform; lam: share of the first image that the prior
-    favours, one or (B,); block_num: blocks a side, divides H and W.
-    beta, gamma, eta: weights of label smoothness, of the colour step between neighbours and of the
-    prior; n_labels: mask levels; neigh_size: side of the colour cells in pixels. transport: move
-    blocks of t_size pixels (-1: the mask's blocks) at a cost of t_eps times the squared distance.
-    solver, threads: see `graphcut.solve`. noise (B, C, H, W) is added in [0, 1] pixel values to the
-    first and / or second images (`noisy`).
-    Returns mixed (B, C, H, W) and ratio (B,), the mask's mean. Raises ValueError if block_num does
-    not divide the sides.
+    favours, one or (B,); block_num: blocks a side, divides H and W (ValueError else).
+    transport: move blocks of t_size pixels (-1: the mask's blocks) at a cost of t_eps times the
+    squared distance. noise (B, C, H, W) is added in [0, 1] pixel values to the first and / or
+    second images (`noisy`). options: of `puzzle_mask`.
     """
-    mask = puzzle_mask(images, saliency, perm, lam, block_num, beta=beta, gamma=gamma, eta=eta,
-                       n_labels=n_labels, neigh_size=neigh_size, std=std, solver=solver,
-                       threads=threads)
+    mask = puzzle_mask(images, saliency, perm, lam, block_num, std=std, **options)
     return apply_mask(images, saliency, perm, mask, transport=transport, t_eps=t_eps,
                       t_size=t_size, mean=mean, std=std, noise=noise, noisy=noisy)
 
@@ -92,7 +85,12 @@ def puzzle_mask(images: Tensor, saliency: Tensor, perm: Tensor, lam: Tensor | fl
                 block_num: int, *, beta: float = 1.2, gamma: float = 0.5, eta: float = 0.2,
                 n_labels: int = 3, neigh_size: int = 4, std, solver: str = "auto",
                 threads: int = 0) -> Tensor:
-    """Mask (B, n, n) in [0, 1], 1 for the first image; arguments as in `puzzle_mix`."""
+    """Return the mask (B, n, n) in [0, 1], 1 for the first image; arguments as in `puzzle_mix`.
+
+    beta, gamma, eta: weights of label smoothness, of the colour step between neighbours and of the
+    prior; n_labels: mask levels; neigh_size: side of the colour cells in pixels; solver, threads:
+    see `graphcut.solve`.
+    """
     terms = graph_terms(images, saliency, perm, block_num, beta=beta, gamma=gamma,
                         neigh_size=neigh_size, std=std)
     terms = label_terms(*terms, lam, beta=beta, eta=eta, n_labels=n_labels)
@@ -104,30 +102,29 @@ def apply_mask(images: Tensor, saliency: Tensor, perm: Tensor, mask: Tensor, *,
                transport: bool = True, t_eps: float = 0.8, t_size: int = 4, mean, std,
                noise: Tensor | None = None, noisy: tuple[bool, bool] = (True, True)
                ) -> tuple[Tensor, Tensor]:
-    """Mixes by a mask (B, n, n) in [0, 1]; arguments and results as in `puzzle_mix`."""
+    """Mix by a mask (B, n, n) in [0, 1]; arguments and results as in `puzzle_mix`."""
     perm = perm.to(images.device, non_blocking=True)
     first = second = images
     if noise is not None:
         mean, std = _per_channel(mean, images), _per_channel(std, images)
         attacked = ((images * std + mean + noise).clamp(0, 1) - mean) / std
-        first, second = attacked if noisy[0] else images, attacked if noisy[1] else images
+        first, second = (attacked if chosen else images for chosen in noisy)
     second = second[perm]
     if transport:
         blocks = [side // mask.shape[1] for side in images.shape[-2:]]
         cells = [_gcd(block, min(t_size, block)) if t_size > 0 else block for block in blocks]
-        mass = _block_saliency(saliency, cells)
-        fine = _upsample(mask, mass.shape[1:])
+        mass = shares(F.avg_pool2d(saliency.float(), cells))
+        fine = _upsample(mask, mass)
         plans = transport_plan(torch.cat([fine, 1 - fine]), torch.cat([mass, mass[perm]]), t_eps)
         first, second = _move(torch.cat([first, second]), plans, cells).chunk(2)
-    weight = _upsample(mask, images.shape[-2:]).unsqueeze(1).to(images.dtype)
+    weight = _upsample(mask, images).unsqueeze(1).to(images.dtype)
     return torch.lerp(second, first, weight), mask.flatten(1).mean(1)
 
 
 # ------------------------------------------------------------------------------ graph's terms
 
-def graph_terms(images: Tensor, saliency: Tensor, perm: Tensor, block_num: int, *,
-                beta: float = 1.2, gamma: float = 0.5, neigh_size: int = 4, std
-                ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def graph_terms(images: Tensor, saliency: Tensor, perm: Tensor, block_num: int, *, beta: float,
+                gamma: float, neigh_size: int, std) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Cost (B, n, n) of giving a block to the first and to the second image, and what the colours
     add to the weight of vertical (B, n-1, n) and horizontal (B, n, n-1) neighbours.
 
@@ -141,7 +138,7 @@ def graph_terms(images: Tensor, saliency: Tensor, perm: Tensor, block_num: int, 
     perm = perm.to(images.device, non_blocking=True)
     blocks = height // block_num, width // block_num
     cells = [_gcd(min(neigh_size, block), block) for block in blocks]
-    mass = _block_saliency(saliency, blocks)
+    mass = shares(F.avg_pool2d(saliency.float(), blocks))
     costs = torch.stack([mass[perm], mass])              # taking one image loses the other's mass
     scale = beta * gamma / (block_num * 16)
     colours = F.avg_pool2d(images, cells) * _per_channel([value * scale for value in std], images)
@@ -156,9 +153,8 @@ def graph_terms(images: Tensor, saliency: Tensor, perm: Tensor, block_num: int, 
     return *costs, weights[0], weights[1].mT
 
 
-def label_terms(to_first: Tensor, to_second: Tensor, weight_x: Tensor, weight_y: Tensor,
-                lam: Tensor | float, *, beta: float = 1.2, eta: float = 0.2, n_labels: int = 3
-                ) -> tuple[Tensor, Tensor, Tensor]:
+def label_terms(to_first: Tensor, to_second: Tensor, weight_x: Tensor, weight_y: Tensor, lam, *,
+                beta: float, eta: float, n_labels: int) -> tuple[Tensor, Tensor, Tensor]:
     """Terms for `graphcut.solve`: label l is a share of 1 - l/(n_labels-1) for the first image,
     a priori binomial with mean lam (one or (B,))."""
     n, steps = to_first.shape[1], n_labels - 1
@@ -184,12 +180,11 @@ def _colour_steps(colours: Tensor, cells: int, n: int) -> Tensor:
     return steps.unflatten(-1, (n, -1)).mean(-1)
 
 
-def _block_saliency(saliency: Tensor, blocks) -> Tensor:
-    """Return the share of every block of blocks[0] x blocks[1] pixels, (B, h, w), of sum 1."""
-    pooled = F.avg_pool2d(saliency.float().unsqueeze(1), blocks).squeeze(1)
-    total = pooled.sum((1, 2), keepdim=True)
+def shares(maps: Tensor) -> Tensor:
+    """Return maps (..., h, w) >= 0 of sum 1: uniform where theirs is zero or not finite."""
+    total = maps.sum((-2, -1), keepdim=True)
     usable = (total > 0) & (total < torch.inf)
-    return torch.where(usable, pooled / total, 1 / pooled[0].numel())
+    return torch.where(usable, maps / total, 1 / (maps.shape[-2] * maps.shape[-1]))
 
 
 # --------------------------------------------------------------------------------- transport
@@ -285,9 +280,8 @@ def _gcd(a: int, b: int) -> int:
     return a
 
 
-def _upsample(mask: Tensor, size) -> Tensor:
-    height, width = (big // small for big, small in zip(size, mask.shape[1:], strict=True))
-    return mask.repeat_interleave(height, 1).repeat_interleave(width, 2)
+def _upsample(mask: Tensor, like: Tensor) -> Tensor:
+    return F.interpolate(mask.unsqueeze(1), like.shape[-2:], mode="nearest-exact").squeeze(1)
 
 
 def _per_channel(values, images: Tensor) -> Tensor:

@@ -13,43 +13,28 @@ GREY = {"R": 9798, "G": 19235, "B": 3735}           # weights of the 8-bit grey 
 SCALES = (12, 24, 28, 48, 56, 112)                  # half sides of the windows, in pixels
 
 
-def grey_levels(images: Tensor, channel_order: str = "RGB") -> Tensor:
-    """Return the grey levels (B, H, W), integers in 0..255, of images (B, 3 or 1, H, W) uint8."""
-    if images.shape[1] == 1:
-        return images[:, 0].int()
-    weights = torch.tensor([GREY[name] for name in channel_order])[:, None, None]
-    grey = images.int() * weights.to(images.device, non_blocking=True)
-    return (grey.sum(1) + 16384) >> 15
-
-
 def blur(grey: Tensor) -> Tensor:
     """Return the binomial 3×3 blur of grey levels (B, H, W), mirrored at the border, rounded."""
-    grey = grey.float()                             # sums of integers below 2^24 are exact
-    for axis in (1, 2):
-        side = grey.shape[axis]
-        before, after = (grey.narrow(axis, min(1, side - 1), 1),
-                         grey.narrow(axis, max(side - 2, 0), 1))
-        padded = torch.cat([before, grey, after], axis)
-        outer = padded.narrow(axis, 0, side) + padded.narrow(axis, 2, side)
-        grey = torch.add(outer, grey, alpha=2)
-    return grey.add_(8).div_(16).floor_()
+    grey = F.pad(grey.float(), (1, 1, 1, 1), mode="reflect")
+    for _ in range(2):                              # exact: sums of integers, in sixteenths
+        grey = F.avg_pool2d(grey, 2, stride=1)
+    return grey.add_(0.5).floor_()
 
 
 @torch.no_grad()
 def fine_grained_saliency(images: Tensor, channel_order: str = "RGB") -> Tensor:
-    """Return the saliency (B, H, W) in [0, 1], multiples of 1/255, of uint8 images.
+    """Return the saliency (B, H, W) in [0, 1], multiples of 1/255, of uint8 images (B, 3, H, W).
 
-    `images` (B, 3 or 1, H, W); channel_order: the meaning of the three channels, 'RGB' or 'BGR'.
-    Both the excess over the window's mean ("on") and the lack ("off") are summed over the scales
-    and stretched to 255; an image of one colour has no saliency. All arithmetic is that of 8-bit
-    programs, rounded toward zero where they truncate. Raises TypeError unless images are uint8.
+    channel_order: 'RGB' or 'BGR'. Both the excess over the window's mean ("on") and the lack
+    ("off") are summed over the scales and stretched to 255; an image of one colour has no saliency.
+    All arithmetic is that of 8-bit programs, rounded toward zero where they truncate.
     """
     if images.dtype != torch.uint8:
         raise TypeError(f"fine_grained_saliency takes uint8 images, not {images.dtype}")
-    centre = blur(blur(grey_levels(images, channel_order)))
+    weights = torch.tensor([GREY[name] for name in channel_order])[:, None, None]
+    grey = (images.int() * weights.to(images.device, non_blocking=True)).sum(1)
+    centre = blur(blur((grey + 16384) >> 15))
     height, width = centre.shape[1:]
-    if height * width == 1:                         # nothing around it
-        return torch.zeros_like(centre)
     integral = F.pad(centre.cumsum(1).cumsum(2), (1, 0, 1, 0))
     half = torch.tensor(SCALES).to(images.device, non_blocking=True)[:, None]
     rows, columns = (torch.arange(side + 1, device=images.device) for side in (height, width))
@@ -91,7 +76,7 @@ def saliency_mix(images: Tensor, perm: Tensor, lam: Tensor | float, saliency: Te
     return torch.where(box, partners, images), (1 - box.float().mean()).expand(len(images))
 
 
-def draw_box_lambda(generator: torch.Generator | None = None, probability: float = 0.5) -> Tensor:
-    """Beta(1, 1) with the given probability, else 1: no box, a batch left as it is."""
-    mixes = torch.rand((), generator=generator) < probability
+def draw_box_lambda(generator: torch.Generator | None = None) -> Tensor:
+    """Return Beta(1, 1) for half of the batches, else 1: no box."""
+    mixes = torch.rand((), generator=generator) < 0.5
     return torch.where(mixes, draw_lambda(1.0, generator), 1.0)

@@ -15,7 +15,6 @@ import copy
 import dataclasses
 import math
 import random
-import re
 import signal
 import sys
 from functools import partial
@@ -32,23 +31,14 @@ import torch.nn.functional as F
 from common import checkpoint, data, distributed, evaluation, flags, models, plots, runtime
 from common.data import Recipe
 from common.distributed import log
-from common.errors import RunError
 from common.flags import add_boolean, amount, count, number, positive
 from common.mixing import cutout, draw_lambda, draw_perm, draw_pixels, mixup
 from common.models.weights import load_pretrained
 from common.randaugment import randaugment
 from common.run import Run, about
 from common.sums import StepSums
-from soft_aug import losses
+from soft_aug import losses, softcrop
 from soft_aug.evaluation import draw_softening, write_events
-from soft_aug.softcrop import (
-    confidence,
-    draw_background,
-    draw_noise,
-    draw_offsets,
-    soft_crop,
-    soft_noise,
-)
 
 METHODS = {"standard": {"da": 0, "loss": "ce"}, "cutout": {"da": 1, "loss": "ce", "l": 16.0},
            "hard": {"da": 2, "loss": "ce"}, "soft": {"da": 2, "loss": "st"},
@@ -116,20 +106,12 @@ def parse_args(argv=None):
     parser.set_defaults(**METHODS.get(first.method, {}))
     args = parser.parse_args(argv)
     del args.method                                         # its flags say it
-    args.epochs = args.epochs or int(200 * args.sch)
-    if args.epochs < 1:
-        parser.error(f"--sch {args.sch} is less than one epoch")
-    if args.milestones is not None and args.decay != "s":
-        parser.error("--milestones are for --decay s")
+    args.epochs = args.epochs or max(1, int(200 * args.sch))
     if args.milestones is None:
         args.milestones = [int(part * args.epochs) for part in (1 / 2, 3 / 4, 9 / 10)]
     soft = args.loss == "st" and (args.da == 2 or args.noise)
     if args.max_p < 1 and not (soft or args.loss == "sce"):
         parser.error("--max_p is for --loss sce, or for --loss st with --da 2 or --noise")
-    if args.warm >= args.epochs:
-        parser.error(f"--warm {args.warm} is not below the {args.epochs} epochs")
-    if args.other and args.loss != "st":
-        parser.error("--other is for --loss st")
     if args.nogpu:
         args.device = "cpu"
     args.arch = args.arch.replace("pyramid272", "pyramidnet272")
@@ -156,15 +138,14 @@ def choose_seed(args, device) -> int:
     """
     if args.seed != -1:
         return args.seed
-    seed, wish = random.randrange(1001), args.resume or args.evaluate
-    if wish == "auto":              # the newest run that these flags name
-        before = [args.dataset, args.arch, *run_name(args), "seed"]
-        name = re.escape("_".join(filter(None, before))) + r"(-?\d+)" + \
-            re.escape(f"_{args.job_name}" * bool(args.job_name))
-        runs = [(path.stat().st_mtime, int(found[1]))
-                for path in Path(args.root_dir).expanduser().glob("*/args.json")
-                if (found := re.fullmatch(name, path.parent.name))]
-        seed = max(runs, default=(0, seed))[1]
+    seed, asked = random.randrange(1001), args.resume or args.evaluate
+    if asked == "auto":             # the newest run that these flags name
+        before = "_".join(filter(None, [args.dataset, args.arch, *run_name(args), "seed"]))
+        after = f"_{args.job_name}" * bool(args.job_name)
+        runs = Path(args.root_dir).glob(f"{before}*{after}/args.json")
+        for path in sorted(runs, key=lambda path: path.stat().st_mtime):
+            number = path.parent.name.removeprefix(before).removesuffix(after)
+            seed = int(number) if number.isdecimal() else seed
     elif args.resume:
         seed = checkpoint.load(args.resume).get("args", {}).get("seed", seed)
     seed = int(distributed.total(torch.tensor(seed * (distributed.rank() == 0), device=device)))
@@ -182,41 +163,33 @@ class Mixed(NamedTuple):
     lam: torch.Tensor | None = None
 
 
-def fine_tuning(epoch: int, epochs: int, ft: int = 20) -> bool:
-    """Whether `epoch` (from 0) is one of the last `ft`, but not of the first 5 %: weak crops."""
-    return epoch >= max(0.05 * epochs, epochs - ft)
-
-
-def warn_of_fine_tuning(args):
-    """Warn if most epochs of a short run would have weak augmentation."""
-    strong = sum(not fine_tuning(epoch, args.epochs, args.ft) for epoch in range(args.epochs))
-    if 2 * strong < args.epochs and (args.da > 0 or args.noise or args.mixup):
-        distributed.warn(f"--ft {args.ft} leaves {strong} of {args.epochs} epochs with "
-                         "the augmentation asked for; --ft 0 augments in all")
+def first_weak_epoch(args) -> float:
+    """Return where the last --ft epochs of weak augmentation begin: never in the first 5 %."""
+    return max(0.05 * args.epochs, args.epochs - args.ft)
 
 
 def mix_batch(images, args, info, epoch, generator) -> Mixed:
     """Return the normalised batch after --da, --noise and --mixup, with draws from `generator`."""
     n, size = len(images), images.shape[-2:]
     compiled = partial(runtime.compiled, args=args)
-    weak = fine_tuning(epoch, args.epochs, args.ft)
+    weak = epoch >= first_weak_epoch(args)
     shrink = args.r if weak else 1.0
     p = torch.ones(n, device=images.device)                 # confidence in the label
 
     if args.da == 1:
         images = compiled(cutout)(images, draw_pixels(n, size, generator), args.l / shrink)
     elif args.da == 2:
-        background = draw_background(n, 3, args.bgcrop, generator)
-        offsets = draw_offsets(n, size, args.crop / shrink, generator)
-        images, visible = compiled(soft_crop)(images, offsets, background)
-        p = confidence(visible, info.num_classes, power=args.pcrop, max_p=args.max_p)
+        background = softcrop.draw_background(n, 3, args.bgcrop, generator)
+        offsets = softcrop.draw_offsets(n, size, args.crop / shrink, generator)
+        images, visible = compiled(softcrop.soft_crop)(images, offsets, background)
+        p = softcrop.confidence(visible, info.num_classes, power=args.pcrop, max_p=args.max_p)
 
     if args.noise:
-        images, visible = compiled(soft_noise)(images, *draw_noise(
+        images, visible = compiled(softcrop.soft_noise)(images, *softcrop.draw_noise(
             images.shape, args.noise / shrink, args.bgnoise, generator, images.device))
         ceiling = 1.0 if args.da == 2 else args.max_p       # once, whatever augments
-        p = (p * confidence(visible, info.num_classes, power=args.pnoise, max_p=ceiling)
-             ).clamp(min=1 / info.num_classes)
+        p *= softcrop.confidence(visible, info.num_classes, power=args.pnoise, max_p=ceiling)
+        p = p.clamp(min=1 / info.num_classes)
 
     if not args.mixup:
         return Mixed(images, p)
@@ -239,15 +212,14 @@ def mixed_loss(logits, labels, mixed, args):
 
 def implied_targets(labels, mixed, args, outputs):
     """Return the soft targets (B, outputs) implied by --loss, for the preview."""
-    p = torch.ones_like(mixed.confidence)
-    if args.loss == "st" and not args.no_soften:
-        p = mixed.confidence
-    elif args.loss == "sce":
-        p = p * args.max_p
-    p, label = p[:, None], F.one_hot(labels, outputs).float()
-    rest = F.one_hot(torch.full_like(labels, outputs - 1), outputs) if args.other else \
-        (1 - label) / (outputs - 1)
-    targets = label * p + rest * (1 - p)
+    soft = args.loss == "st" and not args.no_soften
+    p = mixed.confidence if soft else torch.full_like(
+        mixed.confidence, args.max_p if args.loss == "sce" else 1)
+    label = F.one_hot(labels, outputs).float()
+    rest = (1 - label) / (outputs - 1)
+    if args.other:
+        rest = F.one_hot(torch.full_like(labels, outputs - 1), outputs)
+    targets = torch.lerp(rest.float(), label, p[:, None])
     return targets if mixed.perm is None else mixup(targets, mixed.perm, mixed.lam)[0]
 
 
@@ -326,8 +298,6 @@ def main(argv=None):
         args.dataset, args.data_dir, recipe, batch_size=args.batch_size, device=device,
         seed=args.seed, loader=args.loader, image_size=args.image_size, val_split=args.val_split,
         labels_per_class=args.labels_per_class, workers=args.workers)
-    if args.ra and min(info.image_size, info.width) < 3:
-        raise RunError("--ra needs images of at least 3 pixels a side")
     torch.manual_seed(args.seed)
     net, model = runtime.prepare(
         models.build(args.arch, info.num_classes + args.other, info.image_size,
@@ -338,17 +308,18 @@ def main(argv=None):
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     log(f"{about(info, net, train, args)}; augmentation {args.da}"
         + (" with RandAugment" if args.ra else "") + f", loss {args.loss}")
-    warn_of_fine_tuning(args)
+    strong = math.ceil(first_weak_epoch(args))
+    if 2 * strong < args.epochs and (args.da > 0 or args.noise or args.mixup):
+        distributed.warn(f"--ft {args.ft} leaves {strong} of {args.epochs} epochs with "
+                         "the augmentation asked for; --ft 0 augments in all")
 
     # The run: its folder, what it holds already, and the place to go on from
     run = Run(args, device, info, run_name(args), {"other": args.other}, model=net,
               optimizer=optimizer, scaler=scaler)
     if args.evaluate or args.preview:
-        path = run.load_weights()
-        if not path:
-            load_pretrained(net, args)
+        weights = run.load_weights() or load_pretrained(net, args)
         if args.evaluate:
-            evaluation.report(net, test, args, info, run, path)
+            evaluation.report(net, test, args, info, run, weights)
         elif distributed.rank() == 0:
             log(f"mixed images: {draw_preview(args.preview, train, args, info)}")
         return net
@@ -358,11 +329,11 @@ def main(argv=None):
 
     # The epochs
     while not run.over:
-        epoch = run.epoch
         sums = train_one_epoch(net, model, train, optimizer, scaler, args, info, run)
         row, timing = {"lr": optimizer.param_groups[0]["lr"]} | sums.result(), run.clock()
         distributed.share_buffers(net)
-        if epoch % args.eval_every == 0 or epoch + 1 == args.epochs or run.steps_left == 0:
+        last = run.epoch + 1 == args.epochs or run.steps_left == 0
+        if last or run.epoch % args.eval_every == 0:
             row |= evaluation.columns(evaluation.evaluate(net, test, args, info))
         run.end_epoch(row | timing, row.get("test_accuracy"), sums)
         write_events(run)

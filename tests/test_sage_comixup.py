@@ -218,12 +218,8 @@ def test_draws():
     assert sides.tolist() == [2, 4, 8, 16]
 
 
-def test_unknown_names_are_refused():
+def test_bytes_are_refused():
     problem = random_parts(1, 4, 2)
-    with pytest.raises(ValueError, match="solver"):
-        label_parts(*problem, solver="cuda")
-    with pytest.raises(ValueError, match="thres_type"):
-        label_parts(*problem, thres_type="firm")
     with pytest.raises(TypeError, match="floating point"):
         co_mix(torch.zeros(4, 3, 8, 8).byte(), torch.eye(4), *(t[0] for t in problem))
 

@@ -350,10 +350,8 @@ def test_schedule_of_warm_up_and_fine_tuning():
     assert warm[0] == pytest.approx(plain[0] / 10) and warm[9:] == plain[9:]
     assert all(a < b for a, b in zip(warm[:10], warm[1:10], strict=False))
     assert plain[0] < 0.1 and plain[-1] < 1e-4
-    tuned = [epoch for epoch in range(500) if schedule.fine_tuning(epoch, 500)]
-    assert tuned == list(range(480, 500))
-    assert [e for e in range(10) if schedule.fine_tuning(e, 10)] == list(range(1, 10))
-    assert not any(schedule.fine_tuning(epoch, 50, ft=0) for epoch in range(50))
+    for epochs, ft, first in ((500, 20, 480), (10, 20, 0.5), (50, 0, 50)):
+        assert schedule.first_weak_epoch(SimpleNamespace(epochs=epochs, ft=ft)) == first
 
 
 # ---------------------------------------------------------------------------------- RandAugment
