@@ -75,6 +75,7 @@ _METHODS = {                                            # its program, and flags
     "occamix": ("safuse", "--method occamix"),
 }
 _NEED_MODEL = ("puzzle", "comix", "sage", "occamix")
+_OF_THE_LOSS = {"clean_lam", "update_ratio", "prob_mix", "mixup_hidden", "other"}
 
 
 def _parse(room: str, words: str, options: dict):
@@ -114,54 +115,48 @@ class _Activations(nn.Module):
         self.net = net
 
     def activation_maps(self, images):
-        heads, maps = [part for part in self.net.modules() if isinstance(part, nn.Linear)], []
+        head, maps = [part for part in self.net.modules() if isinstance(part, nn.Linear)][-1], []
 
         def note(part, args, out):
             if isinstance(out, torch.Tensor) and out.ndim == 4 and out[0, 0].numel() > 1 \
-                    and heads and out.shape[1] == heads[-1].in_features:
+                    and out.shape[1] == head.in_features:
                 maps.append(out)
 
         with nn.modules.module.register_module_forward_hook(note):
             logits = self.net(images)
-        if not maps:
-            raise ValueError("occamix needs a network that ends in a Linear layer and whose last "
-                             "feature map (B, C, h, w) has as many channels as this has inputs")
-        return logits, _ours("safuse.network").activation_maps(maps[-1], heads[-1].weight)
+        return logits, _ours("safuse.network").activation_maps(maps[-1], head.weight)
 
 
 @contextlib.contextmanager
-def _untouched(net):
+def _untouched(net: nn.Module):
     """Inside, the network may run in any mode; modes and BatchNorm's statistics come back."""
-    parts, buffers = ([], []) if net is None else (list(net.modules()), list(net.buffers()))
-    modes, values = [part.training for part in parts], [buffer.clone() for buffer in buffers]
+    modes = {part: part.training for part in net.modules()}
+    buffers = {buffer: buffer.clone() for buffer in net.buffers()}
     try:
         yield
     finally:
-        for part, training in zip(parts, modes, strict=True):
+        for part, training in modes.items():
             part.training = training
-        with torch.no_grad():
-            for buffer, value in zip(buffers, values, strict=True):
-                buffer.copy_(value)
+        for buffer, value in buffers.items():
+            buffer.data.copy_(value)
 
 
 class Mixer:
     """A callable (images, labels, model=None) -> (mixed images, soft targets (B, num_classes)).
 
-    method: input (Mixup), cutmix, cutout, saliencymix, puzzle, comix, sage, resizemix, softcrop,
-    superpixels, occamix. images (B, 3, H, W), normalised by `mean` and `std`; labels: class indices
-    (B,), or (not of softcrop) probabilities (B, num_classes); model: for puzzle, comix, sage and
-    occamix; its statistics, gradients and mode stay. seed: of the draws (None: a random one); each
-    rank, DataLoader worker and epoch draws its own. A call's `generator` is used instead; seeded
-    once and copied into workers, it repeats itself each epoch. prob: of mixing a batch. options:
-    the program's flags, e.g. rand_pos=0.1. Raises ValueError for what is not there.
+    method: one of _METHODS; images (B, 3, H, W), normalised by `mean` and `std`; labels: class
+    indices (B,), or (not of softcrop) probabilities (B, num_classes); model: for puzzle, comix,
+    sage and occamix (whose network ends in a Linear layer); its statistics, gradients and mode
+    stay. seed: of the draws; each rank, DataLoader worker and epoch draws its own. A call's
+    `generator` is used instead. prob: of mixing a batch. options: the program's flags, e.g.
+    rand_pos=0.1. Raises ValueError for a method or an option that is not there.
     """
 
     def __init__(self, method: str, num_classes: int, *, mean=(0.485, 0.456, 0.406),
                  std=(0.229, 0.224, 0.225), seed: int | None = None, prob: float = 1.0, **options):
         if method not in _METHODS:
             raise ValueError(f"no method {method!r}; there are {', '.join(_METHODS)}")
-        if wrong := sorted({"clean_lam", "update_ratio", "prob_mix", "mixup_hidden", "other"}
-                           & options.keys()):
+        if wrong := sorted(_OF_THE_LOSS & options.keys()):
             raise ValueError(f"{wrong[0]} belongs to the loss of the training program")
         self.room, words = _METHODS[method]
         self.method, self.prob, self.draws = method, prob, _Draws(seed)
@@ -172,10 +167,11 @@ class Mixer:
         draws, kind = generator or self.draws(), images.device.type
         if self.prob < 1 and torch.rand((), generator=draws) >= self.prob:
             return images, _ours("common.mixing").probabilities(labels, self.info.num_classes)
-        if self.method in _NEED_MODEL and model is None:
+        if self.method not in _NEED_MODEL:
+            model = nn.Identity()
+        elif model is None:
             raise ValueError(f"{self.method} needs the model: mixer(images, labels, model)")
-        net = model if self.method in _NEED_MODEL else None
-        net = net.module if isinstance(net, (DataParallel, DistributedDataParallel)) else net
+        net = model.module if isinstance(model, (DataParallel, DistributedDataParallel)) else model
         half = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         self.args.amp = {None: "off", torch.bfloat16: "bf16", torch.float16: "fp16"}[half]
         with _untouched(net), torch.enable_grad(), torch.autocast(kind, enabled=False):
@@ -189,7 +185,7 @@ class Mixer:
             mixed = program.mix_batch(images, args, info, 0, draws)
             return mixed.images, program.implied_targets(labels, mixed, args, info.num_classes)
         if self.room == "safuse":
-            mixed = program.mix_batch(net and _Activations(net), images, args, info, draws)
+            mixed = program.mix_batch(_Activations(net), images, args, info, draws)
             ratio = mixed.ratio
             if ratio is None:                           # by area; attention is of SAFuse's network
                 pasted = mixed.from_b.gather(1, mixed.fused.flatten(1).long())
@@ -248,12 +244,7 @@ class SAMix(nn.Module):
         self.step += 1
 
 
-def _network(_name: str, num_classes: int, image_size: int = 32, **options) -> nn.Module:
-    """An untrained network for square images; options: initial_channels, dropout."""
-    return _ours("common.models").build(_name, num_classes, image_size, **options)
-
-
 mixer, samix = Mixer, SAMix
-for _name in _ours("common.models").ALL:
-    globals()[_name] = partial(_network, _name)
-    globals()[_name].__doc__ = _network.__doc__
+# The networks, untrained: name(num_classes, image_size=32, **options); initial_channels, dropout
+globals().update({name: partial(_ours("common.models").build, name)
+                  for name in _ours("common.models").ALL})

@@ -1,6 +1,6 @@
-"""Checkpoints: written atomically, the previous one kept, loaded without running code."""
-import errno
+"""Checkpoints: written atomically, the previous one stays, loaded without running code."""
 import hashlib
+import io
 import os
 from pathlib import Path
 
@@ -8,91 +8,45 @@ import torch
 
 from common.distributed import rank, warn
 from common.errors import RunError
+from common.files import whole
 
 NEWEST, PREVIOUS, BEST = "checkpoint.pt", "checkpoint.prev.pt", "best.pt"
 DAMAGED = "checkpoint.damaged.pt"
 DIGEST = 32                             # bytes at the end of a file, of all before them
 
 
-def save(folder: Path, state: dict, name: str = NEWEST):
-    """Writes `state` (tensors, numbers, strings, lists and dicts of them) to folder/name.
+def digest(content) -> bytes:
+    """Return the BLAKE2b digest of bytes."""
+    return hashlib.blake2b(content, digest_size=DIGEST).digest()
 
-    The file is complete at every moment: written beside, synced to disk, then renamed over the
-    old one. The newest checkpoint before it stays as checkpoint.prev.pt. Raises RunError when
-    the disk is full or not writable; the old file is then still whole.
+
+def save(folder: Path, state: dict, name: str = NEWEST):
+    """Write `state` (tensors, numbers, strings, lists and dicts of them) to folder/name.
+
+    The newest checkpoint before it becomes checkpoint.prev.pt. Raises RunError when the disk is
+    full or not writable; the old file is then still whole.
     """
-    path, new = folder / name, folder / f".{name}.new"
-    try:
-        with open(new, "w+b") as file:
-            torch.save(state, file)
-            size = file.tell()
-            file.seek(0)
-            file.write(digest(file, size))
+    path, buffer = folder / name, io.BytesIO()
+    torch.save(state, buffer)
+    with whole(path) as new:
+        with open(new, "wb") as file:
+            file.write(buffer.getbuffer())
+            file.write(digest(buffer.getbuffer()))          # torch itself checks no CRC
             file.flush()
             os.fsync(file.fileno())
         if name == NEWEST and path.exists():
             os.replace(path, folder / PREVIOUS)
-        os.replace(new, path)
-    except (OSError, RuntimeError) as fault:                # torch reports a full disk as either
-        new.unlink(missing_ok=True)
-        full = getattr(fault, "errno", None) == errno.ENOSPC or "write" in str(fault)
-        reason = "the disk is full" if full else str(fault).splitlines()[0]
-        raise RunError(f"{path} could not be written ({reason}); "
-                       "the checkpoint before it is untouched") from None
-
-
-def digest(file, size: int) -> bytes:
-    """BLAKE2b of the next `size` bytes of an open file."""
-    found = hashlib.blake2b(digest_size=DIGEST)
-    while size > 0 and (block := file.read(min(size, 1 << 20))):
-        found.update(block)
-        size -= len(block)
-    return found.digest()
 
 
 def load(path) -> dict:
-    """Reads one checkpoint to the CPU; no code in it can run (weights_only).
-
-    Raises RunError when it is missing, damaged, or not a checkpoint of this project.
-    """
+    """Return a checkpoint, on the CPU; no code in it can run. Raises RunError if it is damaged."""
     path = Path(path)
     if not path.is_file():
         raise RunError(f"{path}: no such checkpoint")
-    try:
-        with open(path, "rb") as file:                      # torch itself checks no CRC
-            if digest(file, path.stat().st_size - DIGEST) != file.read():
-                raise ValueError("its digest is wrong")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as fault:                              # torch raises nearly anything
-        raise RunError(f"{path} is damaged or no checkpoint "
-                       f"({(str(fault).splitlines() or ['empty'])[0][:80]})") from None
-    check_state(state, path)
-    return state
-
-
-def check_state(state, path):
-    """Raise RunError naming the first entry of a checkpoint that is missing or ill-typed.
-
-    Weights alone (best.pt) have no history; what goes on training has all entries.
-    """
-    def number(value):
-        return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-    if not isinstance(state, dict) or not {"model", "identity"} <= set(state):
-        raise RunError(f"{path} is not a checkpoint of this project")
-    right = {"model": lambda model: isinstance(model, dict) and all(
-                 isinstance(name, str) and torch.is_tensor(value) for name, value in model.items()),
-             "identity": lambda value: isinstance(value, dict), "epoch": number,
-             "args": lambda value: isinstance(value, dict)}
-    if "history" in state:
-        right |= {"step": number, "best": lambda value: isinstance(value, int | float),
-                  "sums": lambda value: value is None or isinstance(value, dict),
-                  "history": lambda rows: isinstance(rows, list) and all(
-                      isinstance(row, dict) and number(row.get("epoch")) for row in rows),
-                  "args": lambda value: isinstance(value, dict) and number(value.get("batch_size"))}
-    wrong = [name for name, check in right.items() if name not in state or not check(state[name])]
-    if wrong:
-        raise RunError(f"{path}: the checkpoint's {wrong[0]} is missing or not what it should be")
+    content = memoryview(path.read_bytes())
+    if digest(content[:-DIGEST]) != content[-DIGEST:]:
+        raise RunError(f"{path} is damaged or no checkpoint of this project")
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def resume(source: str, folder: Path) -> dict | None:
@@ -103,42 +57,30 @@ def resume(source: str, folder: Path) -> dict | None:
     the folder holds another run).
     """
     newest, previous = folder / NEWEST, folder / PREVIOUS
-    if newest.exists() or previous.exists():
-        if not source:
-            raise RunError(f"{folder} already holds a run: go on with --resume auto, "
-                           "or choose another --root_dir")
-        if source != "auto" and Path(source).resolve().parent != folder.resolve():
+    if not newest.exists() and not previous.exists():
+        return load(source) if source and source != "auto" else None
+    if not source:
+        raise RunError(f"{folder} already holds a run: go on with --resume auto, or choose another "
+                       "--root_dir")
+    if source != "auto":
+        if Path(source).resolve().parent != folder.resolve():
             raise RunError(f"--resume {source}: {folder} already holds another run, which would be "
                            "overwritten; choose another --root_dir")
-    if not source:
-        return None
-    if source == "auto":
-        if not newest.exists() and not previous.exists():
-            return None
-        try:
-            return load(newest)
-        except RunError as fault:
-            if not previous.exists():
-                raise
-            state = load(previous)
-            if rank() == 0 and newest.exists():             # else it would become the previous one
-                os.replace(newest, folder / DAMAGED)
-            warn(f"{fault}; going on from {previous}")
-            return state
-    try:
         return load(source)
+    try:
+        return load(newest)
     except RunError as fault:
-        before = Path(source).with_name(PREVIOUS)
-        if before.is_file() and before != Path(source):
-            raise RunError(f"{fault}; the good one before it: --resume {before}") from None
-        raise
+        if not previous.exists():
+            raise
+        state = load(previous)
+        if rank() == 0 and newest.exists():                 # else it would become the previous one
+            os.replace(newest, folder / DAMAGED)
+        warn(f"{fault}; going on from {previous}")
+        return state
 
 
 def check_identity(state: dict, identity: dict):
-    """Raises RunError naming what differs between a checkpoint's network or data and this run's.
-
-    `identity` holds what must agree; to evaluate, less than to go on training.
-    """
+    """Raise RunError naming what differs between a checkpoint's network or data and this run's."""
     theirs = state["identity"]
     wrong = [f"{key} {theirs.get(key)} (here {value})" for key, value in identity.items()
              if theirs.get(key) != value]
@@ -158,6 +100,6 @@ def load_part(name: str, part, state: dict):
         for group, own in zip(getattr(part, "param_groups", []), settings, strict=True):
             group.update(own)
     except (KeyError, ValueError, RuntimeError) as fault:
-        reason = (str(fault).strip().splitlines() or [""])[-1].strip()
+        reason = str(fault).strip().rpartition("\n")[2].strip()
         raise RunError(f"the checkpoint's {name} does not fit this run's ({reason[:120]})"
                        ) from None

@@ -40,8 +40,8 @@ class Corrupted:
             if not len(labels):
                 return
             if isinstance(images, list):
-                files, images = images, sources.decode_files(
-                    [(file, 0) for file in images], None, 4).images
+                files = images
+                images = sources.decode_files([(file, 0) for file in files], None, 4).images
                 check_size(files[0], images, self.info)
             images = torch.from_numpy(np.array(images)).to(self.device).permute(0, 3, 1, 2)
             yield ((images.float() / 255 - mean) / std,
@@ -59,7 +59,7 @@ def read(folder, info, batch_size: int, device):
     """Yield ('fog 1', Corrupted) for each corruption and severity in `folder`.
 
     It holds <corruption>.npy, severities 1 to 5 after one another, beside labels.npy; or
-    <corruption>/<severity>/<class>/*. Raises DataError naming the file that is missing or wrong.
+    <corruption>/<severity>/<class>/*. Raises DataError naming the file that does not fit.
     """
     root = Path(folder).expanduser()
     arrays = sorted(file for file in root.glob("*.npy") if file.stem != "labels")
@@ -67,22 +67,19 @@ def read(folder, info, batch_size: int, device):
     if not arrays and not folders:
         raise DataError(f"{root}: neither <corruption>.npy nor <corruption>/<severity>/<class>/ "
                         "folders are there")
-    labels = np.array(load(root / "labels.npy"), np.int64) if arrays else None
     for file in arrays:
-        images = load(file)
-        count, rest = divmod(len(images), SEVERITIES)
-        if rest or len(labels) not in (count, len(images)):
-            raise DataError(f"{file}: {len(images)} images, {SEVERITIES} severities of them for "
-                            f"{len(labels)} labels in labels.npy do not fit")
-        if labels.min() < 0 or labels.max() >= info.num_classes:
-            raise DataError(f"{root / 'labels.npy'}: labels run from {labels.min()} to "
-                            f"{labels.max()}, the data have {info.num_classes} classes")
+        images = np.load(file, mmap_mode="r")
         check_size(file, images, info)
+        count = len(images) // SEVERITIES
+        labels = np.load(root / "labels.npy").astype(np.int64)      # once, or for each severity
+        if (len(labels) not in (count, len(images)) or len(images) % SEVERITIES
+                or labels.max() >= info.num_classes):
+            raise DataError(f"{file}: {len(images)} images do not fit {len(labels)} labels up to "
+                            f"{labels.max()} in labels.npy, or these {info.num_classes} classes")
         for severity in range(SEVERITIES):
-            part = slice(severity * count, (severity + 1) * count)
+            part = images[severity * count:(severity + 1) * count]
             yield f"{file.stem} {severity + 1}", Corrupted(
-                images[part], labels if len(labels) == count else labels[part], info, batch_size,
-                device)
+                part, labels[:count], info, batch_size, device)
     for folder in folders:
         for severity in range(1, SEVERITIES + 1):
             classes = sources.list_classes(folder / str(severity))
@@ -90,14 +87,6 @@ def read(folder, info, batch_size: int, device):
             files = [file for members in classes.values() for file in members]
             own = np.repeat([index[name] for name in classes], list(map(len, classes.values())))
             yield f"{folder.name} {severity}", Corrupted(files, own, info, batch_size, device)
-
-
-def load(file: Path) -> np.ndarray:
-    """Map an .npy file. Raises DataError for one that is missing or damaged."""
-    try:
-        return np.load(file, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as fault:
-        raise DataError(f"{file}: missing, damaged, or no .npy ({str(fault)[:80]})") from None
 
 
 def class_index(folder: Path, names, info) -> dict[str, int]:

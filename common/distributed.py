@@ -15,37 +15,11 @@ SLURM = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID",
 
 
 def read_launcher() -> tuple[int, int]:
-    """Return (local rank, processes of this machine) by torchrun's or srun's environment.
-
-    Raises RunError naming a variable that is missing, or is no number.
-    """
+    """Return (local rank, processes of this machine) by torchrun's or srun's environment."""
     env = os.environ
     if env.get("SLURM_STEP_NUM_TASKS", "1") != "1" and "RANK" not in env:   # srun, no torchrun
-        env.update({ours: env[theirs] for ours, theirs in SLURM.items() if theirs in env})
-    missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-               if name not in env]
-    if missing and ("RANK" in env or env.get("WORLD_SIZE", "1") != "1"):
-        raise RunError(f"a run of several processes needs {' and '.join(missing)} in its "
-                       "environment: start it with torchrun, or set them as "
-                       "resizemix/scripts/train_slurm.sh does")
-    for name in (*SLURM, "LOCAL_WORLD_SIZE", "MASTER_PORT"):
-        if not env.get(name, "0").isdecimal():
-            raise RunError(f"{name}={env[name]} in the environment is not a number: unset it, or "
-                           "start with torchrun")
+        env.update({ours: env[theirs] for ours, theirs in SLURM.items()})
     return int(env.get("LOCAL_RANK", 0)), int(env.get("LOCAL_WORLD_SIZE", 1))
-
-
-def join(device: torch.device):
-    """Join the other processes, if a launcher started several. Raises RunError if that fails."""
-    if "RANK" not in os.environ or dist.is_initialized():
-        return
-    on_gpu = device.type == "cuda"
-    try:
-        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
-    except (RuntimeError, ValueError) as fault:
-        raise RunError("the processes cannot meet at MASTER_ADDR:MASTER_PORT "
-                       f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}: "
-                       f"{str(fault).splitlines()[0]}") from None
 
 
 def rank() -> int:
@@ -71,6 +45,12 @@ def warn(message: str):
         print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
+def progress(batches, total: int, title: str, **options) -> tqdm:
+    """Return `batches` behind a progress bar on rank 0, which a log file sees once a minute."""
+    return tqdm(batches, total=total, desc=title, leave=False, disable=rank() != 0,
+                mininterval=0.2 if sys.stderr.isatty() else 60, **options)
+
+
 def print_once(line: str):
     """Print one line on stderr, unless another process of the run has printed the same.
 
@@ -80,7 +60,7 @@ def print_once(line: str):
         if dist.is_initialized():
             told = dist.distributed_c10d._get_default_store().add(line, 1) > 1
         else:
-            told = os.environ.get("LOCAL_RANK", "0").strip("0").isdecimal()
+            told = os.environ.get("LOCAL_RANK", "0") != "0"
             time.sleep(5 * told)                            # torchrun ends all when one has ended
     except RuntimeError:                                    # the store's process is gone
         told = False
@@ -138,8 +118,7 @@ def seed_of(*numbers) -> int:
 def step_generator(seed: int, epoch: int, step: int) -> torch.Generator:
     """Return the generator of a training step's draws on this rank; seed torch (dropout) alike.
 
-    Because a step's randomness is a function of its number alone, a resumed run continues
-    exactly where a run that was never stopped would be.
+    A function of these numbers alone, so that a resumed run goes on exactly.
     """
     number = seed_of(seed, epoch, step, rank())
     torch.manual_seed(number)

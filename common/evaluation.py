@@ -1,15 +1,13 @@
 """Every network judged alike: accuracy, calibration, occlusion, FGSM, corruptions."""
 import itertools
 import math
-import sys
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
-from common import corruptions, distributed, gradcam, plots, runtime
+from common import corruptions, distributed, files, gradcam, plots, runtime
 from common.data.recipe import mean_std
 from common.distributed import log
 from common.errors import RunError
@@ -19,8 +17,6 @@ OCCLUDED = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)      # shifts of test images, of 
 FGSM = (4, 8)                                       # steps in 1/255
 
 
-# --------------------------------------------------------------------------------------- counting
-
 def bin_sums(logits: Tensor, labels: Tensor, bins: int = BINS) -> Tensor:
     """Return (3, bins) float64 sums of logits (N, C): confidence, hits, count of each bin.
 
@@ -28,7 +24,7 @@ def bin_sums(logits: Tensor, labels: Tensor, bins: int = BINS) -> Tensor:
     """
     confidence, predicted = logits.float().softmax(1).double().max(1)
     edges = torch.linspace(0, 1, bins + 1, device=logits.device, dtype=torch.float64)
-    index = torch.bucketize(confidence, edges[1:-1], right=False)
+    index = torch.bucketize(confidence, edges[1:-1])
     values = torch.stack([confidence, (predicted == labels).double(), torch.ones_like(confidence)])
     return torch.zeros_like(values[:, :1]).repeat(1, bins).index_add_(1, index, values)
 
@@ -68,11 +64,9 @@ def averages(sums: Tensor) -> dict:
 
 
 def batches(loader, args):
-    """Yield the (images, labels) of an evaluation, at most --max_steps, behind a progress bar."""
+    """Return the (images, labels) of an evaluation, at most --max_steps, behind a progress bar."""
     steps = min(args.max_steps or len(loader), len(loader))
-    yield from tqdm(itertools.islice(loader, steps), total=steps, desc="evaluating", leave=False,
-                    disable=distributed.rank() != 0,
-                    mininterval=0.2 if sys.stderr.isatty() else 60)
+    return distributed.progress(itertools.islice(loader, steps), steps, "evaluating")
 
 
 @torch.no_grad()
@@ -110,8 +104,6 @@ def columns(result: dict, part: str = "test") -> dict:
             f"{part}_top5": result["top5"], f"{part}_ece": result["ece"]}
 
 
-# ------------------------------------------------------------------------------------- conditions
-
 def occlude(images: Tensor, offset: int, info) -> Tensor:
     """Return images (B, 3, H, W) moved by `offset` > 0 pixels along both axes; the mean colour
     follows (mid-grey where info.mean is 0: images that are not normalised).
@@ -145,27 +137,20 @@ def conditions(net, info) -> tuple[list[str], object]:
         yield known
         for offset in offsets:
             yield net(occlude(images, offset, info))
-        for step in FGSM:
-            yield net(fgsm(images, grad, step / 255, info))
+        mean, std = mean_std(info, images.device)
+        for step in FGSM:                   # in pixels of [0, 1], and clipped there
+            yield net(torch.clamp(images + step / 255 / std * grad.sign(), -mean / std,
+                                  (1 - mean) / std))
 
     return ["clean", *(f"visible {100 * part:.0f} %" for part in visible),
             *(f"fgsm {step}/255" for step in FGSM)], outputs
 
 
-def fgsm(images: Tensor, grad: Tensor, epsilon: float, info) -> Tensor:
-    """One step of `epsilon`, in pixels of [0, 1], along the sign of the loss's gradient."""
-    mean, std = mean_std(info, images.device)
-    return torch.clamp(images + epsilon / std * grad.sign(), -mean / std, (1 - mean) / std)
-
-
-# ----------------------------------------------------------------------------------------- report
-
 def report(net, test, args, info, run, checkpoint: Path | None = None):
     """Log what net (images -> logits) does on clean, occluded, attacked and --corruptions images.
 
     Writes evaluation.csv and evaluation.png into the run's folder, or, of --evaluate's
-    `checkpoint`, beside it and named after it. With --cam draws that instead. Raises RunError for
-    a network whose logits are not numbers.
+    `checkpoint`, beside it and named after it. With --cam draws that instead.
     """
     if args.cam:
         return gradcam.draw(args.cam, net, test, args, info)
@@ -173,67 +158,59 @@ def report(net, test, args, info, run, checkpoint: Path | None = None):
     if args.corruptions:
         device = next(net.parameters()).device
         for name, loader in corruptions.read(args.corruptions, info, args.batch_size, device):
-            results |= measure(net, loader, args, info, [name], lambda images, _: [net(images)])
+            results[name] = evaluate(net, loader, args, info)
     lines = ["condition,accuracy,top5,loss,ece,count"]
     for name, result in results.items():
         if not math.isfinite(result["loss"]):
             raise RunError(f"{name}: the loss on test images is {result['loss']}; the network's "
                            "weights are not usable")
         log(f"{name}: {sentence(result)}")
-        numbers = [f"{result[key]:.6g}" for key in ("top1", "top5", "loss", "ece")]
-        lines.append(",".join([name, *numbers, str(result["count"])]))
-    if args.corruptions:
-        found = [result["top1"] for name, result in results.items() if corruptions.kind(name)]
-        log(f"mean corruption error: {100 - sum(found) / len(found):.2f} % over "
-            f"{len(found) // corruptions.SEVERITIES} corruptions of "
+        lines.append("{},{top1:.6g},{top5:.6g},{loss:.6g},{ece:.6g},{count}".format(name, **result))
+    errors = [100 - result["top1"] for name, result in results.items() if corruptions.kind(name)]
+    if errors:
+        log(f"mean corruption error: {sum(errors) / len(errors):.2f} % over "
+            f"{len(errors) // corruptions.SEVERITIES} corruptions of "
             f"{corruptions.SEVERITIES} severities")
     if run.writes:
         path = checkpoint.with_name(f"{checkpoint.stem}_evaluation.csv") if checkpoint else \
             run.folder / "evaluation.csv"
-        plots.write_atomic(path, "\n".join(lines) + "\n")
+        files.write_atomic(path, "\n".join(lines) + "\n")
         draw(path.with_suffix(".png"), path.parent.name, results)
         log(f"evaluation: {path}, {path.with_suffix('.png').name}")
 
 
 def draw(path: Path, title: str, results: dict):
-    """Write a PNG of reliability, accuracy over visible fraction, and the other conditions."""
+    """Draw reliability, accuracy over visible fraction, and accuracy under other conditions."""
     bars, seen = {}, {100: results["clean"]["top1"]}
     for name, result in results.items():
         if name.startswith("visible"):
             seen[float(name.split()[1])] = result["top1"]
         else:                                       # of a corruption: the mean over severities
             bars.setdefault(corruptions.kind(name) or name, []).append(result["top1"])
-    figure = plots.new_figure(figsize=(13, 4 + 0.18 * max(0, len(bars) - 8)))
+    figure = plots.new_figure(13, 4 + 0.18 * max(0, len(bars) - 8), title)
     left, middle, right = figure.subplots(1, 3)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=10, color=plots.INK)
 
     confidence, hits, count = results["clean"]["bins"]
-    centres = (torch.arange(BINS) + 0.5) / BINS
+    centres, confidence = (torch.arange(BINS) + 0.5) / BINS, confidence / count     # nan: empty
     left.bar(centres, count / count.sum(), 0.94 / BINS, color=plots.GRID,
              label="share of the images")
     left.bar(centres, hits / count.clamp(min=1), 0.6 / BINS, color=plots.BLUE, label="accuracy")
-    some = count > 0
-    left.hlines((confidence / count)[some], centres[some] - 0.47 / BINS,
-                centres[some] + 0.47 / BINS, color=plots.ORANGE, linewidth=2.5,
-                label="mean confidence")
+    left.hlines(confidence, centres - 0.47 / BINS, centres + 0.47 / BINS, color=plots.ORANGE,
+                linewidth=2.5, label="mean confidence")
     left.plot([0, 1], [0, 1], color=plots.MUTED, linestyle="--", linewidth=1)
-    left.set(title=f"Reliability, ECE {100 * results['clean']['ece']:.2f} %", xlabel="confidence",
-             xlim=(0, 1), ylim=(0, 1))
     left.legend(frameon=False, loc="upper left", fontsize=9)
+    plots.frame(left, title=f"Reliability, ECE {100 * results['clean']['ece']:.2f} %",
+                xlabel="confidence", xlim=(0, 1), ylim=(0, 1))
 
     middle.plot(list(seen), list(seen.values()), color=plots.BLUE, marker="o", markersize=4,
                 linewidth=1.8, clip_on=False)
-    middle.set(title="Occlusion", xlabel="visible fraction of the image, %", ylabel="accuracy, %",
-               xlim=(0, 100), ylim=(0, 100))
+    plots.frame(middle, title="Occlusion", xlabel="visible fraction of the image, %",
+                ylabel="accuracy, %", xlim=(0, 100), ylim=(0, 100))
 
     drawn = right.barh(list(bars), [sum(part) / len(part) for part in bars.values()], height=0.7,
                        color=[plots.MUTED, *[plots.BLUE] * (len(bars) - 1)])
     right.bar_label(drawn, fmt="%.1f", padding=3, fontsize=8, color=plots.INK)
     right.invert_yaxis()
-    right.set(title="Attacks" + " and corruptions" * (len(bars) > 3), xlabel="accuracy, %",
-              xlim=(0, 108))
-    for axis in (left, middle, right):
-        axis.grid(color=plots.GRID, linewidth=0.8)
-        axis.set_axisbelow(True)
-        axis.spines[["top", "right"]].set_visible(False)
+    plots.frame(right, title="Attacks" + " and corruptions" * (len(bars) > 3),
+                xlabel="accuracy, %", xlim=(0, 108))
     plots.save_figure(figure, path)

@@ -2,8 +2,8 @@
 import argparse
 import contextlib
 import difflib
+import math
 import os
-import struct
 import sys
 
 from common.distributed import print_once
@@ -60,17 +60,15 @@ def add_boolean(add, name: str, default: bool, help: str):
 
 
 def number(kind=float, low=None, high=None, above=None):
-    """argparse type: an int64 or float32 within bounds (`above` excludes the bound itself)."""
+    """argparse type: a finite number within bounds (`above` excludes the bound itself)."""
     bounds = [f"{word} {bound}" for word, bound in
               (("of at least", low), ("at most", high), ("above", above)) if bound is not None]
 
     def check(text: str):
-        with contextlib.suppress(ValueError, OverflowError, struct.error):
+        with contextlib.suppress(ValueError):
             value = kind(text.removesuffix(".0") if kind is int else text)
-            stored, = struct.unpack("q" if kind is int else "f",
-                                    struct.pack("q" if kind is int else "f", value))
             if ((low is None or value >= low) and (high is None or value <= high)
-                    and (above is None or stored > above) and abs(stored) < float("inf")):
+                    and (above is None or value > above) and math.isfinite(value)):
                 return value
         what = "an integer" if kind is int else "a number"
         raise argparse.ArgumentTypeError(f"'{text}' is not {what} {' and '.join(bounds)}".rstrip())
@@ -84,19 +82,11 @@ def path(text: str) -> str:
     return os.path.expanduser(text)
 
 
-def picture(text: str) -> str:
-    """argparse type: a file in a format that matplotlib writes, by its suffix."""
-    name = path(text)
-    if os.path.splitext(name)[1].lower() not in (".png", ".jpg", ".jpeg", ".pdf", ".svg", ".webp"):
-        raise argparse.ArgumentTypeError(f"'{text}' ends in none of .png .jpg .pdf .svg .webp")
-    return name
-
-
-def part_of_a_name(text: str) -> str:
-    """argparse type: what is put into a folder's name."""
-    if "/" in text or not text.isprintable():
-        raise argparse.ArgumentTypeError(f"{text!r} is part of a name: no '/', no line break")
-    return text
+def folder(text: str) -> str:
+    """argparse type: a folder that is there."""
+    if not os.path.isdir(path(text)):
+        raise argparse.ArgumentTypeError(f"'{text}' is no folder")
+    return path(text)
 
 
 def weights(text: str) -> str:
@@ -120,13 +110,6 @@ class Picture(argparse.Action):
             namespace.evaluate = namespace.evaluate or "auto"
 
 
-def folder(text: str) -> str:
-    """argparse type: a folder that is there."""
-    if not os.path.isdir(path(text)):                       # False, too, for a name too long
-        raise argparse.ArgumentTypeError(f"'{text}' is no folder")
-    return path(text)
-
-
 def add_flags(parser, datasets, archs, names: dict, **defaults):
     """Add the flags shared by all training scripts.
 
@@ -134,40 +117,42 @@ def add_flags(parser, datasets, archs, names: dict, **defaults):
     defaults: values by flag (none: None, unless a configuration sets it).
     """
     group = parser.add_argument_group("data, network and schedule (the same in every main.py)")
+    defaults = {"data_dir": "data", "root_dir": "experiments", "initial_channels": 64, "seed": 0,
+                "workers": 4, "print_freq": 100, "momentum": 0.9, "job_name": ""} | defaults
 
-    def ours(name, help=None, **options):
+    def add(name, help, **options):
         group.add_argument(f"--{name}", *names.get(name, ()), default=defaults.get(name), help=help,
                            **options)
 
-    defaults = {"data_dir": "data", "root_dir": "experiments", "initial_channels": 64, "seed": 0,
-                "workers": 4, "print_freq": 100, "momentum": 0.9, "job_name": ""} | defaults
-    ours("dataset", "which data", choices=datasets)
-    ours("data_dir", "folder (or .npz file) of the data set", type=path)
-    ours("root_dir", "where the run's folder is made", type=path)
-    ours("job_name", "suffix of the run's folder", type=part_of_a_name)
-    ours("labels_per_class", "training images of each class, if not all", type=positive)
-    ours("val_split", "share of each class to test on, where a folder or imagenet has no test part "
-         "(drawn by --seed)", type=number(above=0, high=0.9))
-    ours("image_size", "side of the square images in pixels, if not the data set's",
-        type=positive)
-    ours("arch", ", ".join(archs), choices=archs, metavar="NET")
-    ours("initial_channels", "64 is the network as published, 16 has a quarter of all its widths",
+    add("dataset", "which data", choices=datasets)
+    add("data_dir", "folder (or .npz file) of the data set", type=path)
+    add("root_dir", "where the run's folder is made", type=path)
+    add("job_name", "suffix of the run's folder")
+    add("labels_per_class", "training images of each class, if not all", type=positive)
+    add("val_split", "share of each class to test on, where a folder or imagenet has no test part "
+        "(drawn by --seed)", type=number(above=0, high=0.9))
+    add("image_size", "side of the square images in pixels, if not the data set's", type=positive)
+    add("arch", ", ".join(archs), choices=archs, metavar="NET")
+    add("initial_channels", "64 is the network as published, 16 has a quarter of all its widths",
         type=number(int, low=4))
     if "pretrained" in defaults:
-        ours("pretrained", "begin with ImageNet weights: torchvision's (downloaded; the meaning of "
-             "the flag alone), a file's, or none", type=weights, nargs="?", const="torchvision",
-             metavar="FILE")
-    ours("epochs", "passes over the training images", type=positive)
-    ours("batch_size", "images of a step, over all processes", type=positive)
-    ours("lr", "learning rate", type=amount)
-    ours("momentum", "of SGD", type=share)
-    ours("weight_decay", "L2 penalty of the optimizer", type=amount)
-    ours("seed", "random seed (-1: pick one)",
-         type=number(int, low=-2**63, high=2**63 - 1))
-    ours("workers", "threads that decode image files or run DALI", type=count)
-    ours("print_freq", "steps between log lines", type=positive)
+        add("pretrained", "begin with ImageNet weights: torchvision's (downloaded; the meaning of "
+            "the flag alone), a file's, or none", type=weights, nargs="?", const="torchvision",
+            metavar="FILE")
+    add("epochs", "passes over the training images", type=positive)
+    add("batch_size", "images of a step, over all processes", type=positive)
+    add("lr", "learning rate", type=amount)
+    add("momentum", "of SGD", type=share)
+    add("weight_decay", "L2 penalty of the optimizer", type=amount)
+    add("seed", "random seed (-1: pick one)", type=number(int, low=-2**63, high=2**63 - 1))
+    add("workers", "threads that decode image files or run DALI", type=count)
+    add("print_freq", "steps between log lines", type=positive)
+    add_run_time_flags(parser.add_argument_group("run time (the same in every main.py)"),
+                       names.get("resume", ()))
 
-    group = parser.add_argument_group("run time (the same in every main.py)")
+
+def add_run_time_flags(group, resume):
+    """Add the flags of the machine, of resume, evaluation and pictures; resume: its other names."""
     add = group.add_argument
     add("--device", choices=["auto", "cpu", "cuda"], default="auto",
         help="auto: the GPU where there is one")
@@ -178,19 +163,19 @@ def add_flags(parser, datasets, archs, names: dict, **defaults):
                 "memory format of the network; on, it measured faster everywhere")
     add("--loader", choices=["auto", "dali", "torch"], default="auto",
         help="who makes the batches; both augment alike, auto: the faster")
-    add("--resume", *names.get("resume", ()), type=path, metavar="auto|PATH",
+    add("--resume", *resume, type=path, metavar="auto|PATH",
         help="continue from this checkpoint; auto: from the run's newest valid one, if any")
     either = group.add_mutually_exclusive_group().add_argument
     either("--evaluate", nargs="?", const="auto", type=path, metavar="CHECKPOINT",
            help="evaluate and exit: this file, or --resume's, or the run's best.pt")
-    either("--preview", type=picture, metavar="FILE.png", action=Picture,
+    either("--preview", type=path, metavar="FILE.png", action=Picture,
            help="draw a mixed batch with its label shares (by --resume's network), and exit")
-    add("--corruptions", metavar="DIR", type=folder, help="CIFAR-10-C, CIFAR-100-C or "
-        "Tiny-ImageNet-C: evaluate on these too, with --evaluate or after training")
-    add("--cam", type=picture, metavar="FILE.png", action=Picture,
+    add("--cam", type=path, metavar="FILE.png", action=Picture,
         help="draw what --target_layer looks at (Grad-CAM) in test images, and exit")
     add("--target_layer", metavar="layerN.M", help="--cam: block M of stage N, or a module's name "
         "(default: the last with a feature map)")
+    add("--corruptions", metavar="DIR", type=folder, help="CIFAR-10-C, CIFAR-100-C or "
+        "Tiny-ImageNet-C: evaluate on these too, with --evaluate or after training")
     add("--max_steps", type=positive, metavar="N", help="a trial: stop after N training steps and "
         "N evaluation batches; evaluation, plots and checkpoint follow")
     add_boolean(add, "--tensorboard", False, "write TensorBoard events into the run folder")

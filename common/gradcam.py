@@ -10,22 +10,14 @@ from common.errors import RunError
 
 
 def find_layer(net: nn.Module, name: str) -> nn.Module:
-    """Return block M of stage N for 'layerN.M' (N from 1, M from 0), or the module `name`.
-
-    Raises RunError naming the last block when there is none, or for a transformer.
-    """
-    modules = dict(net.named_modules())
+    """Return block M of stage N for 'layerN.M' (N from 1, M from 0), or the module `name`."""
     ours = re.sub(r"^layer(\d+)", lambda n: f"stages.{int(n[1]) - 1}", name)
+    modules = dict(net.named_modules())
     for path, module in modules.items():
-        if path in (name, ours) or path.endswith((f".{name}", f".{ours}")):
+        if f".{path}".endswith((f".{name}", f".{ours}")):
             return module
-    blocks = [path for path in modules if re.search(r"(stages\.|layer)\d+\.\d+$", path)]
-    if not blocks:
-        raise RunError(f"--target_layer {name} is for networks with stages of blocks, not for "
-                       f"{type(net).__name__}; its modules: {', '.join([*modules][-4:])}")
-    stage, block = re.findall(r"\d+", blocks[-1])[-2:]
-    raise RunError(f"--target_layer {name}: no such block; the network's last one is "
-                   f"layer{int(stage) + ('stages' in blocks[-1])}.{block}")
+    raise RunError(f"--target_layer {name}: {type(net).__name__} has no such block or module; its "
+                   f"last ones: {', '.join([*modules][-8:])}")
 
 
 @torch.no_grad()
@@ -52,9 +44,9 @@ def grad_cam(net: nn.Module, layer: nn.Module, images: Tensor) -> tuple[Tensor, 
     outputs = []
     with layer.register_forward_hook(lambda module, inputs, output: outputs.append(output)):
         logits = net(images.detach().requires_grad_())
-    if len(outputs) != 1 or not isinstance(outputs[0], Tensor) or outputs[0].ndim != 4:
+    features = outputs[-1]
+    if not isinstance(features, Tensor) or features.ndim != 4:
         raise RunError(f"--target_layer: a {type(layer).__name__} gives no feature map")
-    features, = outputs
     grad, = torch.autograd.grad(logits.max(1).values.sum(), features)
     maps = (features * grad.mean((2, 3), keepdim=True)).mean(1).relu().detach()
     maps = (maps / maps.amax((1, 2), keepdim=True)).nan_to_num()
@@ -65,8 +57,7 @@ def draw(path, net, test, args, info):
     """--cam: test images, their Grad-CAM, and both in one; predicted classes below."""
     if distributed.rank():
         return
-    images = next(iter(test))[0][:8]
-    layer = args.target_layer
+    images, layer = next(iter(test))[0][:8], args.target_layer
     net.eval()
     maps, logits = grad_cam(net, find_layer(net, layer) if layer else last_layer(net, images),
                             images)

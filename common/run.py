@@ -1,29 +1,21 @@
-"""A run: its folder, resume, the epoch's steps, log lines, sums of a training epoch."""
+"""A run: its folder, resume, the epoch's steps, log lines."""
 import csv
 import io
 import json
 import math
-import os
 import statistics
 import sys
 import time
-import weakref
 from pathlib import Path
-
-try:
-    import fcntl
-except ImportError:                     # Windows: folders are not locked
-    fcntl = None
 
 import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
 
-from common import checkpoint, distributed, plots, runtime
+from common import checkpoint, distributed, files, plots, runtime
 from common.distributed import log
 from common.errors import NOT_SAVED, RunError
-from common.plots import write_atomic
 
 # Flags that a run may change when it goes on, without a word
 NOT_TRAINING = ("data_dir", "root_dir", "workers", "print_freq", "device", "resume", "evaluate",
@@ -43,23 +35,13 @@ def about(info, net, train, args) -> str:
             f"steps of {args.batch_size} images an epoch, {args.epochs} epochs")
 
 
-def lock(path: Path, mode: str):
-    """Return the file opened and locked; BlockingIOError if another process holds it."""
-    file = open(path, mode)
-    if fcntl:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        held = weakref.ref(file)                                # workers may outlive us
-        os.register_at_fork(after_in_child=lambda: held() and held().close())
-    return file
-
-
 class Run:
-    """One run: its folder, its history, and how far it has come (epoch, step).
+    """One run: its folder, its history, and how far it has come (epoch and step, from 0).
 
     name: parts of the folder's name besides data set, network, seed and --job_name; identity: what
-    a checkpoint must agree in to be resumed, besides data and network; parts: what it keeps, by
-    name, everything that has a state_dict: `model` first of all. Serves the loop of a main.py,
-    which owns the training.
+    a checkpoint must agree in to be resumed, besides data and network; parts: what checkpoints
+    hold, by name, everything that has a state_dict: `model` first of all. Serves the loop of a
+    main.py, which owns the training.
     """
 
     def __init__(self, args, device, info, name: list[str], identity: dict | None = None, **parts):
@@ -68,8 +50,7 @@ class Run:
             "arch": args.arch, "initial_channels": args.initial_channels, "dataset": info.name,
             "classes": info.num_classes, "data": info.fingerprint} | (identity or {})
         name = [info.name, args.arch, *name, f"seed{args.seed}", args.job_name]
-        name = "_".join(part for part in name if part)
-        self.folder = Path(args.root_dir).expanduser() / name
+        self.folder = Path(args.root_dir).expanduser() / "_".join(filter(None, name))
         self.keeps_files = not getattr(args, "log_off", False)
         self.writes = self.keeps_files and distributed.rank() == 0
         self.history, self.best, self.epoch, self.step, self.sums = [], -1.0, 0, 0, None
@@ -93,31 +74,32 @@ class Run:
         state = checkpoint.load(path)
         checkpoint.check_identity(state, self.identity | {"data": state["identity"].get("data")})
         checkpoint.load_part("model", self.parts["model"], state)
-        whole = state.get("step") == 0                  # then the counter is at the next epoch
-        log(f"checkpoint: {path}, epoch {state['epoch'] + (not whole)}")
+        done = state.get("step") == 0                   # then the counter is at the next epoch
+        log(f"checkpoint: {path}, epoch {state['epoch'] + (not done)}")
         return Path(path)
 
     def start(self, start_epoch: int | None = None, **facts):
         """Take the folder, resume as --resume says, write args.json with `facts`.
 
         start_epoch: where to begin, whatever the checkpoint says. Raises RunError when the folder
-        is not writable, held by another run, or already holds one that --resume does not name.
+        is held by another run, or already holds one that --resume does not name.
         """
         if self.writes:
-            self.take_folder()
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock = files.lock(self.folder / ".lock")           # until the process ends
         state = None
         if self.args.resume or self.keeps_files:
             state = checkpoint.resume(self.args.resume, self.folder)
+        self.resumed, changed = state is not None, {}
         if state:
             self.restore(state)
             log(f"resumed at epoch {self.epoch + 1}, step {self.step}")
+            now = self.settings()
+            changed = {name: f"{value} -> {now[name]}" for name, value in state["args"].items()
+                       if name not in NOT_TRAINING and value != now.get(name, value)}
         if len(set(distributed.gather((self.epoch, self.step)))) > 1:
             raise RunError(f"{self.folder}: the processes find different checkpoints there; "
                            "--root_dir must be on a disk that all machines share")
-        self.resumed = state is not None
-        before, now = (state or {}).get("args", {}), self.settings()
-        changed = {name: f"{value} -> {now[name]}" for name, value in before.items()
-                   if name not in NOT_TRAINING and value != now.get(name, value)}
         if changed:
             distributed.warn("going on with other settings than before: " + ", ".join(
                 f"{'--' * hasattr(self.args, name)}{name} {change}"
@@ -135,21 +117,10 @@ class Run:
             "fingerprint": self.info.fingerprint,
             "command": " ".join([Path(sys.executable).name, *sys.argv]), "args": vars(self.args),
             "resumed_at": [self.epoch + 1, self.step] if state else None, "changed": changed}
-        write_atomic(self.folder / "args.json", json.dumps(facts, indent=1, default=str) + "\n")
+        files.write_atomic(self.folder / "args.json", json.dumps(facts, indent=1, default=str))
         if self.args.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
             self.events = SummaryWriter(self.folder / "tensorboard", purge_step=self.epoch + 1)
-
-    def take_folder(self):
-        """Make the run's folder and hold it until the process ends."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.lock = lock(self.folder / ".lock", "w")
-        except BlockingIOError:
-            raise RunError(f"{self.folder}: another run is writing there; choose another "
-                           "--root_dir or wait for its end") from None
-        except OSError as fault:
-            raise RunError(f"{self.folder} cannot be written: {fault.strerror}") from None
 
     def settings(self) -> dict:
         """Return the flags, and what else the exact numbers of a run depend on."""
@@ -162,14 +133,11 @@ class Run:
         if "history" not in state:
             raise RunError(f"{self.args.resume} holds weights alone, to evaluate; go on from the "
                            f"run's {checkpoint.NEWEST}")
-        seed = state["args"].get("seed")
-        if seed != self.args.seed:
-            raise RunError(f"{self.args.resume} is of a run with --seed {seed}: go on with that")
         checkpoint.check_identity(state, self.identity)
-        before = state["args"]["batch_size"]
-        if state["step"] and before != self.args.batch_size:
-            raise RunError(f"the checkpoint stands inside an epoch of --batch_size {before}; go on "
-                           "with the same")
+        for name in ("seed", *["batch_size"] * (state["step"] > 0)):        # inside an epoch
+            if state["args"].get(name) != getattr(self.args, name):
+                raise RunError(f"the checkpoint is of a run with --{name} {state['args'][name]}: "
+                               "go on with that")
         for name, part in self.parts.items():
             checkpoint.load_part(name, part, state)
         for name in ("history", "best", "epoch", "step", "sums"):
@@ -179,19 +147,11 @@ class Run:
 
     def steps(self, loader):
         """Yield (step, batch) of the epoch from where the run stands, behind a progress bar."""
-        if self.step > len(loader):
-            raise RunError(f"the checkpoint stands at step {self.step} of an epoch of "
-                           f"{len(loader)} steps: it is not of this run")
         loader.set_epoch(self.epoch, self.step)
-        bar = tqdm(loader, total=len(loader), initial=self.step,
-                   desc=f"epoch {self.epoch + 1}/{self.args.epochs}", leave=False,
-                   postfix=self.left(self.epoch), disable=distributed.rank() != 0,
-                   mininterval=0.2 if sys.stderr.isatty() else 60)
         self.epoch_steps, self.started, self.first = len(loader), time.perf_counter(), self.step
-        try:
+        with distributed.progress(loader, len(loader), f"epoch {self.epoch + 1}/{self.args.epochs}",
+                                  initial=self.step, postfix=self.left(self.epoch)) as bar:
             yield from enumerate(bar, self.step)
-        finally:
-            bar.close()
 
     def ends(self, step: int, sums, print_every: int = 100) -> bool:
         """Return, after each step, whether --max_steps ends the epoch here.
@@ -251,13 +211,13 @@ class Run:
         """
         bad = [name for name, value in row.items() if not math.isfinite(value)]
         if bad:
-            raise RunError(f"{bad[0]} became {row[bad[0]]} at epoch {self.epoch + 1}, after "
-                           f"step {self.step}; {NOT_SAVED}")
+            raise RunError(f"{bad[0]} became {row[bad[0]]} at epoch {self.epoch + 1}, after step "
+                           f"{self.step}; {NOT_SAVED}")
         self.check_weights()
-        row = {"epoch": self.epoch} | row
-        self.history.append(row)
+        self.history.append({"epoch": self.epoch} | row)
         log(self.line(row))
-        self.write_log(row)
+        if self.writes:
+            self.write_log(row)
         trial = self.args.max_steps is not None
         if accuracy is not None and (self.best < 0 if trial else accuracy > self.best):
             self.best = self.best if trial else accuracy
@@ -276,12 +236,13 @@ class Run:
 
     def line(self, row: dict) -> str:
         """Return an epoch's line of the log: loss, accuracies, seconds, time left."""
-        digits = len(str(self.args.epochs))
-        best = {"best": max(self.column("test_accuracy"), default=0)}
-        parts = [f"{label} {(row | best)[name]:{form}}" for label, name, form in (
+        if accuracies := self.column("test_accuracy"):
+            row = row | {"best": max(accuracies)}
+        parts = [f"{label} {row[name]:{form}}" for label, name, form in (
             ("loss", "train_loss", ".4f"), ("train", "train_accuracy", "6.2f"),
             ("k-NN", "knn_accuracy", "6.2f"), ("test", "test_accuracy", "6.2f"),
-            ("best", "best" if best["best"] else "", "6.2f")) if name in row | best]
+            ("best", "best", "6.2f")) if name in row]
+        digits = len(str(self.args.epochs))
         return "  ".join([f"epoch {self.epoch + 1:{digits}}/{self.args.epochs}", *parts,
                           f"{row['seconds']:.0f} s", self.left(self.epoch + 1)]).rstrip()
 
@@ -300,19 +261,17 @@ class Run:
 
     def write_log(self, row: dict):
         """Rewrite log.csv from the history and send the new row to TensorBoard."""
-        if not self.writes:
-            return
-        columns = list(dict.fromkeys(name for row in self.history for name in row))
         text = io.StringIO()
+        columns = dict.fromkeys(name for line in self.history for name in line)
         writer = csv.DictWriter(text, columns, lineterminator="\n")
         writer.writeheader()
         for line in self.history:
             writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in line.items()}
                             | {"epoch": line["epoch"] + 1})
-        write_atomic(self.folder / "log.csv", text.getvalue())
+        files.write_atomic(self.folder / "log.csv", text.getvalue())
         if self.events:
             for name, value in row.items():
-                self.events.add_scalar(name, value, row["epoch"] + 1)
+                self.events.add_scalar(name, value, self.epoch + 1)
             self.events.flush()
 
     # ---- the end
@@ -326,26 +285,23 @@ class Run:
         values = self.column("test_accuracy")
         if not values:
             return "no epoch was left to train"
-        seconds = statistics.mean(self.column("seconds"))
         last = values[-10:]
         median = statistics.median(last)
         spread = max(max(last) - median, median - min(last))
         trial = "TRIAL, on a few images: " if self.args.max_steps else ""
         return (f"{trial}test accuracy, median of the last {len(last)} epochs: {median:.2f} % "
                 f"(± {spread:.2f}); best {max(values):.2f} %; last {values[-1]:.2f} %; "
-                f"{seconds:.1f} s of training an epoch")
+                f"{statistics.mean(self.column('seconds')):.1f} s of training an epoch")
 
     def finish(self, title: str, draw=None, *what):
         """Log the result, draw curves.png, and mixed.png by draw(path, *what)."""
         log(self.report())
-        if self.writes:
-            drawn = plots.curves(self.folder / "curves.png", title, self.history)
-            log(f"curves: {drawn}")
-            if draw:
-                picture = draw(self.folder / "mixed.png", *what)
-                log(f"mixed images: {picture}")
-                if self.events and picture:
-                    pixels = np.asarray(Image.open(picture).convert("RGB"))
-                    self.events.add_image("mixed images", pixels, dataformats="HWC")
-                    self.events.flush()
-            log(f"checkpoints: {self.folder}")
+        if not self.writes:
+            return
+        plots.curves(self.folder / "curves.png", title, self.history)
+        picture = draw and draw(self.folder / "mixed.png", *what)
+        if self.events and picture:
+            pixels = np.asarray(Image.open(picture).convert("RGB"))
+            self.events.add_image("mixed images", pixels, dataformats="HWC")
+            self.events.flush()
+        log(f"curves, pictures and checkpoints: {self.folder}")

@@ -24,8 +24,6 @@ COMPILERS = {"darwin": "clang++", "win32": "cl"}            # what torch.compile
 traceback_folder = Path()                                   # of unforeseen faults; a run's own
 
 
-# ----------------------------------------------------------------------------------- the machine
-
 def setup(args) -> torch.device:
     """Return the device, with the processes joined, seeds set and the CPU's memory tuned.
 
@@ -43,13 +41,14 @@ def setup(args) -> torch.device:
         tune_cpu_memory()
         if local_world > 1:                                 # torchrun would leave one thread each
             torch.set_num_threads(max(1, cores() // local_world))
-    distributed.join(device)
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
     torch.manual_seed(args.seed)
     name = torch.cuda.get_device_name(device) if on_gpu else \
         f"CPU, {torch.get_num_threads()} threads"
-    log(f"device: {name}" + (f", {world()} processes" if world() > 1 else "")
+    log(f"device: {name}" + f", {world()} processes" * (world() > 1)
         + f"; precision {'fp32' if args.amp == 'off' else args.amp}"
-        + ("" if on_gpu or args.device == "cpu" else " (no GPU found)"))
+        + " (no GPU found)" * (not on_gpu and args.device != "cpu"))
     if args.amp == "bf16" and not on_gpu and not has_bf16():
         warn("this processor has no bf16 instructions: --amp bf16 is emulated and many times "
              "slower than --amp off")
@@ -90,22 +89,13 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
-def commit() -> str:
-    """The project's git commit, with '+' when files differ from it; '' outside a checkout."""
-    root = Path(__file__).resolve().parents[1]
-
-    def git(*words):
-        return subprocess.run(["git", "-C", root, *words], capture_output=True, text=True).stdout
-
-    with contextlib.suppress(OSError):
-        head = git("rev-parse", "--short", "HEAD").strip()
-        return head + ("+" if head and git("status", "--porcelain", "-uno") else "")
-    return ""
-
-
 def facts(device: torch.device) -> dict:
     """Return what a run notes of its machine and versions."""
-    return {"device": str(device), "processes": world(), "commit": commit(),
+    git = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty=+", "--exclude=*"]
+    commit = ""
+    with contextlib.suppress(OSError):                      # no git here
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    return {"device": str(device), "processes": world(), "commit": commit,
             "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
             "threads": torch.get_num_threads(), "python": platform.python_version(),
             "torch": torch.__version__, "torchvision": torchvision.__version__}
@@ -114,24 +104,20 @@ def facts(device: torch.device) -> dict:
 def use_gpus(count: int):
     """Restart this program under torchrun on `count` GPUs of this machine, if count is above 1.
 
-    Does nothing under torchrun, or (with a warning) without a GPU. Raises RunError if there are
-    fewer GPUs.
+    Does nothing under torchrun, or (with a warning) without a GPU.
     """
     if count <= 1 or "RANK" in os.environ:
         return
     if not torch.cuda.is_available():
         return warn(f"{count} GPUs asked for, none is there: one process on the CPU")
-    if count > torch.cuda.device_count():
-        raise RunError(f"{count} GPUs asked for, {torch.cuda.device_count()} are there")
     os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", "--standalone",
                               f"--nproc_per_node={count}", *sys.argv])
 
 
 def tune_cpu_memory():
-    """Keep freed buffers in the process: glibc's page faults cost more than the arithmetic.
+    """Keep freed buffers in the process, where glibc is: its page faults cost more than arithmetic.
 
-    With mmap off and trimming off, plain training of the trial network runs about 1.2 times
-    and saliency methods up to 2 times faster. Does nothing where there is no glibc.
+    Plain training of the trial network runs about 1.2 times faster, saliency methods up to 2 times.
     """
     M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
     with contextlib.suppress(OSError, AttributeError):
@@ -139,8 +125,6 @@ def tune_cpu_memory():
         mallopt(M_MMAP_MAX, 0)
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
-
-# ----------------------------------------------------------------------------------- the network
 
 def autocast(args, device: torch.device):
     """Return the context of the forward passes under --amp."""
@@ -159,16 +143,16 @@ def prepare(model, args, device: torch.device):
     """
     net = model.to(device)
     narrow = device.type == "cpu" and any(map(is_narrow, net.modules()))
-    if args.channels_last and not narrow:
+    if last := args.channels_last and not narrow:
         net = net.to(memory_format=torch.channels_last)
     else:
         for part in net.modules():
             if isinstance(part, torch.nn.Conv2d):
-                part.register_forward_pre_hook(make_contiguous)
-    log(("memory format: channels last" if args.channels_last and not narrow else
-         "memory format: contiguous")
-        + (" (channels last is unsafe for fewer than 16 channels on a CPU)"
-           if args.channels_last and narrow else "") + ("; compiled" if args.compile else ""))
+                part.register_forward_pre_hook(
+                    lambda _, inputs: tuple(value.contiguous() for value in inputs))
+    log(f"memory format: {'channels last' if last else 'contiguous'}"
+        + " (channels last is unsafe for fewer than 16 channels on a CPU)" * (
+            args.channels_last and narrow) + "; compiled" * args.compile)
     if args.compile:
         net.compile()                                       # in place: names in checkpoints stay
     if world() == 1:
@@ -188,22 +172,13 @@ def is_narrow(part) -> bool:
     return part.out_channels < 16 or (part.in_channels < 16 and part.in_channels != 3)
 
 
-def make_contiguous(_, inputs):
-    """Return a convolution's inputs (a forward pre-hook) in contiguous memory format."""
-    return tuple(value.contiguous() for value in inputs)
-
-
-@functools.cache
-def _compile(function):
-    return torch.compile(function)
+_compile = functools.cache(torch.compile)
 
 
 def compiled(function, args):
     """Return `function`, compiled under --compile (once a program)."""
     return _compile(function) if args.compile else function
 
-
-# ---------------------------------------------------------------------------------- start and end
 
 class StopSignal:
     """Notes SIGTERM and Ctrl-C; the training loop asks after each step. A second one kills."""
@@ -237,7 +212,7 @@ class StopSignal:
 
 
 def launch(main):
-    """Run main() as a program: faults print one line and exit with code 1.
+    """Run main() as a program: a fault prints one line and exits with code 1.
 
     What nothing foresaw leaves its traceback in a file (the run's folder, or the working folder);
     with --debug it is raised.
@@ -258,21 +233,10 @@ def launch(main):
     except KeyboardInterrupt:
         print_once("stopped by Ctrl-C; nothing more was written")
         code = 130
-    except RunError as fault:
-        print_once(f"error: {fault}")
-    except torch.OutOfMemoryError as fault:
-        print_once(f"error: the GPU's memory is full ({first_line(fault)}): lower --batch_size or "
-                   "use --amp bf16")
-    except MemoryError as fault:
-        print_once(f"error: the memory is full ({first_line(fault)}): lower --batch_size, or the "
-                   "sizes that the flags set")
-    except OSError as fault:
-        name = f"{fault.filename}: " if fault.filename else ""
-        print_once(f"error: {name}{fault.strerror or fault}")
     except Exception as fault:
-        if "--debug" in sys.argv:
+        if "--debug" in sys.argv and not isinstance(fault, RunError):
             raise
-        print_once(describe(fault))
+        print_once(f"error: {describe(fault)}")
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -285,13 +249,15 @@ def launch(main):
     sys.exit(code)
 
 
-def first_line(fault: Exception) -> str:
-    """Return the beginning of what a fault says."""
-    return (str(fault).strip().splitlines() or [type(fault).__name__])[0][:300]
-
-
 def describe(fault: Exception) -> str:
-    """Return one line about an unforeseen fault; write its traceback into a file."""
+    """Return one line about a fault; write the traceback of an unforeseen one into a file."""
+    if isinstance(fault, RunError):
+        return str(fault)
+    if isinstance(fault, OSError):
+        return (f"{fault.filename}: " if fault.filename else "") + (fault.strerror or str(fault))
+    first = str(fault).strip().partition("\n")[0][:300]
+    if isinstance(fault, (MemoryError, torch.OutOfMemoryError)):
+        return f"the memory is full ({first}): lower --batch_size, or take --amp bf16 on a GPU"
     path = traceback_folder / (f"error-{rank()}.txt" if world() > 1 else "error.txt")
     try:
         path.write_text("".join(traceback.format_exception(fault)), errors="backslashreplace")
@@ -299,4 +265,4 @@ def describe(fault: Exception) -> str:
     except OSError:
         where = "--debug shows where"
     gone = " (was another process stopped? then go on with --resume auto)" if world() > 1 else ""
-    return f"error: {type(fault).__name__}: {first_line(fault)}{gone}; {where}"
+    return f"{type(fault).__name__}: {first}{gone}; {where}"

@@ -6,7 +6,7 @@ from common.errors import NOT_SAVED, RunError
 
 
 class StepSums:
-    """Loss and hits of one epoch's training steps, kept on the device without waiting for it.
+    """Loss and hits of one epoch's training steps, summed without host synchronisation.
 
     saved: the `state` of a checkpoint inside the epoch.
     """
@@ -17,10 +17,11 @@ class StepSums:
         self.more = {}                                                      # sums of other values
         self.steps = self.checked = 0
         if saved:                       # means and totals of all ranks
+            first = distributed.rank() == 0
             self.steps = self.checked = len(saved["losses"])
             self.losses[:self.steps] = torch.tensor(saved["losses"])
-            self.hits[:] = torch.tensor(saved["hits"]) * (distributed.rank() == 0)
-            self.more = {name: torch.tensor(value, device=device) * (distributed.rank() == 0)
+            self.hits[:] = torch.tensor(saved["hits"]) * first
+            self.more = {name: torch.tensor(value, device=device) * first
                          for name, value in saved.get("more", {}).items()}
 
     def add(self, step: int, loss: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor,
@@ -37,27 +38,26 @@ class StepSums:
             self.more[name] = self.more.get(name, 0) + value.detach().double()
 
     def check(self, epoch: int):
-        """Raises RunError naming the first step whose loss is not a finite number."""
+        """Raise RunError naming the first step whose loss is not a finite number."""
         bad = (~torch.isfinite(self.losses[self.checked:self.steps])).nonzero()
         if len(bad):
             first = self.checked + int(bad[0])
-            raise RunError(
-                f"the loss became {self.losses[first].item()} at epoch {epoch + 1}, step "
-                f"{first + 1}; {NOT_SAVED}")
+            raise RunError(f"the loss became {self.losses[first].item()} at epoch {epoch + 1}, "
+                           f"step {first + 1}; {NOT_SAVED}")
         self.checked = self.steps
 
     def state(self) -> dict:
-        """What a checkpoint inside the epoch keeps; every rank must ask at the same step."""
+        """Return what a checkpoint inside the epoch holds; every rank asks at the same step."""
         losses = distributed.total(self.losses[:self.steps]) / distributed.world()
         return {"losses": losses.tolist(), "hits": distributed.total(self.hits).tolist(),
                 "more": self.totals()}
 
     def totals(self) -> dict:
-        """The sums of other values over all ranks."""
+        """Return the sums of other values over all ranks."""
         return {name: distributed.total(value).item() for name, value in self.more.items()}
 
     def result(self) -> dict:
-        """Mean loss, accuracy in % and means of other values over the steps of all ranks."""
+        """Return mean loss, accuracy in % and means of other values over all ranks' steps."""
         sums = torch.cat([self.losses[:self.steps].double().sum()[None], self.hits])
         loss, right, seen = distributed.total(sums).tolist()
         steps = self.steps * distributed.world()

@@ -36,8 +36,7 @@ from common.data import recordio
 from common.data.folders import list_classes
 from common.data.images import decode, read_text, reason
 from common.errors import DataError, Stopped
-from common.plots import write_atomic
-from common.run import lock
+from common.files import lock, write_atomic
 
 STORED = {"JPEG", "PNG"}                # formats whose bytes are stored as they are
 
@@ -195,11 +194,7 @@ def main(argv=None):
         raise DataError(f"{idx} is there already: remove it to write it anew")
     encoder = Encoder(args, items, classes)
     args.prefix.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        rec = lock(rec_path, "ab+")
-    except BlockingIOError:
-        raise DataError(f"{rec_path}: another run is writing it") from None
-    with rec:
+    with lock(rec_path, "ab+") as rec:
         index = begin(rec, encoder.job)
         try:
             write(rec, bad, encoder, index, args.workers)

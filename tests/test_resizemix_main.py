@@ -341,11 +341,11 @@ def test_grad_cam_finds_the_class():
     expected = (expected / expected.amax((1, 2), keepdim=True)).nan_to_num()
     assert torch.allclose(maps, F.interpolate(expected[:, None], (16, 16), mode="bilinear")[:, 0],
                           atol=1e-5)
-    with pytest.raises(RunError, match="the network's last one is layer3.1"):
+    with pytest.raises(RunError, match="has no such block or module; its last ones: .*stages.2.1"):
         gradcam.find_layer(net, "layer3.2")
     big = resizemix.models.build("resnet50", 10, 224)
     assert gradcam.find_layer(big, "layer4.2") is big.layer4[2]
-    with pytest.raises(RunError, match="not for ConvNeXt"):
+    with pytest.raises(RunError, match="ConvNeXt has no such block"):
         gradcam.find_layer(models.build("convnext_t", 2, 32), "layer4.2")
 
 
@@ -413,7 +413,6 @@ def test_killed_and_resumed_is_the_run_never_killed(tmp_path):
     ("--lr_schedule step --gamma -1", 2, "--gamma: '-1'"),
     ("--lr_schedule step --min_lr 0.1", 2, "--min_lr are for --lr_schedule cosine"),
     ("--lr_schedule step --restart_epochs 1", 2, "are for --lr_schedule cosine"),
-    ("--job_name ../x", 2, "--job_name: '../x' is part of a name"),
     ("--launcher pytorch", 1, "torchrun did not start this process"),
     ("--launcher slurm", 1, "SLURM_PROCID is not set"),
     ("--dataset imagenet", 1, "is for sets that fit in memory"),

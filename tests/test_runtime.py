@@ -32,15 +32,6 @@ def test_booleans_keep_the_papers_forms():
         parser.parse_args(["--log_off", "maybe"])
 
 
-@pytest.mark.parametrize("text, allowed", [("a.png", True), ("b/a.PDF", True), ("a", False),
-                                           ("/dev/null", False), ("a.xyz", False), (".", False)])
-def test_pictures_have_a_format(text, allowed):
-    if allowed:
-        return flags.picture(text)
-    with pytest.raises(argparse.ArgumentTypeError, match="ends in none of"):
-        flags.picture(text)
-
-
 @pytest.mark.parametrize("fault, code, line", [
     (DataError("a.npz: damaged"), 1, "error: a.npz: damaged"),
     (OSError(28, "No space left on device", "x/log.csv"), 1, "x/log.csv: No space left"),
@@ -81,22 +72,6 @@ def settings(**changed):
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("environment, line", [
-    ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"},
-     "needs MASTER_ADDR and MASTER_PORT"),
-    ({"RANK": "0"}, "needs WORLD_SIZE and MASTER_ADDR and MASTER_PORT"),
-    ({"SLURM_STEP_NUM_TASKS": "2"}, "needs RANK and MASTER_ADDR and MASTER_PORT"),
-    ({"LOCAL_RANK": "abc"}, "LOCAL_RANK=abc in the environment is not a number")])
-def test_incomplete_launchers_are_named(monkeypatch, environment, line):
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.setenv(name, "0")           # so that what setup adds is taken back
-        monkeypatch.delenv(name)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(RunError, match=line):
-        runtime.setup(settings())
-
-
 def test_a_shell_under_slurm_is_one_process(monkeypatch):
     for name, value in {"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}.items():
         monkeypatch.setenv(name, value)
@@ -110,8 +85,7 @@ def test_every_program_has_the_common_flags(capsys):
     args = parser.parse_args("--init_lr 0.2 --seed -3 --compile".split())
     assert (args.lr, args.seed, args.compile, args.momentum) == (0.2, -3, True, 0.9)
     assert (args.epochs, args.initial_channels, args.device) == (None, 64, "auto")
-    for words in ("--seed 99999999999999999999", "--dataset other", "--arch other",
-                  "--job_name ../x", "--lr 1e39", "--lr 1e-50000x", "--epochs 9223372036854775808"):
+    for words in ("--seed 99999999999999999999", "--dataset other", "--arch other", "--lr 1x"):
         with pytest.raises(SystemExit):
             parser.parse_args(words.split())
         assert capsys.readouterr().err.count("\n") == 2, words

@@ -136,7 +136,7 @@ def caption(target, names) -> str:
 
 def draw(path, images, names, results):
     """Write six columns by two rows: the two photographs, then one mixture a method."""
-    figure = new_figure(figsize=(8.8, 4.2))      # 880 pixels in the README
+    figure = new_figure(8.8, 4.2)      # 880 pixels in the README
     axes = figure.subplots(2, 6).flatten()
     shown = (images * 0.25 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
     pair = torch.cat([shown[FIRST], shown[PERM[FIRST]]], 1)
