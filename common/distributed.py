@@ -52,14 +52,11 @@ def progress(batches, total: int, title: str, **options) -> tqdm:
 
 
 def print_once(line: str):
-    """Print one line on stderr, unless another process of the run has printed the same.
-
-    Before the processes are joined, the first of each machine prints it.
-    """
+    """Print one line on stderr, unless another process of the run has printed the same."""
     try:
         if dist.is_initialized():
             told = dist.distributed_c10d._get_default_store().add(line, 1) > 1
-        else:
+        else:                                               # not joined yet: one a machine
             told = os.environ.get("LOCAL_RANK", "0") != "0"
             time.sleep(5 * told)                            # torchrun ends all when one has ended
     except RuntimeError:                                    # the store's process is gone

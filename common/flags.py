@@ -59,16 +59,15 @@ def add_boolean(add, name: str, default: bool, help: str):
     add(name, type=boolean, nargs="?", const=True, default=default, metavar="BOOL", help=help)
 
 
-def number(kind=float, low=None, high=None, above=None):
+def number(kind=float, low=-math.inf, high=math.inf, above=-math.inf):
     """argparse type: a finite number within bounds (`above` excludes the bound itself)."""
     bounds = [f"{word} {bound}" for word, bound in
-              (("of at least", low), ("at most", high), ("above", above)) if bound is not None]
+              (("of at least", low), ("at most", high), ("above", above)) if abs(bound) < math.inf]
 
     def check(text: str):
         with contextlib.suppress(ValueError):
             value = kind(text.removesuffix(".0") if kind is int else text)
-            if ((low is None or value >= low) and (high is None or value <= high)
-                    and (above is None or value > above) and math.isfinite(value)):
+            if low <= value <= high and above < value and abs(value) < math.inf:
                 return value
         what = "an integer" if kind is int else "a number"
         raise argparse.ArgumentTypeError(f"'{text}' is not {what} {' and '.join(bounds)}".rstrip())

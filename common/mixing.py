@@ -1,9 +1,8 @@
 """Mixup, CutMix, Cutout, soft targets and their losses; the random draws they share.
 
-Draws are arguments of the mixing functions, which are pure: the same draws give the same result on
-every device, without host synchronisation. They come from a CPU `torch.Generator`, or by default
-from torch's own: in the workers of a DataLoader that one differs by worker and by epoch, while a
-seeded generator made before the workers start repeats itself each epoch.
+Draws are arguments of the mixing functions: the same draws give the same result on every device,
+without host synchronisation. They come from a CPU `torch.Generator`, or by default from torch's
+own, which differs by worker and by epoch in a DataLoader.
 """
 from collections.abc import Callable
 
@@ -22,14 +21,13 @@ def draw_perm(n: int, generator: torch.Generator | None = None) -> Tensor:
 def draw_lambda(alpha: float, generator: torch.Generator | None = None, n: int | None = None
                 ) -> Tensor:
     """Return shares of the first image, Beta(alpha, alpha), 1 for alpha <= 0: a scalar, or (n,)."""
-    shape = () if n is None else (n,)
+    shape = (2,) if n is None else (2, n)
     if alpha <= 0:
-        return torch.ones(shape)
+        return torch.ones(shape[1:])
     # Gamma(alpha) = Gamma(alpha + 1)·U^(1/alpha), by logarithms: small ones underflow
-    shape = (2, *shape)
     gamma = torch._standard_gamma(torch.full(shape, alpha + 1, dtype=torch.float64), generator)
-    first, second = gamma.log() + torch.rand(
-        shape, generator=generator, dtype=torch.float64).log() / alpha
+    uniform = torch.rand(shape, generator=generator, dtype=torch.float64)
+    first, second = gamma.log() + uniform.log() / alpha
     return (first - second).sigmoid().float()
 
 
@@ -61,10 +59,7 @@ def check_floats(images: Tensor):
 
 
 def per_image(values: float | Tensor, images: Tensor) -> Tensor:
-    """Return shares, a number, scalar tensor or (B,) tensor, as float32 (B,) on images' device.
-
-    Raises ValueError for shares outside [0, 1], where that needs no host synchronisation.
-    """
+    """Return shares, a number, scalar tensor or (B,) tensor, as float32 (B,) on images' device."""
     values = torch.as_tensor(values)
     if values.device.type == "cpu" and not torch.compiler.is_compiling() \
             and not ((values >= 0) & (values <= 1)).all():
@@ -99,9 +94,9 @@ def cutmix(images: Tensor, perm: Tensor, centre: Tensor, lam: float | Tensor
            ) -> tuple[Tensor, Tensor]:
     """CutMix (Yun et al. 2019): a box of x[perm], sqrt(1 - lam) of each side, is pasted into x.
 
-    `images` (B, C, H, W); `perm` (B,); `centre` (y, x) of the box in pixels, (2,) or (B, 2); `lam`
-    in [0, 1], a scalar or (B,). The box is clipped to the image, its edges truncated to whole
-    pixels. Returns the mixed images and ratio (B,), the exact share of pixels that stay.
+    `centre` (y, x) of the box in pixels, (2,) or (B, 2); `lam` in [0, 1], a scalar or (B,). The box
+    is clipped to the image, its edges truncated to whole pixels. Returns the mixed images and ratio
+    (B,), the exact share of pixels that stay.
     """
     centre = centre.to(images.device, non_blocking=True)
     cut = (1 - per_image(lam, images)).sqrt()                # share of each side
@@ -116,8 +111,7 @@ def cutmix(images: Tensor, perm: Tensor, centre: Tensor, lam: float | Tensor
 def cutout(images: Tensor, centres: Tensor, side: float) -> Tensor:
     """Cutout (DeVries & Taylor 2017): a square of every image becomes 0, the mean colour.
 
-    `images` (B, C, H, W), normalised; `centres` (B, 2) pixels y, x. The square reaches from
-    side // 2 pixels before the centre to just before as many after it, cut off at the borders.
+    `centres` (B, 2) pixels y, x: the square reaches from side // 2 before to side // 2 after.
     """
     centres = centres.to(images.device, non_blocking=True)
     edges = zip((centres - side // 2).unbind(1), (centres + side // 2).unbind(1), strict=True)
@@ -125,10 +119,7 @@ def cutout(images: Tensor, centres: Tensor, side: float) -> Tensor:
 
 
 def probabilities(labels: Tensor, num_classes: int) -> Tensor:
-    """Return targets (B, num_classes) of class indices (B,); probabilities of that shape stay.
-
-    Raises ValueError for probabilities of another shape.
-    """
+    """Return targets (B, num_classes) of class indices (B,); probabilities of that shape stay."""
     if not labels.is_floating_point():
         return F.one_hot(labels, num_classes).float()
     if labels.shape[1:] != (num_classes,):
@@ -149,10 +140,9 @@ def input_gradient(model: nn.Module, images: Tensor, labels: Tensor, *,
                    ) -> Tensor:
     """Return the gradient (B, C, H, W) of the loss with respect to the images.
 
-    `loss` of outputs and labels: by default the mean cross-entropy, of class indices or
-    probabilities. The pass is in evaluation mode, or with `train` in training mode, where
-    BatchNorm's running statistics follow. Gradients of the parameters are not touched, modes come
-    back. Inside DistributedDataParallel, DataParallel and torch.compile the plain module is used.
+    `loss` of outputs and labels: by default the mean cross-entropy. The pass is in evaluation mode,
+    or with `train` in training mode, where BatchNorm's running statistics follow. Gradients of the
+    parameters and modes stay. Inside wrappers and torch.compile the plain module is used.
     """
     check_floats(images)
     wrappers = nn.DataParallel, nn.parallel.DistributedDataParallel
@@ -173,11 +163,7 @@ def input_gradient(model: nn.Module, images: Tensor, labels: Tensor, *,
 
 
 def softmax_bce(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return the binary cross entropy of softmax probabilities, mean over all B·C entries.
-
-    `logits` and `targets` (B, C). In float32, logarithms clamped at -100. SAGE, Puzzle Mix and
-    Co-Mixup train with it.
-    """
+    """Return the binary cross entropy of softmax probabilities (B, C), mean over all entries."""
     with torch.autocast(logits.device.type, enabled=False):
         share = logits.float().softmax(1)
         # a NaN would end the process here (on a GPU for good): pass it on to the caller instead

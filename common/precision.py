@@ -8,8 +8,7 @@ import torch
 def full_precision(device_type: str):
     """Inside, float32 matrix products are exact: no autocast, and no TF32 on a GPU.
 
-    `device_type`: "cuda" or "cpu", as `tensor.device.type`. Dynamo traces it without a graph break,
-    but inductor's kernels follow the setting at the time of the call: hold it around a compiled
+    Inductor's kernels follow the setting at the time of the call: hold it around a compiled
     function too.
     """
     if torch.compiler.is_compiling():                       # dynamo can trace this getter alone

@@ -78,12 +78,9 @@ def randaugment(images: Tensor, generator, level: float = 9.0, std: float = 0.0)
 def apply_operations(images: Tensor, tables: list[tuple[Operation, ...]], chosen: Tensor) -> Tensor:
     """Return images after tables[0][chosen[0, i]], then tables[1][chosen[1, i]], … for image i.
 
-    images (B, 3, H, W) uint8, H and W at least 3, else ValueError; chosen (len(tables), B) int64 on
-    the CPU. Warps take the nearest pixel, black outside.
+    images (B, 3, H, W) uint8, H and W at least 3; chosen (len(tables), B) int64 on the CPU. Warps
+    take the nearest pixel, black outside.
     """
-    if images.dtype != torch.uint8 or images.shape[1] != 3:
-        raise ValueError("augmentation takes uint8 images (B, 3, H, W), not "
-                         f"{images.dtype} {tuple(images.shape)}")
     position = torch.arange(len(images))                    # row -> original image
     for table, codes in zip(tables, chosen, strict=True):
         sort = sorted(range(len(table)), key=lambda k, table=table: ORDER.index(table[k].name))
@@ -105,20 +102,16 @@ def _apply(images, table, counts):
         part[:, None, None, None] for part in values.repeat_interleave(counts).split(groups))
     same, warped, blended, posterized, solarized, stretched, equalized = images.split(groups)
     warps = [k for k, op in enumerate(table) if op.name in WARPS]
+    sources = _sources(*images.shape[2:], tuple(table[k] for k in warps), images.device)
+    index = sources.repeat_interleave(send(counts[warps], images.device), 0,
+                                      output_size=len(warped))[:, None].expand(-1, 3, -1)
+    padded = F.pad(warped.flatten(2), (1, 0))               # pixel 0: black
     masks = send((256 - 2 ** (8 - bits)).to(torch.uint8), images.device)
     bright = (solarized >= send(255 * thresholds.float(), images.device)).to(torch.uint8)
     return torch.cat([
-        same, _warp(warped, tuple(table[k] for k in warps), counts[warps]),
-        _blend(blended, changes, sizes[6:10]), posterized & masks,
-        solarized ^ bright.neg_(), TF.autocontrast(stretched), TF.equalize(equalized)])
-
-
-def _warp(images, warps, counts):
-    """Shear, translate and rotate by a table of source pixels."""
-    sources = _sources(*images.shape[2:], warps, images.device)
-    index = sources.repeat_interleave(send(counts, images.device), 0, output_size=len(images))
-    padded = F.pad(images.flatten(2), (1, 0))               # pixel 0: black
-    return padded.gather(2, index[:, None].expand(-1, images.shape[1], -1)).view(images.shape)
+        same, padded.gather(2, index).view(warped.shape), _blend(blended, changes, sizes[6:10]),
+        posterized & masks, solarized ^ bright.neg_(), TF.autocontrast(stretched),
+        TF.equalize(equalized)])
 
 
 @functools.lru_cache(maxsize=16)

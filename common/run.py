@@ -56,8 +56,6 @@ class Run:
         self.history, self.best, self.epoch, self.step, self.sums = [], -1.0, 0, 0, None
         self.events, self.steps_left, self.begun = None, args.max_steps, (0.0, 0)
 
-    # ---- beginning
-
     def load_weights(self) -> Path | None:
         """Load the weights that --evaluate names (else --resume's, else best.pt), or, for a
         preview, --resume's. Returns the file, None for a fresh network."""
@@ -143,8 +141,6 @@ class Run:
         for name in ("history", "best", "epoch", "step", "sums"):
             setattr(self, name, state[name])
 
-    # ---- inside an epoch
-
     def steps(self, loader):
         """Yield (step, batch) of the epoch from where the run stands, behind a progress bar."""
         loader.set_epoch(self.epoch, self.step)
@@ -175,14 +171,11 @@ class Run:
 
     def check_weights(self):
         """Raise RunError when a weight of the network is not a finite number."""
-        values = {name: value.isfinite().all()
-                  for name, value in self.parts["model"].state_dict().items()
-                  if value.is_floating_point()}
-        finite = torch.stack(list(values.values())).tolist()        # waits for the device once
-        if not all(finite):
-            name = list(values)[finite.index(False)]
-            raise RunError(f"{name} of the network is no longer finite at epoch {self.epoch + 1}, "
-                           f"after step {self.step}; {NOT_SAVED}")
+        finite = [value.isfinite().all() for value in self.parts["model"].state_dict().values()
+                  if value.is_floating_point()]
+        if not torch.stack(finite).all():                           # waits for the device once
+            raise RunError(f"a weight of the network is no longer finite at epoch {self.epoch + 1},"
+                           f" after step {self.step}; {NOT_SAVED}")
 
     def save(self, sums=None):
         """Write checkpoint.pt: all that the rest of the run depends on."""
@@ -192,8 +185,6 @@ class Run:
                 **{name: part.state_dict() for name, part in self.parts.items()},
                 "epoch": self.epoch, "step": self.step, "sums": sums, "history": self.history,
                 "best": self.best, "identity": self.identity, "args": self.settings()})
-
-    # ---- the end of an epoch
 
     def clock(self) -> dict:
         """Return seconds since the epoch began here, and images per second of all processes."""
@@ -242,8 +233,8 @@ class Run:
             ("loss", "train_loss", ".4f"), ("train", "train_accuracy", "6.2f"),
             ("k-NN", "knn_accuracy", "6.2f"), ("test", "test_accuracy", "6.2f"),
             ("best", "best", "6.2f")) if name in row]
-        digits = len(str(self.args.epochs))
-        return "  ".join([f"epoch {self.epoch + 1:{digits}}/{self.args.epochs}", *parts,
+        epochs = self.args.epochs
+        return "  ".join([f"epoch {self.epoch + 1:{len(str(epochs))}}/{epochs}", *parts,
                           f"{row['seconds']:.0f} s", self.left(self.epoch + 1)]).rstrip()
 
     def left(self, done: int) -> str:
@@ -273,8 +264,6 @@ class Run:
             for name, value in row.items():
                 self.events.add_scalar(name, value, self.epoch + 1)
             self.events.flush()
-
-    # ---- the end
 
     def column(self, name: str) -> list[float]:
         """Return the values of one column, rows without it left out."""

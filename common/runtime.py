@@ -25,10 +25,7 @@ traceback_folder = Path()                                   # of unforeseen faul
 
 
 def setup(args) -> torch.device:
-    """Return the device, with the processes joined, seeds set and the CPU's memory tuned.
-
-    Raises RunError when what the flags or the launcher ask for is missing here.
-    """
+    """Return the device, with the processes joined, seeds set and the CPU's memory tuned."""
     local_rank, local_world = distributed.read_launcher()
     on_gpu = torch.cuda.is_available() and args.device != "cpu"
     check_machine(args, on_gpu, max(local_rank + 1, local_world))
@@ -49,7 +46,10 @@ def setup(args) -> torch.device:
     log(f"device: {name}" + f", {world()} processes" * (world() > 1)
         + f"; precision {'fp32' if args.amp == 'off' else args.amp}"
         + " (no GPU found)" * (not on_gpu and args.device != "cpu"))
-    if args.amp == "bf16" and not on_gpu and not has_bf16():
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    bf16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported() \
+        and (not x86 or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    if args.amp == "bf16" and not on_gpu and not bf16:
         warn("this processor has no bf16 instructions: --amp bf16 is emulated and many times "
              "slower than --amp off")
     return device
@@ -74,19 +74,9 @@ def check_machine(args, on_gpu: bool, processes: int):
                        "install it, name another in CXX, or leave out --compile")
 
 
-def has_bf16() -> bool:
-    """Return whether the processor computes in bf16, by what torch knows of it."""
-    x86 = platform.machine().lower() in ("x86_64", "amd64")
-    return (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-            and (not x86 or torch.cpu._is_avx512_bf16_supported()
-                 or torch.cpu._is_amx_tile_supported()))
-
-
 def cores() -> int:
     """Return the number of processor cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def facts(device: torch.device) -> dict:
@@ -102,23 +92,16 @@ def facts(device: torch.device) -> dict:
 
 
 def use_gpus(count: int):
-    """Restart this program under torchrun on `count` GPUs of this machine, if count is above 1.
-
-    Does nothing under torchrun, or (with a warning) without a GPU.
-    """
-    if count <= 1 or "RANK" in os.environ:
-        return
-    if not torch.cuda.is_available():
-        return warn(f"{count} GPUs asked for, none is there: one process on the CPU")
-    os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                              f"--nproc_per_node={count}", *sys.argv])
+    """Restart this program under torchrun on `count` GPUs of this machine, if count is above 1."""
+    if count > 1 and not torch.cuda.is_available():
+        warn(f"{count} GPUs asked for, none is there: one process on the CPU")
+    elif count > 1 and "RANK" not in os.environ:
+        os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                                  f"--nproc_per_node={count}", *sys.argv])
 
 
 def tune_cpu_memory():
-    """Keep freed buffers in the process, where glibc is: its page faults cost more than arithmetic.
-
-    Plain training of the trial network runs about 1.2 times faster, saliency methods up to 2 times.
-    """
+    """Keep freed buffers in the process: glibc's page faults cost more than the arithmetic."""
     M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL("libc.so.6").mallopt
@@ -135,17 +118,15 @@ def autocast(args, device: torch.device):
 def prepare(model, args, device: torch.device):
     """Return (net, model) on the device, in the memory format of --channels_last, compiled or not.
 
-    `net` is the bare module, for checkpoints, evaluation and saliency passes; `model` is the same
-    network as the training step calls it: under torchrun wrapped in DistributedDataParallel, which
-    averages over ranks what the step's last backward pass leaves in the gradients (also what
-    passes through `net` left there before). Where the network is not channels last, its
-    convolutions make their inputs contiguous: else the strides of a batch choose the kernel.
+    `net` is the bare module, for checkpoints, evaluation and saliency passes; `model` is what the
+    training step calls: under torchrun a DistributedDataParallel, which averages over ranks what
+    the step's last backward pass leaves in the gradients (and passes through `net` before it).
     """
     net = model.to(device)
     narrow = device.type == "cpu" and any(map(is_narrow, net.modules()))
     if last := args.channels_last and not narrow:
         net = net.to(memory_format=torch.channels_last)
-    else:
+    else:                               # else the strides of a batch would choose the kernel
         for part in net.modules():
             if isinstance(part, torch.nn.Conv2d):
                 part.register_forward_pre_hook(
@@ -164,12 +145,10 @@ def prepare(model, args, device: torch.device):
 def is_narrow(part) -> bool:
     """Return whether oneDNN's channels-last kernels of this module write beyond their buffers.
 
-    Seen with AVX2 in strided 1×1 convolutions of fewer than 8 channels, with AVX-512 in 3×3 ones of
-    up to 8; plain 1×1 products and stems on RGB are safe.
+    Seen in strided 1×1 and in 3×3 convolutions of up to 8 channels; stems on RGB are safe.
     """
-    if not isinstance(part, torch.nn.Conv2d) or part.kernel_size == part.stride == (1, 1):
-        return False
-    return part.out_channels < 16 or (part.in_channels < 16 and part.in_channels != 3)
+    return (isinstance(part, torch.nn.Conv2d) and not part.kernel_size == part.stride == (1, 1)
+            and (part.out_channels < 16 or (part.in_channels < 16 and part.in_channels != 3)))
 
 
 _compile = functools.cache(torch.compile)
@@ -212,11 +191,7 @@ class StopSignal:
 
 
 def launch(main):
-    """Run main() as a program: a fault prints one line and exits with code 1.
-
-    What nothing foresaw leaves its traceback in a file (the run's folder, or the working folder);
-    with --debug it is raised.
-    """
+    """Run main() as a program: a fault prints one line and exits with code 1 (--debug raises)."""
     signal.signal(signal.SIGINT, signal.default_int_handler)    # which imports had switched off
     os.environ["MPLBACKEND"] = "agg"                            # pictures go into files
     for name in ("stdout", "stderr"):

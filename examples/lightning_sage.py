@@ -1,7 +1,4 @@
-"""SAGE in the training_step of a LightningModule; its saliency costs one pass more of the network.
-
-BatchNorm's statistics, gradients and mode stay as they were; each rank draws for itself.
-"""
+"""SAGE in the training_step of a LightningModule; each rank draws for itself."""
 import lightning
 import torch
 from torch.utils.data import DataLoader, TensorDataset
@@ -32,8 +29,7 @@ class Classifier(lightning.LightningModule):
 def main(steps=100):
     """Train; return the last loss."""
     images, labels = torch.randn(64, 3, 32, 32), torch.arange(64) % 10      # your data set
-    trainer = lightning.Trainer(max_steps=steps, logger=False, enable_checkpointing=False,
-                                enable_progress_bar=False)
+    trainer = lightning.Trainer(max_steps=steps, logger=False, enable_checkpointing=False)
     trainer.fit(Classifier(10), DataLoader(TensorDataset(images, labels), 16, shuffle=True))
     return trainer.callback_metrics["loss"].item()
 

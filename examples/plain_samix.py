@@ -1,7 +1,4 @@
-"""SAMix in a plain loop: the module holds the network, its moving average, the MixBlock and losses.
-
-Any network serves that returns a middle feature map and the pooled features.
-"""
+"""SAMix in a plain loop, of any network that returns a middle feature map and pooled features."""
 import torch
 from torch import nn
 from torchvision.models import resnet18
@@ -36,7 +33,6 @@ def main(steps=100):
         loss.backward()
         optimizer.step()
         net.update()                                    # the moving average follows
-    assert net.eval()(images).shape == (16, 10)         # in evaluation: images -> logits
     return loss.item()
 
 

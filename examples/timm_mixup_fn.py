@@ -1,13 +1,9 @@
-"""A mixer as timm's `mixup_fn`: (images, labels) -> (images, soft targets).
-
-timm's train.py calls it on the device, after its loader, and takes SoftTargetCrossEntropy.
-"""
+"""A mixer as timm's `mixup_fn`, which its train.py calls on the device, after the loader."""
 from functools import partial
 
 import timm
 import torch
 from timm.loss import SoftTargetCrossEntropy
-from timm.optim import create_optimizer_v2
 
 ROOT = __file__.rsplit("examples", 1)[0]        # or "owner/mixup-zoo", source="github"
 
@@ -19,7 +15,7 @@ def main(steps=100, method="puzzle"):
     mixer = torch.hub.load(ROOT, "mixer", source="local", method=method, num_classes=10, prob=0.5,
                            mean=net.default_cfg["mean"], std=net.default_cfg["std"])
     mixup_fn, loss_fn = partial(mixer, model=net), SoftTargetCrossEntropy()
-    optimizer = create_optimizer_v2(net, opt="adamw", lr=1e-3)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
     for _ in range(steps):
         images = torch.randn(16, 3, 64, 64, device=device)                  # timm's loader
         labels = torch.randint(10, (16,), device=device)

@@ -1,8 +1,7 @@
 """Mixing in a DataLoader's collate_fn, by torchvision's RandomChoice of a method for each batch.
 
-Batches are mixed in the workers, on the CPU: by methods that need no network. A generator seeded
-once and copied into workers repeats its draws in each epoch; the mixers take another one for each
-rank, worker and epoch from their `seed`.
+A generator seeded once and copied into workers repeats its draws in each epoch; the mixers make
+another one for each rank, worker and epoch from their `seed`.
 """
 import torch
 from torch.utils.data import DataLoader, TensorDataset, default_collate

@@ -22,7 +22,7 @@ class MixTrainer(Trainer):
 
 
 def main(steps=100):
-    """Train; return the mean loss."""
+    """Train; return the last loss."""
     net = ResNetForImageClassification(ResNetConfig(
         embedding_size=16, hidden_sizes=[16, 32], depths=[1, 1], layer_type="basic", num_labels=10))
     data = [{"pixel_values": image, "labels": k % 10}                       # your data set

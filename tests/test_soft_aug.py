@@ -446,13 +446,6 @@ def test_randaugment_composes_operations_image_by_image(photographs, device):
         assert torch.equal(alone[0], ours[i])
 
 
-def test_randaugment_refuses_normalised_images():
-    draws = draw_randaugment(2)
-    for images in (torch.rand(2, 3, 8, 8), torch.zeros(2, 1, 8, 8, dtype=torch.uint8)):
-        with pytest.raises(ValueError, match="uint8"):
-            rand_augment(images, *draws)
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="asks the CUDA runtime")
 def test_augmentation_never_waits_for_the_gpu(photographs):
     images = photographs.cuda()
