@@ -48,10 +48,10 @@ def read(folder: Path, last: int) -> SimpleNamespace:
         visible = {float(name.split()[1]): value for name, value in accuracy.items()
                    if name.startswith("visible")} | {100.0: accuracy["clean"]}
         near = min(visible, key=lambda part: abs(part - VISIBLE))
-        numbers["ECE"] = 100 * float(rows["clean"]["ece"])
-        numbers[f"visible {near:.0f} %"] = visible[near]
-        numbers |= {f"FGSM{name[4:]}": value for name, value in accuracy.items()
-                    if name.startswith("fgsm")}
+        numbers |= {"ECE": 100 * float(rows["clean"]["ece"]),
+                    f"visible {near:.0f} %": visible[near],
+                    **{f"FGSM{name[4:]}": value for name, value in accuracy.items()
+                       if name.startswith("fgsm")}}
         if corrupted := [value for name, value in accuracy.items() if kind(name)]:
             numbers["mCE"] = 100 - mean(corrupted)
     numbers["s/epoch"] = median(float(row["seconds"]) for row in log)
@@ -129,10 +129,11 @@ def columns(rows: list[dict]) -> list[str]:
 
 def text(rows: list[dict], markdown: bool) -> str:
     """Return the table as text, or as Markdown."""
-    cells = [["run", "seeds", *columns(rows)]]
+    names = columns(rows)
+    cells = [["run", "seeds", *names]]
     for row in rows:
         cells.append([row["run"], str(row["seeds"])])
-        for name in columns(rows):
+        for name in names:
             cell = f"{row[name]:{'+' * (name == 'gain')}.2f}" if name in row else "–"
             spread = row.get(f"{name} spread")
             cells[-1].append(cell + (f" ± {spread:.2f}" if spread is not None else ""))

@@ -23,8 +23,6 @@ from torch.utils.data import get_worker_info
 
 dependencies = ["torch", "torchvision", "numpy", "tqdm"]
 
-# --------------------------------------------------------------------------------- private imports
-
 _ROOMS = ("common", "sage", "safuse", "soft_aug", "samix", "resizemix")
 
 
@@ -62,7 +60,6 @@ if "mixup_zoo" not in sys.modules:
     sys.modules["mixup_zoo"].__path__ = [str(Path(__file__).resolve().parent)]
     sys.meta_path.insert(0, _Loader)
 
-# ------------------------------------------------------------------------------------------ mixers
 
 _METHODS = {                                            # its program, and flags
     **{name: ("sage", f"--method {name}") for name in ("input", "cutmix", "saliencymix", "sage")},
@@ -115,16 +112,18 @@ class _Activations(nn.Module):
         self.net = net
 
     def activation_maps(self, images):
-        head, maps = [part for part in self.net.modules() if isinstance(part, nn.Linear)][-1], []
+        heads, maps = [part for part in self.net.modules() if isinstance(part, nn.Linear)], []
 
         def note(part, args, out):
             if isinstance(out, torch.Tensor) and out.ndim == 4 and out[0, 0].numel() > 1 \
-                    and out.shape[1] == head.in_features:
+                    and heads and out.shape[1] == heads[-1].in_features:
                 maps.append(out)
 
         with nn.modules.module.register_module_forward_hook(note):
             logits = self.net(images)
-        return logits, _ours("safuse.network").activation_maps(maps[-1], head.weight)
+        if not maps:
+            raise ValueError("occamix needs a network whose last feature map a Linear layer reads")
+        return logits, _ours("safuse.network").activation_maps(maps[-1], heads[-1].weight)
 
 
 @contextlib.contextmanager

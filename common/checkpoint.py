@@ -23,8 +23,7 @@ def digest(content) -> bytes:
 def save(folder: Path, state: dict, name: str = NEWEST):
     """Write `state` (tensors, numbers, strings, lists and dicts of them) to folder/name.
 
-    The newest checkpoint before it becomes checkpoint.prev.pt. Raises RunError when the disk is
-    full or not writable; the old file is then still whole.
+    The newest checkpoint before it becomes checkpoint.prev.pt; on a full disk it stays.
     """
     path, buffer = folder / name, io.BytesIO()
     torch.save(state, buffer)

@@ -3,11 +3,10 @@ import re
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from common import distributed
 from common.data import sources
-from common.data.recipe import mean_std
+from common.data.memory import MemoryBatches
+from common.data.recipe import Recipe
 from common.errors import DataError
 
 SEVERITIES = 5
@@ -19,48 +18,22 @@ def kind(condition: str) -> str:
     return found[1] if found else ""
 
 
-class Corrupted:
-    """Batches (images normalised, labels) of one corruption at one severity; this rank's share.
-
-    images: (N, H, W, 3) uint8, perhaps mapped from a file, or a list of N image files.
-    """
-
-    def __init__(self, images, labels, info, batch_size: int, device):
-        self.images, self.labels, self.info = images, labels, info
-        self.batch_size, self.device = batch_size, device
-
-    def __len__(self):
-        return -(-len(self.labels) // self.batch_size)
-
-    def __iter__(self):
-        mean, std = mean_std(self.info, self.device)
-        for start in range(0, len(self.labels), self.batch_size):
-            part = slice(start + distributed.rank(), start + self.batch_size, distributed.world())
-            images, labels = self.images[part], self.labels[part]
-            if not len(labels):
-                return
-            if isinstance(images, list):
-                files = images
-                images = sources.decode_files([(file, 0) for file in files], None, 4).images
-                check_size(files[0], images, self.info)
-            images = torch.from_numpy(np.array(images)).to(self.device).permute(0, 3, 1, 2)
-            yield ((images.float() / 255 - mean) / std,
-                   torch.as_tensor(labels, device=self.device))
-
-
-def check_size(file: Path, images: np.ndarray, info):
-    """Raise DataError naming the file unless images are (N, H, W, 3) uint8 of the data's size."""
-    if images.dtype != np.uint8 or images.shape[1:] != (info.image_size, info.width, 3):
-        raise DataError(f"{file}: {images.dtype} images of {images.shape[1:]}, the network is "
-                        f"evaluated on ({info.image_size}, {info.width}, 3)")
-
-
 def read(folder, info, batch_size: int, device):
-    """Yield ('fog 1', Corrupted) for each corruption and severity in `folder`.
+    """Yield ('fog 1', its MemoryBatches) for each corruption and severity in `folder`.
 
     It holds <corruption>.npy, severities 1 to 5 after one another, beside labels.npy; or
     <corruption>/<severity>/<class>/*. Raises DataError naming the file that does not fit.
     """
+    recipe = Recipe(crop="padded", padding=0, mean=info.mean, std=info.std)
+    size = info.image_size, info.width
+
+    def batches(path, images, labels):
+        if images.dtype != np.uint8 or images.shape[1:] != (*size, 3):
+            raise DataError(f"{path}: {images.dtype} images of {images.shape[1:]}, the network is "
+                            f"evaluated on {(*size, 3)}")
+        return MemoryBatches(images, labels, recipe, size=size, batch_size=batch_size,
+                             device=device)
+
     root = Path(folder).expanduser()
     arrays = sorted(file for file in root.glob("*.npy") if file.stem != "labels")
     folders = sorted(path for path in root.glob("[!.]*") if path.is_dir())
@@ -69,7 +42,6 @@ def read(folder, info, batch_size: int, device):
                         "folders are there")
     for file in arrays:
         images = np.load(file, mmap_mode="r")
-        check_size(file, images, info)
         count = len(images) // SEVERITIES
         labels = np.load(root / "labels.npy").astype(np.int64)      # once, or for each severity
         if (len(labels) not in (count, len(images)) or len(images) % SEVERITIES
@@ -77,16 +49,15 @@ def read(folder, info, batch_size: int, device):
             raise DataError(f"{file}: {len(images)} images do not fit {len(labels)} labels up to "
                             f"{labels.max()} in labels.npy, or these {info.num_classes} classes")
         for severity in range(SEVERITIES):
-            part = images[severity * count:(severity + 1) * count]
-            yield f"{file.stem} {severity + 1}", Corrupted(
-                part, labels[:count], info, batch_size, device)
+            part = np.array(images[severity * count:(severity + 1) * count])
+            yield f"{file.stem} {severity + 1}", batches(file, part, labels[:count])
     for folder in folders:
         for severity in range(1, SEVERITIES + 1):
             classes = sources.list_classes(folder / str(severity))
             index = class_index(folder / str(severity), classes, info)
-            files = [file for members in classes.values() for file in members]
-            own = np.repeat([index[name] for name in classes], list(map(len, classes.values())))
-            yield f"{folder.name} {severity}", Corrupted(files, own, info, batch_size, device)
+            found = sources.decode_files([(file, index[name]) for name, members in classes.items()
+                                          for file in members], None, 4)
+            yield f"{folder.name} {severity}", batches(folder, found.images, found.labels)
 
 
 def class_index(folder: Path, names, info) -> dict[str, int]:

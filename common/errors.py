@@ -13,8 +13,4 @@ class DataError(RunError):
 
 
 class Stopped(Exception):
-    """SIGTERM or Ctrl-C arrived and the state has been saved; `code` is the exit status."""
-
-    def __init__(self, message, code):
-        super().__init__(message)
-        self.code = code
+    """SIGTERM or Ctrl-C arrived and the state is saved; args: a message and the exit status."""

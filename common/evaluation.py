@@ -191,12 +191,11 @@ def draw(path: Path, title: str, results: dict):
     left, middle, right = figure.subplots(1, 3)
 
     confidence, hits, count = results["clean"]["bins"]
-    centres, confidence = (torch.arange(BINS) + 0.5) / BINS, confidence / count     # nan: empty
-    left.bar(centres, count / count.sum(), 0.94 / BINS, color=plots.GRID,
-             label="share of the images")
+    centres = (torch.arange(BINS) + 0.5) / BINS
+    left.bar(centres, count / count.sum(), 0.94 / BINS, color=plots.GRID, label="share of images")
     left.bar(centres, hits / count.clamp(min=1), 0.6 / BINS, color=plots.BLUE, label="accuracy")
-    left.hlines(confidence, centres - 0.47 / BINS, centres + 0.47 / BINS, color=plots.ORANGE,
-                linewidth=2.5, label="mean confidence")
+    left.plot(confidence / count, hits / count, "o", color=plots.ORANGE,            # nan: empty
+              label="at the mean confidence")
     left.plot([0, 1], [0, 1], color=plots.MUTED, linestyle="--", linewidth=1)
     left.legend(frameon=False, loc="upper left", fontsize=9)
     plots.frame(left, title=f"Reliability, ECE {100 * results['clean']['ece']:.2f} %",

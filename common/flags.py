@@ -12,17 +12,14 @@ BOOLEANS = {"true": True, "t": True, "yes": True, "y": True, "1": True,
             "false": False, "f": False, "no": False, "n": False, "0": False}
 
 
-class Help(argparse.ArgumentDefaultsHelpFormatter):
+class Help(argparse.HelpFormatter):
     """Shows the default of every flag that has one, also of flags without a help text."""
 
     def add_argument(self, action):
-        if action.help is None and action.default is not None:
-            action.help = "(default: %(default)s)"
+        text = action.help or ""
+        if action.default not in (None, "", [], argparse.SUPPRESS) and "(default" not in text:
+            action.help = f"{text} (default: %(default)s)".strip()
         super().add_argument(action)
-
-    def _get_help_string(self, action):
-        plain = action.default is None or action.default in ("", [], argparse.SUPPRESS)
-        return action.help if plain else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):

@@ -63,22 +63,14 @@ def shares(target: torch.Tensor, classes: list[str], most: int = 3) -> str:
                      zip(values.tolist(), names, strict=True) if v >= 0.005)
 
 
-def most_mixed(targets: torch.Tensor, columns: int = 8) -> torch.Tensor:
-    """Return the indices of those targets (B, num_classes) whose largest share is nearest 1/2."""
-    distance = (targets.float().amax(1) - 0.5).abs()
-    return distance.argsort(stable=True)[:columns].sort().values
-
-
 def preview(path, title: str, rows: dict, targets: torch.Tensor, info) -> Path:
-    """Write a picture with a row for each entry of `rows` and label shares below the last.
-
-    Of a larger batch it shows the eight images whose labels are mixed most.
+    """Write a picture of a batch's eight images that are mixed most, with label shares below.
 
     rows: name -> images (B, 3, H, W), normalised, or maps (B, H, W) drawn in grey from their own
-    minimum to their maximum, or None; targets (B, num_classes) belong to the last row. info: Info
-    of the data set (mean, std, class names).
+    minimum to their maximum, or None; targets (B, num_classes) belong to the last row.
     """
-    chosen, pictures = most_mixed(targets), {}
+    distance, pictures = (targets.float().amax(1) - 0.5).abs(), {}
+    chosen = distance.argsort(stable=True)[:8].sort().values
     for name, batch in rows.items():
         if batch is not None:
             batch = batch[chosen.to(batch.device)].float()
@@ -89,8 +81,7 @@ def preview(path, title: str, rows: dict, targets: torch.Tensor, info) -> Path:
 def grid(path, title: str, rows: dict, captions: list[str] | dict, side: float = 1.25) -> Path:
     """Write a picture with a row for each entry of `rows`: name -> arrays (H, W[, 3]).
 
-    captions: below the last row's pictures, or name -> captions of that row; side: of a picture, in
-    inches.
+    captions: below the last row, or name -> captions of that row; side: of a picture, in inches.
     """
     captions = captions if isinstance(captions, dict) else {list(rows)[-1]: captions}
     columns = min(map(len, rows.values()))

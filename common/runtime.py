@@ -203,8 +203,8 @@ def launch(main):
         main()
         code = 0
     except Stopped as stop:
-        log(str(stop))
-        code = stop.code
+        message, code = stop.args
+        log(message)
     except KeyboardInterrupt:
         print_once("stopped by Ctrl-C; nothing more was written")
         code = 130
