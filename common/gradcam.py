@@ -37,7 +37,7 @@ def last_layer(net: nn.Module, images: Tensor) -> nn.Module:
 
 
 def grad_cam(net: nn.Module, layer: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Return maps (B, H, W) of where `layer` sees the predicted class, in [0, 1], and the logits."""
+    """Return maps (B, H, W) in [0, 1] of where `layer` sees the predicted class, and the logits."""
     outputs = []
     with layer.register_forward_hook(lambda module, inputs, output: outputs.append(output)):
         logits = net(images.detach().requires_grad_())
