@@ -5,11 +5,9 @@
     python compare.py runs/vanilla runs/sage --markdown --csv table.csv --picture curves.png
 
 RUN is a run's folder, or a folder of such folders. Runs that differ in nothing but --seed become
-one line: mean, and half the range over seeds. Read are args.json, log.csv and evaluation.csv.
-
-accuracy  median test accuracy, %, of the last epochs (--last)
-gain      over the first line of the same program, so give its plain training first
-ECE, visible, FGSM, mCE: of evaluation.csv, %; '–' where a run has none
+one line: mean, and half the range over seeds. accuracy: median test accuracy, %, of the --last
+epochs; gain: over the first line of the same program, so give its plain training first; ECE,
+visible, FGSM, mCE: of evaluation.csv, %, '–' where a run has none.
 """
 import argparse
 import csv
@@ -41,6 +39,8 @@ def read(folder: Path, last: int) -> SimpleNamespace:
     flags, log = facts["args"], table(folder / "log.csv")
     curve = {int(row["epoch"]): float(row["test_accuracy"]) for row in log
              if row.get("test_accuracy")}
+    if not curve:
+        raise RunError(f"{folder}: no test accuracy in its log.csv")
     numbers, visible = {"accuracy": median([*curve.values()][-last:])}, {}
     if (folder / "evaluation.csv").exists():
         rows = {row["condition"]: row for row in table(folder / "evaluation.csv")}

@@ -95,15 +95,11 @@ positive, count = number(int, low=1), number(int, low=0)
 amount, share = number(low=0), number(low=0, high=1)
 
 
-class Picture(argparse.Action):
-    """--preview and --cam: one of them; --cam draws with the weights that --evaluate takes."""
+class Cam(argparse.Action):
+    """--cam draws with the weights that --evaluate takes."""
 
     def __call__(self, parser, namespace, value, option_string=None):
-        if namespace.preview or namespace.cam:
-            parser.error("--cam and --preview: choose one of them")
-        setattr(namespace, self.dest, value)
-        if self.dest == "cam":
-            namespace.evaluate = namespace.evaluate or "auto"
+        namespace.cam, namespace.evaluate = value, "auto"
 
 
 def add_flags(parser, datasets, archs, names: dict, **defaults):
@@ -164,10 +160,10 @@ def add_run_time_flags(group, resume):
     either = group.add_mutually_exclusive_group().add_argument
     either("--evaluate", nargs="?", const="auto", type=path, metavar="CHECKPOINT",
            help="evaluate and exit: this file, or --resume's, or the run's best.pt")
-    either("--preview", type=path, metavar="FILE.png", action=Picture,
+    either("--preview", type=path, metavar="FILE.png",
            help="draw a mixed batch with its label shares (by --resume's network), and exit")
-    add("--cam", type=path, metavar="FILE.png", action=Picture,
-        help="draw what --target_layer looks at (Grad-CAM) in test images, and exit")
+    either("--cam", type=path, metavar="FILE.png", action=Cam,
+           help="draw what --target_layer looks at (Grad-CAM) in test images, and exit")
     add("--target_layer", metavar="layerN.M", help="--cam: block M of stage N, or a module's name "
         "(default: the last with a feature map)")
     add("--corruptions", metavar="DIR", type=folder, help="CIFAR-10-C, CIFAR-100-C or "

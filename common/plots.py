@@ -30,9 +30,7 @@ def frame(axis, **labels):
 
 
 def save_figure(figure, path: Path):
-    """Write a figure atomically, in the format that the suffix names; "?" for what is not UTF-8."""
-    for text in figure.findobj(lambda part: hasattr(part, "set_text")):
-        text.set_text(text.get_text().encode(errors="replace").decode())
+    """Write a figure atomically, in the format that the suffix names."""
     with whole(path) as new:
         figure.savefig(new, dpi=130, format=Path(path).suffix[1:].lower())
 

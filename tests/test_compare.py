@@ -69,6 +69,9 @@ def test_what_is_no_run_or_differs_is_said(tmp_path, capsys, monkeypatch):
     said = capsys.readouterr()
     assert "a: 2 of 3 epochs" in said.err and "differ in precision: bf16; off" in said.err
     assert "sage: vanilla" in said.out and "sage: sage" in said.out
+    (tmp_path / "a" / "log.csv").write_text("epoch,seconds\n1,2\n")
+    with pytest.raises(RunError, match="a: no test accuracy in its log.csv"):
+        compare.main([str(tmp_path / "a")])
     with pytest.raises(RunError, match="no: no run .a folder with args.json. there"):
         compare.main([str(tmp_path / "no")])
 

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import nn
 
 from common import corruptions, evaluation, gradcam, models
-from common.errors import DataError, RunError
+from common.errors import DataError
 
 ALL = SimpleNamespace(amp="off", max_steps=None, cam="", corruptions=None, batch_size=7)
 CPU = torch.device("cpu")
@@ -144,9 +144,6 @@ def test_report_writes_every_condition(tmp_path, capsys):
     report(net, in_batches(images, labels), info, tmp_path, tmp_path / "best.pt", max_steps=1)
     assert rows_of(tmp_path / "best_evaluation.csv")["clean"]["count"] == 5
     assert (tmp_path / "best_evaluation.png").exists()
-    nn.init.constant_(net.fc.bias, torch.nan)
-    with pytest.raises(RunError, match="clean: the loss on test images is nan"):
-        report(net, in_batches(images, labels), info, tmp_path)
 
 
 def test_two_ranks_report_what_one_does(tmp_path):
@@ -267,4 +264,4 @@ def test_every_program_evaluates_all_conditions_and_draws_grad_cam(program, data
     assert all(np.isfinite([*row.values()]).all() for row in rows.values())
     with pytest.raises(SystemExit, match="2"):
         main([*words, "--cam", "a.png", "--preview", "b.png"])
-    assert "--cam and --preview: choose one" in capsys.readouterr().err
+    assert "--preview: not allowed with argument --cam" in capsys.readouterr().err

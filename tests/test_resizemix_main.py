@@ -419,7 +419,7 @@ def test_killed_and_resumed_is_the_run_never_killed(tmp_path):
     ("--net_name resnet50 --image_size 128", 1,
      "resnet50 for 128 pixels has --initial_channels 64"),
     ("--net_name shakeshake26_2x64d --initial_channels 5", 1, "cannot have --initial_channels 5"),
-    ("--cam a.png --preview b.png", 2, "--cam and --preview: choose one of them"),
+    ("--cam a.png --preview b.png", 2, "--preview: not allowed with argument --cam"),
     ("--init_lr 1e-7", 2, "--lr 1e-07 is below --min_lr 1e-05"),
     ("--load_path none.pt", 1, "none.pt: no such checkpoint"),
     ("--target_layer layer3.3 --cam cam.png --resume none.pt", 1, "none.pt: no such checkpoint"),
