@@ -103,11 +103,8 @@ class Cam(argparse.Action):
 
 
 def add_flags(parser, datasets, archs, names: dict, **defaults):
-    """Add the flags shared by all training scripts.
-
-    datasets, archs: the choices; names: a paper's own names for some of these flags, by ours;
-    defaults: values by flag (none: None, unless a configuration sets it).
-    """
+    """Add the flags shared by all training scripts. names: a paper's own names for some of these
+    flags, by ours; defaults: values by flag (none: None, unless a configuration sets it)."""
     group = parser.add_argument_group("data, network and schedule (the same in every main.py)")
     defaults = {"data_dir": "data", "root_dir": "experiments", "initial_channels": 64, "seed": 0,
                 "workers": 4, "print_freq": 100, "momentum": 0.9, "job_name": ""} | defaults

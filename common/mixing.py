@@ -80,7 +80,6 @@ def box_mask(edges, size: tuple[int, int]) -> Tensor:
 
 def mixup(images: Tensor, perm: Tensor, lam: float | Tensor) -> tuple[Tensor, Tensor]:
     """Mixup (Zhang et al. 2018): lam·x + (1 - lam)·x[perm], and the first label's weight (B,).
-
     `images` (B, ...) floats, also hidden activations; `perm` (B,); `lam` in [0, 1], scalar or (B,).
     """
     check_floats(images)
@@ -129,7 +128,6 @@ def probabilities(labels: Tensor, num_classes: int) -> Tensor:
 
 def soft_targets(labels: Tensor, perm: Tensor, ratio: Tensor, num_classes: int) -> Tensor:
     """Return targets (B, num_classes): `ratio` (B,) of the labels', the rest of `labels[perm]`'s.
-
     `labels`: class indices (B,), or probabilities (B, num_classes), such as smoothed or mixed ones.
     """
     return mixup(probabilities(labels, num_classes), perm, ratio)[0]

@@ -1,7 +1,7 @@
 """RandAugment (Cubuk et al. 2020) and other policies of torchvision's operations, on uint8 batches.
 
-Images with the same kind of operation are computed together. Draws are made on the CPU, so that the
-sizes of these groups need no host synchronisation.
+Images with the same kind of operation are computed together; their draws are on the CPU, so that
+the sizes of these groups need no host synchronisation.
 """
 import functools
 import math
@@ -23,20 +23,15 @@ SPACE = v2.RandAugment()._AUGMENTATION_SPACE
 
 
 class Operation(NamedTuple):
-    """One of torchvision's operations (a name in ORDER) and its magnitude.
-
-    Shear: tangent of the angle. Translate: pixels. Rotate: degrees. BLENDS: factor - 1.
-    Posterize: bits. Solarize: threshold in [0, 1].
-    """
+    """One of torchvision's operations (a name in ORDER) and its magnitude: tangent of a shear,
+    pixels, degrees, factor - 1 of BLENDS, bits of Posterize, threshold in [0, 1] of Solarize."""
     name: str
     magnitude: float = 0.0
 
 
 def both_signs(name: str, space: tuple, level: int | None, bins: int, height: int, width: int):
-    """Return operation `name` at `level` of `bins`, and its negative (the same if it has no sign).
-
-    space: its entry in torchvision's _AUGMENTATION_SPACE.
-    """
+    """Return operation `name` at `level` of `bins`, and its negative (the same if it has no sign);
+    space: its entry in torchvision's _AUGMENTATION_SPACE."""
     values, signed = space[0](bins, height, width), space[1]
     magnitude = 0.0 if values is None or not values.ndim else float(values[level])
     return Operation(name, magnitude), Operation(name, -magnitude if signed else magnitude)
@@ -58,18 +53,13 @@ def draw_randaugment(n: int, generator=None, num_ops: int = 2):
 def rand_augment(images: Tensor, ops: Tensor, negative: Tensor, levels: list[int] | None = None
                  ) -> Tensor:
     """Return images after ops[0] at levels[0] (0 to 30; 9), then ops[1], …; equal to torchvision.
-
-    images as in `apply_operations`; ops, negative: of `draw_randaugment`.
-    """
+    ops, negative: of `draw_randaugment`."""
     tables = [_table(level, *images.shape[2:]) for level in levels or [9] * len(ops)]
     return apply_operations(images, tables, 2 * ops + negative)
 
 
 def randaugment(images: Tensor, generator, level: float = 9.0, std: float = 0.0) -> Tensor:
-    """Return images after two random operations.
-
-    Each one's level, N(level, std²) clipped to [0, 30], is the same for the whole batch.
-    """
+    """Return images after two random operations, at a level N(level, std²) for the whole batch."""
     draws = draw_randaugment(len(images), generator)
     levels = level + std * torch.randn(2, generator=generator) if std else torch.full((2,), level)
     return rand_augment(images, *draws, levels.clamp(0, 30).round().int().tolist())
@@ -78,8 +68,7 @@ def randaugment(images: Tensor, generator, level: float = 9.0, std: float = 0.0)
 def apply_operations(images: Tensor, tables: list[tuple[Operation, ...]], chosen: Tensor) -> Tensor:
     """Return images after tables[0][chosen[0, i]], then tables[1][chosen[1, i]], … for image i.
 
-    images (B, 3, H, W) uint8, H and W at least 3; chosen (len(tables), B) int64 on the CPU. Warps
-    take the nearest pixel, black outside.
+    images (B, 3, H, W) uint8, H and W at least 3; chosen (len(tables), B) int64 on the CPU.
     """
     position = torch.arange(len(images))                    # row -> original image
     for table, codes in zip(tables, chosen, strict=True):
@@ -132,9 +121,7 @@ def _sources(height, width, warps, device):
 
 def _blend(images, changes, counts):
     """Brightness, colour, contrast, sharpness: factor * image + (1 - factor) * a plainer image.
-
-    changes (B, 1, 1, 1): factor - 1, float64 on the CPU; counts: images of each of the four.
-    """
+    changes (B, 1, 1, 1): factor - 1, float64 on the CPU; counts: images of each of the four."""
     factors = 1 + changes
     factor, rest = send(torch.stack([factors, 1 - factors]).float(), images.device)
     pixels = images.float()

@@ -39,9 +39,8 @@ class Run:
     """One run: its folder, its history, and how far it has come (epoch and step, from 0).
 
     name: parts of the folder's name besides data set, network, seed and --job_name; identity: what
-    a checkpoint must agree in to be resumed, besides data and network; parts: what checkpoints
-    hold, by name, everything that has a state_dict: `model` first of all. Serves the loop of a
-    main.py, which owns the training.
+    a checkpoint must agree in to be resumed, besides data and network; parts: `model` and all else
+    that has a state_dict.
     """
 
     def __init__(self, args, device, info, name: list[str], identity: dict | None = None, **parts):
@@ -79,8 +78,7 @@ class Run:
     def start(self, start_epoch: int | None = None, **facts):
         """Take the folder, resume as --resume says, write args.json with `facts`.
 
-        start_epoch: where to begin, whatever the checkpoint says. Raises RunError when the folder
-        is held by another run, or already holds one that --resume does not name.
+        start_epoch: where to begin, whatever the checkpoint says.
         """
         if self.writes:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -152,8 +150,8 @@ class Run:
     def ends(self, step: int, sums, print_every: int = 100) -> bool:
         """Return, after each step, whether --max_steps ends the epoch here.
 
-        Every `print_every` steps checks the losses (RunError names the first that is not a number)
-        and prints the last. After SIGTERM or Ctrl-C saves and ends the program.
+        Every `print_every` steps checks the losses and prints the last. After SIGTERM or Ctrl-C
+        saves and ends the program.
         """
         self.step = step + 1
         if self.step % print_every == 0:
@@ -197,8 +195,7 @@ class Run:
         on to the next epoch unless this one was cut short, and save.
 
         A trial's accuracy, of a few images, is never the best; its last epoch is evaluated again on
-        resuming. Raises RunError, and leaves the checkpoint before, when something in `row` or a
-        weight is not finite.
+        resuming. Nothing is saved when something in `row` or a weight is not finite.
         """
         bad = [name for name, value in row.items() if not math.isfinite(value)]
         if bad:
