@@ -579,7 +579,7 @@ def test_slurm_script_starts_the_ranks(tmp_path, capsys):
             "OUT": "runs", "CONFIG": "cifar100_wrs", "PYTHON": sys.executable,
             "MASTER_PORT": str(20000 + os.getpid() % 9000)})
     assert result.returncode == 0, result.stderr
-    assert "2 processes" in result.stdout and "mixed images" in result.stdout
+    assert "2 processes" in result.stdout and "curves, pictures and checkpoints" in result.stdout
     assert "on 355 images" in result.stdout
     folder, = (tmp_path / "runs").iterdir()
     names, row = ((folder / "log.csv").read_text().splitlines()[i].split(",") for i in (0, 1))
