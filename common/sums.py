@@ -1,4 +1,4 @@
-"""Sums of a training epoch, kept on the device."""
+"""Sums of a training epoch, on the device."""
 import torch
 
 from common import distributed

@@ -75,7 +75,7 @@ def parse_args(argv=None):
     add_boolean(add, "--normalise", False,
                 "images in units of the data set's deviation instead of in [0, 1]")
     add("--start_epoch", "--START_EPOCH", type=count, default=None,
-        help="first epoch (default: 0 or --resume's)")
+        help="first epoch, counted from 0")
     add("--RESUME", type=flags.boolean, nargs="?", const=True, default=False, metavar="BOOL",
         help="the same as --resume auto")
     add("--schedule", choices=[*SCHEDULES, "step"], help="of the learning rate; A, B and C are the "

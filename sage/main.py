@@ -61,7 +61,7 @@ def parse_args(argv=None):
     add_boolean(add, "--dropout", False, "dropout 0.5 before the last layer")
     add("--valid_labels_per_class", type=count, default=0, help="training images to choose best.pt")
     add("--ngpu", type=count, default=1, help="0: CPU; above 1: restarts itself under torchrun")
-    add("--start_epoch", type=count, default=None, help="first epoch (default: 0 or --resume's)")
+    add("--start_epoch", type=count, default=None, help="first epoch, counted from 0")
     add("--job_id", type=count, default=0, help="suffix of the run's folder, 0: none")
     add_boolean(add, "--log_off", False, "write no files")
 
