@@ -11,15 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 PAGEABLE = 2**16                       # larger copies from pageable memory wait for the device
+Draws = torch.Generator | None
 
 
-def draw_perm(n: int, generator: torch.Generator | None = None) -> Tensor:
+def draw_perm(n: int, generator: Draws = None) -> Tensor:
     """Return the partners, a random permutation (n,): image i is mixed with image perm[i]."""
     return torch.randperm(n, generator=generator)
 
 
-def draw_lambda(alpha: float, generator: torch.Generator | None = None, n: int | None = None
-                ) -> Tensor:
+def draw_lambda(alpha: float, generator: Draws = None, n: int | None = None) -> Tensor:
     """Return shares of the first image, Beta(alpha, alpha), 1 for alpha <= 0: a scalar, or (n,)."""
     shape = (2,) if n is None else (2, n)
     if alpha <= 0:
@@ -31,15 +31,13 @@ def draw_lambda(alpha: float, generator: torch.Generator | None = None, n: int |
     return (first - second).sigmoid().float()
 
 
-def draw_centre(height: int, width: int, generator: torch.Generator | None = None,
-                n: int | None = None) -> Tensor:
+def draw_centre(height: int, width: int, generator: Draws = None, n: int | None = None) -> Tensor:
     """Return centres (y, x) of CutMix boxes, uniform over the image: (2,), or (n, 2)."""
     shape = (2,) if n is None else (n, 2)
     return torch.rand(shape, generator=generator) * torch.tensor([height, width])
 
 
-def draw_pixels(n: int, size: tuple[int, int], generator: torch.Generator | None = None
-                ) -> Tensor:
+def draw_pixels(n: int, size: tuple[int, int], generator: Draws = None) -> Tensor:
     """Return (n, 2) int64 pixels, y and x, uniform over images of `size` (H, W)."""
     return torch.stack([torch.randint(length, (n,), generator=generator) for length in size], 1)
 
@@ -134,8 +132,7 @@ def soft_targets(labels: Tensor, perm: Tensor, ratio: Tensor, num_classes: int) 
 
 
 def input_gradient(model: nn.Module, images: Tensor, labels: Tensor, *,
-                   loss: Callable[[Tensor, Tensor], Tensor] | None = None, train: bool = False
-                   ) -> Tensor:
+                   loss: Callable | None = None, train: bool = False) -> Tensor:
     """Return the gradient (B, C, H, W) of the loss with respect to the images.
 
     `loss` of outputs and labels: by default the mean cross-entropy. The pass is in evaluation mode,
@@ -143,9 +140,9 @@ def input_gradient(model: nn.Module, images: Tensor, labels: Tensor, *,
     parameters and modes stay. Inside wrappers and torch.compile the plain module is used.
     """
     check_floats(images)
-    wrappers = nn.DataParallel, nn.parallel.DistributedDataParallel
-    while hasattr(model, "_orig_mod") or isinstance(model, wrappers):
-        model = model.module if isinstance(model, wrappers) else model._orig_mod
+    while isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) \
+            or hasattr(model, "_orig_mod"):
+        model = getattr(model, "_orig_mod", None) or model.module
     modes = [(part, part.training) for part in model.modules()]
     images = images.detach().requires_grad_()
     try:
