@@ -24,20 +24,13 @@ HALF_BONUS = 5e-4                    # what a half-and-half block is cheaper tha
 UNARY_SCALE, EDGE_SCALE, TABLE_SCALE = 100_000, 1000, 100
 # Temperatures of the mean field, in units of the labels' smoothness; 2 × 2 blocks need more
 TEMPERATURES, SLOWER = (0.5, 0.05, 0.01), (1, 0.6, 0.4, 0.25, 0.15, 0.08, 0.03, 0.01)
-
-
-# ---- draws and preparation
-
 CoMixDraws = namedtuple("CoMixDraws", "block_num prior labels0")
 
 
 def draw_comix(batch: int, generator: torch.Generator | None = None, *, m_part: int = 20,
                block_num: int = 4, mixup_alpha: float = 2.0) -> CoMixDraws:
-    """Return blocks a side n, prior (B,) and initial labels (B, n, n) in [0, N), on the CPU.
-
-    For each part of N images a Dirichlet(mixup_alpha) prior and uniform labels. `block_num` -1
-    draws 2, 4, 8 or 16.
-    """
+    """Return blocks a side n (`block_num` -1: 2, 4, 8 or 16), and of each part of N images the
+    Dirichlet(mixup_alpha) prior (B,) and uniform initial labels (B, n, n) in [0, N), on the CPU."""
     if block_num == -1:
         block_num = 2 ** int(torch.randint(1, 5, (), generator=generator))
     priors, labels = [], []
@@ -51,11 +44,10 @@ def draw_comix(batch: int, generator: torch.Generator | None = None, *, m_part: 
 @torch.no_grad()
 def cost_and_compatibility(saliency: Tensor, block_num: int, omega: float = 0.001
                            ) -> tuple[Tensor, Tensor]:
-    """Cost (..., N, n, n) and compatibility A (..., N, N) of parts of N images each.
+    """Return cost (..., N, n, n) and compatibility A (..., N, N) of parts of N images each.
 
-    `saliency` (..., N, H, W) >= 0; all zero, or not finite, counts as uniform. A block costs
-    minus its share of the image's saliency; A = (1 - omega)·I + omega·N·D / sum(D) with D the L1
-    distances, in pixels, between the images' most salient 8 × 8 windows (sum(D) = 0: A lacks D).
+    A block costs minus its share of `saliency` (..., N, H, W) >= 0. A = (1 - omega)·I + omega·N·D /
+    sum(D), D the L1 distances, in pixels, between the images' most salient 8 × 8 windows.
     """
     *parts, height, width = saliency.shape
     maps = saliency.float().reshape(-1, 1, height, width)
@@ -67,27 +59,24 @@ def cost_and_compatibility(saliency: Tensor, block_num: int, omega: float = 0.00
     top = windows.flatten(1).argmax(1).view(parts)
     positions = torch.stack([top // windows.shape[-1], top % windows.shape[-1]], -1).float()
     distance = (positions[..., :, None, :] - positions[..., None, :, :]).abs().sum(-1)
-    n = parts[-1]
-    share = distance * n / distance.sum((-2, -1), keepdim=True).clamp(min=1)
-    return cost, (1 - omega) * torch.eye(n, device=saliency.device) + omega * share
+    share = distance * parts[-1] / distance.sum((-2, -1), keepdim=True).clamp(min=1)
+    return cost, (1 - omega) * torch.eye(parts[-1], device=saliency.device) + omega * share
 
 
 def prior_cost(cost: Tensor, prior: Tensor, eta: float) -> Tensor:
-    """Cost (..., n, n) of inputs less what the prior (...) gives them: eta/n²·log(prior)."""
+    """Return the cost (..., n, n) of inputs less eta/n²·log(prior (...))."""
     return cost.float() - eta / cost.shape[-1] ** 2 * (prior + 1e-8).log()[..., None, None]
 
 
 def block_masks(labels: Tensor, inputs: int) -> Tensor:
-    """Masks (..., N, n, n, inputs), 0, 0.5 or 1, of labels (..., N, n, n, 2)."""
+    """Return masks (..., N, n, n, inputs), 0, 0.5 or 1, of labels (..., N, n, n, 2)."""
     one_hot = torch.zeros(*labels.shape[:-1], inputs, device=labels.device)
     return one_hot.scatter_add_(-1, labels, torch.full_like(labels, 0.5, dtype=one_hot.dtype))
 
 
 def _resolve(counts: Tensor) -> Tensor:
-    """Extra cost (P, N, N), 0 or 1, that parts outputs made of the same two or more inputs.
-
-    The first of such a pair pays for their first common input, the second for the next one.
-    """
+    """Return the cost (P, N, N), 0 or 1, that parts two outputs of the same two or more inputs: one
+    pays for their first common input, the other for the second."""
     used = (counts > 0).int()
     same = (used[:, :, None] == used[:, None]).all(-1) & (used.sum(-1) > 1)[..., None]
     first = used.argmax(-1, keepdim=True)
@@ -100,11 +89,8 @@ def _resolve(counts: Tensor) -> Tensor:
 # ---- labelling by graph cuts on the CPU, as the paper's program does
 
 def _best_labels(unary: np.ndarray, halves: list[tuple[int, int]], weight: int) -> np.ndarray:
-    """Return one output's labels, pairs of inputs (n², 2), by alpha-beta swaps from all-zero ones.
-
-    `unary` (n², N) is an input's cost in each block, `halves` are the pairs that may share one;
-    `weight` of neighbours is an integer.
-    """
+    """Return one output's labels (n², 2): `unary` (n², N) an input's cost in each block, `halves`
+    the pairs that may share one, `weight` of neighbours an integer."""
     size, n = unary.shape
     pairs = np.array([(i, i) for i in range(n)] + halves)
     if len(pairs) == 1:                                          # gco ends the process
@@ -159,12 +145,11 @@ def _label_gco(cost: Tensor, compatibility: Tensor, labels0: Tensor, *, beta: fl
 # ---- labelling on the device, all parts at once
 
 def _sweep_terms(counts: Tensor, cost: Tensor, eye: Tensor, limit: float):
-    """Return what a sweep with half-and-half labels needs; L labels, N whole ones first.
+    """Return terms of a sweep with L labels: N whole ones, halves of the three most used inputs.
 
-    The halves are of each output's three most used inputs. `counts` (P, N, N), `cost` (P, n², N) in
-    units of the temperature, `limit` bars a half of inputs that the output does not use. Returns
-    the two inputs (P, N, 3, 2) of the halves, shares of the inputs (P, N, L, N), how alike two
-    labels are (P, N, L, L), and the labels' costs (P, N, n², L).
+    `counts` (P, N, N), `cost` (P, n², N), `limit` bars halves of unused inputs. Returns the halves'
+    inputs (P, N, 3, 2), the inputs' shares (P, N, L, N), how alike two labels are (P, N, L, L), and
+    the labels' costs (P, N, n², L).
     """
     parts, size, n = cost.shape
     blocks, top = counts.topk(min(3, n))
@@ -183,11 +168,8 @@ def _sweep_terms(counts: Tensor, cost: Tensor, eye: Tensor, limit: float):
 
 def _label_device(cost: Tensor, compatibility: Tensor, labels0: Tensor, *, beta: float,
                   gamma: float, tau: float, hard: bool, set_resolve: bool, niter: int) -> Tensor:
-    """Labels (P, N, n, n, 2) by mean field, without host synchronisation.
-
-    The beliefs q (P, n², L) of one output are updated in parallel at falling temperatures; the last
-    one makes them almost certain, so that their sums count the blocks.
-    """
+    """Return labels (P, N, n, n, 2) by mean field: the beliefs q (P, n², L) of one output change at
+    falling temperatures; the last one makes them almost certain: their sums count the blocks."""
     parts, n, side, _ = cost.shape
     device, size = cost.device, side * side
     site, inputs = torch.arange(size, device=device), torch.arange(n, device=device)
@@ -243,11 +225,11 @@ def label_parts(cost: Tensor, compatibility: Tensor, prior: Tensor, labels0: Ten
                 solver: str = "auto") -> Tensor:
     """Return the inputs that the blocks of each output show: labels (P, N, n, n, 2).
 
-    `cost` (P, N, n, n) and `compatibility` (P, N, N) of `cost_and_compatibility`, P parts of N
-    images; `prior` (P, N) is subtracted as eta·log(prior); `labels0` (P, N, n, n) integers in
-    [0, N). beta, gamma and eta are divided by n², tau = thres·n². After niter - 1 sweeps over the
-    outputs `set_resolve` parts those made of the same inputs. `solver`: "device" (mean field on the
-    tensors' device), "gco" (alpha-beta swaps on the CPU, the paper's own, slower), "auto" (device).
+    Of P parts of N images: `cost` (P, N, n, n) and `compatibility` (P, N, N) of
+    `cost_and_compatibility`, `prior` (P, N), `labels0` (P, N, n, n) integers in [0, N). beta, gamma
+    and eta are divided by n², tau = thres·n²; before the last of niter sweeps `set_resolve` parts
+    outputs made of the same inputs. `solver`: "device" or "auto" (mean field), "gco" (alpha-beta
+    swaps on the CPU, the paper's own, slower).
     """
     size = cost.shape[-1] ** 2
     cost = prior_cost(cost, prior, eta)
@@ -263,7 +245,7 @@ def label_parts(cost: Tensor, compatibility: Tensor, prior: Tensor, labels0: Ten
 
 @torch.no_grad()
 def blend(images: Tensor, targets: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Mixed images (P, N, C, H, W) and targets (P, N, classes): blocks and their shares."""
+    """Return mixed images (P, N, C, H, W) and targets (P, N, classes): blocks and their shares."""
     check_floats(images)
     _, n, _, height, width = images.shape
     side = labels.shape[2]
@@ -278,11 +260,8 @@ def blend(images: Tensor, targets: Tensor, labels: Tensor) -> tuple[Tensor, Tens
 
 def co_mix(images: Tensor, targets: Tensor, cost: Tensor, compatibility: Tensor, prior: Tensor,
            labels0: Tensor, **options) -> tuple[Tensor, Tensor]:
-    """Mixes one part: images (B, C, H, W) and targets (B, classes), one-hot or soft.
-
-    `cost` (B, n, n), `compatibility` (B, B), `prior` (B,), `labels0` (B, n, n) and the options as
-    in `label_parts`. Returns mixed images and soft targets (B, classes).
-    """
+    """Return mixed images (B, C, H, W) and soft targets (B, classes) of one part; `cost` (B, n, n),
+    `compatibility` (B, B), `prior` (B,), `labels0` (B, n, n) and options as in `label_parts`."""
     terms = cost, compatibility, prior, labels0
     labels = label_parts(*(t.to(images.device, non_blocking=True)[None] for t in terms), **options)
     return tuple(result[0] for result in blend(images[None], targets[None], labels))
@@ -291,12 +270,10 @@ def co_mix(images: Tensor, targets: Tensor, cost: Tensor, compatibility: Tensor,
 def co_mix_batch(images: Tensor, targets: Tensor, saliency: Tensor, draws: CoMixDraws, *,
                  m_part: int = 20, omega: float = 0.001, parallel: bool = True, **options
                  ) -> tuple[Tensor, Tensor]:
-    """Mixes a batch in parts of `m_part` images, the last one smaller where it does not divide.
+    """Return images (B, C, H, W) and targets (B, classes) mixed in parts of `m_part` images.
 
-    `images` (B, C, H, W); `targets` (B, classes); `saliency` (B, H, W) >= 0, the gradient's root
-    mean square over the channels; `draws` of `draw_comix` with the same m_part; `parallel`: all
-    parts of one size at once; the options as in `label_parts`. Returns mixed images and soft
-    targets (B, classes).
+    `saliency` (B, H, W) of `puzzlemix.gradient_magnitude`; `draws` of `draw_comix` with the same
+    m_part; `parallel`: all parts of one size at once; options as in `label_parts`.
     """
     at_once = len(images) // m_part * m_part if parallel else m_part
     batch = [t.to(images.device, non_blocking=True).split(at_once or len(images))

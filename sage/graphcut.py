@@ -1,17 +1,12 @@
-"""Minimum-energy labellings of grids, for Puzzle Mix.
-
-Puzzle Mix (Kim, Choo & Song, ICML 2020) gives every block of a grid a label l of 0 .. L-1 so that
+"""Minimum-energy labellings of grids: Puzzle Mix gives every block a label l of 0 .. L-1 so that
 
     sum over blocks of unary[l] + sum over neighbours of weight * ((l - l') / (L-1))**2
 
-is least. `solve` does this for a batch in one of two ways:
-
-gco     alpha-beta swap by gco-wrapper on the CPU, which the paper's own results were made with.
-        Images share no edge, so a batch is one graph, or one for each thread.
-device  tensor operations without host synchronisation. The cost of two labels is convex, so the
-        problem is a minimum cut with a binary variable for each block and threshold (Ishikawa,
-        2003); a cut is a linear program, which ADMM solves, and the best of a few thresholds of
-        its solution is taken. 24 iterations end 0.001 % above the optimum, gco 0.08 % above it.
+is least. gco: alpha-beta swap by gco-wrapper on the CPU, as the paper does; a batch is one graph,
+or one for each thread. device: the cost of two labels is convex, so the problem is a minimum cut
+with a binary variable for each block and threshold (Ishikawa, 2003); a cut is a linear program,
+which ADMM solves, and the best of a few thresholds of its solution is taken. 24 iterations end
+0.001 % above the optimum, gco 0.08 % above it.
 """
 import functools
 from concurrent.futures import ThreadPoolExecutor
@@ -36,10 +31,9 @@ def solve(unary: Tensor, weight_x: Tensor, weight_y: Tensor, *, solver: str = "a
           threads: int = 0) -> Tensor:
     """Return labels (B, h, w) int64 of grids of blocks with (nearly) the least energy.
 
-    unary (B, h, w, L): cost of every label; weight_x (B, h-1, w) and weight_y (B, h, w-1):
-    weights of vertical and horizontal neighbours, negative ones count as 0. solver: 'gco', 'device'
-    or 'auto' (gco on the CPU where it is installed, else device). threads: of gco, 0 is none beside
-    the caller's.
+    unary (B, h, w, L): cost of every label; weight_x (B, h-1, w), weight_y (B, h, w-1): weights of
+    vertical and horizontal neighbours, negative ones count as 0. solver: 'gco', 'device' or 'auto'
+    (gco on the CPU where it is installed). threads: of gco, 0 is none beside the caller's.
     """
     terms = unary.detach().float(), weight_x.detach().float(), weight_y.detach().float()
     if solver == "auto":
@@ -58,8 +52,6 @@ def energy(labels: Tensor, unary: Tensor, weight_x: Tensor, weight_y: Tensor) ->
     return data + vertical.sum((-2, -1)) + horizontal.sum((-2, -1))
 
 
-# ---------------------------------------------------------------------------------- gco
-
 def neighbours(site: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the ends of all edges of grids (..., h, w): the vertical ones, then the others."""
     first, second = (site[..., :-1, :], site[..., :-1]), (site[..., 1:, :], site[..., 1:])
@@ -67,10 +59,8 @@ def neighbours(site: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def build_graph(unary: np.ndarray, site: np.ndarray, weights: np.ndarray, table: np.ndarray):
-    """Return gco's graph of unary (sites, L), the weights of `neighbours(site)`, table (L, L).
-
-    By one thread at a time: gco keeps its graphs in one unguarded table.
-    """
+    """Return gco's graph of unary (sites, L), weights of `neighbours(site)` and a table (L, L); by
+    one thread at a time, as gco keeps its graphs in one unguarded table."""
     if GCO is None:
         raise RunError("the solver gco needs gco-wrapper, which is not installed here (pip install "
                        "gco-wrapper; Python 3.12 at most); --solver device does without it")
@@ -87,10 +77,10 @@ _pool = functools.cache(ThreadPoolExecutor)
 
 @torch.compiler.disable
 def _solve_by_gco(unary: Tensor, weight_x: Tensor, weight_y: Tensor, *, threads: int) -> Tensor:
-    """Alpha-beta swap (Boykov et al. 2001) to convergence from all-zero labels.
+    """Alpha-beta swap (Boykov et al. 2001) to convergence from all-zero labels, on 1000 h w times
+    the terms, truncated as in the paper's code; (L-1)² makes label costs whole.
 
-    On integers, 1000 h w times the terms, truncated as in the paper's code; (L-1)² makes label
-    costs whole. Where that would overflow it is cut off: such a block's label is beyond doubt.
+    What would overflow is cut off: such a block's label is beyond doubt.
     """
     images, height, width, num_labels = unary.shape
     squared, level = (num_labels - 1) ** 2, np.arange(num_labels)
@@ -112,8 +102,6 @@ def _solve_by_gco(unary: Tensor, weight_x: Tensor, weight_y: Tensor, *, threads:
     return torch.from_numpy(labels).view(images, height, width).long().to(unary.device)
 
 
-# ------------------------------------------------------------------------------- device
-
 RELAXATION, PENALTY = 1.9, 0.3          # of ADMM
 
 
@@ -121,9 +109,9 @@ def _solve_on_device(unary: Tensor, weight_x: Tensor, weight_y: Tensor, iteratio
                      ) -> Tensor:
     """ADMM on  min over x of  sum_e bound_e |A x - offset|_e, whose x is 0 or 1 at the optimum.
 
-    x (B, h*w*(L-1)): is the label of this block above k? The quadratic cost of neighbours is the
-    sum of |x_k - x'_m| over all pairs of thresholds k, m, plus unary terms: distances from 0 where
-    they favour 0, from 1 else. One iteration, in s = t - 2 clamp(t), is a single matrix product.
+    x (B, h*w*(L-1)): is the label of this block above k? Neighbours cost the sum of |x_k - x'_m|
+    over all pairs of thresholds k, m, plus unary terms: distances from 0 where they favour 0, from
+    1 else. One iteration, in s = t - 2 clamp(t), is a single matrix product.
     """
     images, height, width, num_labels = unary.shape
     steps, size = num_labels - 1, height * width
@@ -158,11 +146,11 @@ def _solve_on_device(unary: Tensor, weight_x: Tensor, weight_y: Tensor, iteratio
 @functools.cache
 @torch.compiler.assume_constant_result
 def _lifted_grid(height: int, width: int, steps: int, device) -> tuple[Tensor, ...]:
-    """Return the matrix A and the offset of `_solve_on_device`, an iteration's matrix, A's
-    pseudo-inverse, and what a neighbour's weight adds to the cost of each threshold.
+    """Return A, the offset, an iteration's matrix, A's pseudo-inverse, and what a neighbour's
+    weight adds to the cost of each threshold.
 
-    Rows of A: x along edges, x between thresholds, x twice (for the distances from 0 and from 1),
-    and a row of zeros, whose constant carries the iteration's constant term.
+    Rows of A: x along edges, x between thresholds, x twice (distances from 0 and from 1), and zeros
+    whose constant carries the iteration's constant term.
     """
     site = np.arange(height * width).reshape(height, width)
     first, second = neighbours(site)

@@ -29,10 +29,8 @@ import torch.nn.functional as F
 from common import data, distributed, evaluation, flags, mixing, models, plots, runtime
 from common.data.recipe import Recipe, to_uint8
 from common.distributed import log
-from common.errors import RunError
 from common.flags import add_boolean, amount, count, number, positive, share
 from common.mixing import probabilities, softmax_bce
-from common.models.parts import Network
 from common.models.weights import load_pretrained
 from common.run import Run, about
 from common.sums import StepSums
@@ -249,25 +247,23 @@ def training_step(net, model, images, labels, args, info, epoch, generator, scal
 
     The last part of the batch is mixed (all of it by default), the rest stays clean.
     """
-    n = len(images)
-    mixed_count = int(n * mixed_share(args, epoch))
-    clean_count = n - mixed_count
-    loss, parts = 0, []
-    if mixed_count:
-        mixed = mix_batch(net, images[clean_count:], labels[clean_count:], args, info, generator,
-                          scaler, mixed_count / n)
+    clean = len(images) - int(len(images) * mixed_share(args, epoch))
+    share, parts = clean / len(images), []
+    if share < 1:
+        mixed = mix_batch(net, images[clean:], labels[clean:], args, info, generator, scaler,
+                          1 - share)
+        ratio = args.update_ratio if args.method == "sage" else 1   # the clean loss has the rest
+        parts.append((mixed, (1 - share) * ratio))
+    if share > 0:
+        targets = probabilities(labels[:clean], info.num_classes)
+        parts.append((Mixed(images[:clean], targets), share))
+    loss, logits = 0, []
+    for part, weight in parts:
         with runtime.autocast(args, images.device):
-            parts = [model(mixed.images, **mixed.hidden)]
-        loss = softmax_bce(parts[0], mixed.targets) * (mixed_count / n)
-        if args.method == "sage":
-            loss = loss * args.update_ratio         # the clean loss weighs 1 - update_ratio
-    if clean_count:
-        with runtime.autocast(args, images.device):
-            parts = [model(images[:clean_count]), *parts]
-        target = F.one_hot(labels[:clean_count], info.num_classes)
-        loss = loss + softmax_bce(parts[0], target) * (clean_count / n)
+            logits.append(model(part.images, **part.hidden))
+        loss = loss + softmax_bce(logits[-1], part.targets) * weight
     scaler.scale(loss).backward()
-    return loss, torch.cat(parts)
+    return loss, torch.cat(logits[::-1])
 
 
 def train_one_epoch(net, model, loader, optimizer, scaler, args, info, run):
@@ -319,12 +315,9 @@ def main(argv=None):
         labels_per_class=args.labels_per_class,
         valid_labels_per_class=args.valid_labels_per_class, workers=args.workers)
     torch.manual_seed(args.seed)
-    net, model = runtime.prepare(
-        models.build(args.arch, info.num_classes, info.image_size,
-                     initial_channels=args.initial_channels, dropout=0.5 * args.dropout),
-        args, device)
-    if args.method == "manifold" and not isinstance(net, Network):
-        raise RunError(f"--method manifold cannot mix inside {args.arch} at this image size")
+    net = models.build(args.arch, info.num_classes, info.image_size,
+                       initial_channels=args.initial_channels, dropout=0.5 * args.dropout)
+    net, model = runtime.prepare(net, args, device)
     optimizer = torch.optim.SGD(net.parameters(), lr=args.lr, momentum=args.momentum,
                                 weight_decay=args.weight_decay, nesterov=args.momentum > 0)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")

@@ -1,8 +1,6 @@
-"""Puzzle Mix (Kim, Choo & Song, ICML 2020): which image owns which block, and where its blocks go.
-
-Blocks go to the image that is salient there, and neighbours like the same owner (`puzzle_mask`, a
-graph cut); then each image moves its salient blocks into what it owns (`apply_mask`, by masked
-optimal transport).
+"""Puzzle Mix (Kim, Choo & Song, ICML 2020): blocks go to the image that is salient there, and
+neighbours like the same owner (`puzzle_mask`, a graph cut); then each image moves its salient
+blocks into what it owns (`apply_mask`, by masked optimal transport).
 """
 import math
 from collections.abc import Callable
@@ -19,14 +17,12 @@ SLACK = 1e-6         # rounding in comparisons of saliencies that sum to 1
 
 
 def gradient_magnitude(grad: Tensor) -> Tensor:
-    """Saliency (B, H, W): root of the mean over channels of the squared input gradient."""
+    """Return the saliency (B, H, W): root mean square over channels of the input gradient."""
     return grad.float().square().mean(1).sqrt()
 
 
-# ------------------------------------------------------------------------------------- draws
-
 def draw_block_num(generator: torch.Generator | None = None, sides: tuple[int, ...] = ()) -> int:
-    """Blocks a side: 2, 4, 8 or 16, of these what divides all `sides` (pixels)."""
+    """Return blocks a side: 2, 4, 8 or 16, of these what divides all `sides` (pixels)."""
     choices = [n for n in (2, 4, 8, 16) if not any(side % n for side in sides)]
     if not choices:
         raise RunError(f"Puzzle Mix: images of {'×'.join(map(str, sides))} pixels cannot be halved")
@@ -36,12 +32,9 @@ def draw_block_num(generator: torch.Generator | None = None, sides: tuple[int, .
 def draw_noise(images: Tensor, adv_p: float, adv_eps: float,
                generator: torch.Generator | None = None, *, mean, std
                ) -> tuple[Tensor, Callable[[Tensor], dict]]:
-    """Return the images of the saliency pass, with adversarial noise for the first and for the
-    second images with probability adv_p each, and a function that turns their gradient into the
-    keyword arguments `noise` and `noisy` of `puzzle_mix`.
-
-    images: (B, C, H, W) normalised by mean and std (C values each); adv_eps: radius in 1/255.
-    """
+    """Return the images (B, C, H, W) of the saliency pass, with noise of radius adv_eps / 255 for
+    the first and for the second ones with probability adv_p each, and a function of their gradient
+    that returns the keyword arguments `noise` and `noisy` of `puzzle_mix`."""
     noisy = tuple((torch.rand(2, generator=generator) < adv_p).tolist())
     if not any(noisy):
         return images, lambda grad: {}
@@ -60,20 +53,17 @@ def draw_noise(images: Tensor, adv_p: float, adv_eps: float,
     return (attacked - mean) / std, adversary
 
 
-# ------------------------------------------------------------------------------------ mixing
-
 def puzzle_mix(images: Tensor, saliency: Tensor, perm: Tensor, lam: Tensor | float, block_num: int,
                *, transport: bool = True, t_eps: float = 0.8, t_size: int = 4, mean, std,
                noise: Tensor | None = None, noisy: tuple[bool, bool] = (True, True), **options
                ) -> tuple[Tensor, Tensor]:
     """Return image i mixed with image perm[i] (B, C, H, W), and ratio (B,), the mask's mean.
 
-    images (B, C, H, W), normalised by mean and std (C values each); saliency (B, H, W), not
-    negative, an all-zero map counts as uniform; lam: share of the first image that the prior
-    favours, one or (B,); block_num: blocks a side, divides H and W (ValueError else).
-    transport: move blocks of t_size pixels (-1: the mask's blocks) at a cost of t_eps times the
-    squared distance. noise (B, C, H, W) is added in [0, 1] pixel values to the first and / or
-    second images (`noisy`). options: of `puzzle_mask`.
+    images normalised by mean and std (C values each); saliency (B, H, W) >= 0; lam: share of the
+    first image that the prior favours, one or (B,); block_num: blocks a side. transport: move
+    blocks of t_size pixels (-1: the mask's) at a cost of t_eps times the squared distance. noise
+    (B, C, H, W) is added to [0, 1] pixels of the first and / or second images (`noisy`). options:
+    of `puzzle_mask`.
     """
     mask = puzzle_mask(images, saliency, perm, lam, block_num, std=std, **options)
     return apply_mask(images, saliency, perm, mask, transport=transport, t_eps=t_eps,
@@ -87,9 +77,8 @@ def puzzle_mask(images: Tensor, saliency: Tensor, perm: Tensor, lam: Tensor | fl
                 threads: int = 0) -> Tensor:
     """Return the mask (B, n, n) in [0, 1], 1 for the first image; arguments as in `puzzle_mix`.
 
-    beta, gamma, eta: weights of label smoothness, of the colour step between neighbours and of the
-    prior; n_labels: mask levels; neigh_size: side of the colour cells in pixels; solver, threads:
-    see `graphcut.solve`.
+    beta, gamma, eta: weights of label smoothness, of colour steps and of the prior; n_labels: mask
+    levels; neigh_size: side of the colour cells in pixels; solver, threads: of `graphcut.solve`.
     """
     terms = graph_terms(images, saliency, perm, block_num, beta=beta, gamma=gamma,
                         neigh_size=neigh_size, std=std)
@@ -121,15 +110,13 @@ def apply_mask(images: Tensor, saliency: Tensor, perm: Tensor, mask: Tensor, *,
     return torch.lerp(second, first, weight), mask.flatten(1).mean(1)
 
 
-# ------------------------------------------------------------------------------ graph's terms
-
 def graph_terms(images: Tensor, saliency: Tensor, perm: Tensor, block_num: int, *, beta: float,
                 gamma: float, neigh_size: int, std) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Cost (B, n, n) of giving a block to the first and to the second image, and what the colours
-    add to the weight of vertical (B, n-1, n) and horizontal (B, n, n-1) neighbours.
+    """Return the cost (B, n, n) of giving a block to the first and to the second image, and what
+    the colours add to the weight of vertical (B, n-1, n) and horizontal (B, n, n-1) neighbours.
 
-    Colour steps that would arise along the border of two blocks depend on both owners; they are
-    split into costs of the blocks and a weight of their disagreement.
+    A colour step along the border of two blocks depends on both owners: it is split into costs of
+    the blocks and a weight of their disagreement.
     """
     check_floats(images)
     height, width = images.shape[-2:]
@@ -155,8 +142,8 @@ def graph_terms(images: Tensor, saliency: Tensor, perm: Tensor, block_num: int, 
 
 def label_terms(to_first: Tensor, to_second: Tensor, weight_x: Tensor, weight_y: Tensor, lam, *,
                 beta: float, eta: float, n_labels: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Terms for `graphcut.solve`: label l is a share of 1 - l/(n_labels-1) for the first image,
-    a priori binomial with mean lam (one or (B,))."""
+    """Return the terms of `graphcut.solve`: label l is a share of 1 - l/(n_labels-1) for the first
+    image, a priori binomial with mean lam (one or (B,))."""
     n, steps = to_first.shape[1], n_labels - 1
     lam = torch.as_tensor(lam, dtype=torch.float32)[..., None]         # where it was drawn
     level = torch.arange(n_labels, device=lam.device)
@@ -170,11 +157,8 @@ def label_terms(to_first: Tensor, to_second: Tensor, weight_x: Tensor, weight_y:
 
 
 def _colour_steps(colours: Tensor, cells: int, n: int) -> Tensor:
-    """Colour differences across the horizontal borders of blocks `cells` rows high.
-
-    `colours` (2, B, C, h, w) of the first and the second images. Returns (2, 2, B, n-1, n): by the
-    image above, the image below.
-    """
+    """Return colour differences (image above, image below, B, n-1, n) across the borders of blocks
+    `cells` rows high, of colours (2, B, C, h, w) of the first and the second images."""
     above, below = colours[..., cells - 1:-1:cells, :], colours[..., cells::cells, :]
     steps = (above[:, None] - below[None]).abs().mean(3)
     return steps.unflatten(-1, (n, -1)).mean(-1)
@@ -187,17 +171,14 @@ def shares(maps: Tensor) -> Tensor:
     return torch.where(usable, maps / total, 1 / (maps.shape[-2] * maps.shape[-1]))
 
 
-# --------------------------------------------------------------------------------- transport
-
 @torch.no_grad()
 def transport_plan(mask: Tensor, saliency: Tensor, t_eps: float = 0.8) -> Tensor:
-    """Which block of an image goes where the mask shows it (masked transport).
+    """Return the block (B, h*w) that each place of an image gets by masked transport.
 
     mask (B, h, w): positive where the image is seen; saliency (B, h, w), sums to 1 per image.
-    Each block prefers the visible place where t_eps * distance**2 (the grid's sides being 1) minus
-    its saliency is least, if negative. max(h, w) rounds: every block proposes to the best place
-    that has not refused it, every place keeps its best proposer. Returns the block (B, h*w) that
-    each place gets; places not seen, and those that nobody wants, keep their own.
+    Each block prefers the seen place where t_eps * distance**2 (the grid's sides being 1) minus its
+    saliency is least, if negative. max(h, w) rounds: every block proposes to the best place that
+    has not refused it, every place keeps its best proposer, or else its own block.
     """
     height, width = mask.shape[1:]
     places = height * width

@@ -23,9 +23,7 @@ def draw_softening(path: Path, args, num_classes: int) -> Path:
 
 
 def write_events(run):
-    """The newest row under the tags of the paper's program, for TensorBoard."""
-    if not run.events:
-        return
+    """Write the newest row under the tags of the paper's program, for TensorBoard."""
     row = run.history[-1]
     tags = {"learning/lr": row["lr"], "Train/loss": row["train_loss"]}
     if "test_loss" in row:
@@ -36,4 +34,3 @@ def write_events(run):
             tags[f"{part}/Best Accuracy"] = max(run.column(f"{part.lower()}_accuracy"))
     for tag, value in tags.items():
         run.events.add_scalar(tag, value, row["epoch"] + 1)
-    run.events.flush()

@@ -14,11 +14,8 @@ def soft_target_loss(logits, labels, confidence, *, reweight: str | bool | None 
     The target gives `confidence` to the label and the rest in equal parts to the other classes or,
     with `other`, to the last of the K logits, a class beyond the data's. soften=False: one-hot
     targets. reweight: 'batch' (or True) multiplies the mean loss by the batch's mean confidence, as
-    the authors' program does; 'sample' each image's loss by its own, as the paper's formula does;
-    None (or False) nothing. Raises ValueError for another reweight.
+    the authors' program does; 'sample' each image's loss by its own, as the paper's formula does.
     """
-    if reweight not in ("batch", "sample", None, True, False):
-        raise ValueError(f"reweight must be 'batch', 'sample' or None, not {reweight!r}")
     target = confidence if soften else torch.ones_like(confidence)
     rest = 1 - target
     log_p = logits.float().log_softmax(1)
@@ -51,11 +48,8 @@ def focal_loss(logits, labels, confidence=None, *, gamma: float = 2.0) -> torch.
 
 
 def mixup_loss(loss, logits, labels, confidence, perm, lam) -> torch.Tensor:
-    """Return `loss` of a batch mixed by Mixup: of both labels, each with its own confidence.
-
-    loss: one of this file; perm (B,): the partners; lam: the first image's share, a number or 0-dim
-    tensor in [0, 1].
-    """
+    """Return `loss`, one of this file, of a batch mixed by Mixup with partners perm (B,) and the
+    first image's share lam: of both labels, each with its own confidence."""
     perm = perm.to(logits.device, non_blocking=True)
     return (lam * loss(logits, labels, confidence)
             + (1 - lam) * loss(logits, labels[perm], confidence[perm]))

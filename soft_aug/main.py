@@ -54,20 +54,16 @@ def parse_args(argv=None):
     """Return the flags; usage errors exit with code 2."""
     parser = flags.Parser(__doc__)
     add = parser.add_argument_group("schedule and run").add_argument
-    add("--sch", type=number(above=0, high=1e4), default=2.5,
-        help="length of training where --epochs is not given, in 200 epochs")
+    add("--sch", type=number(above=0, high=1e4), default=2.5, help="epochs / 200, unless --epochs")
     add("--optimizer", choices=["sgd"], default="sgd")
     add_boolean(add, "--no-nag", False, "momentum that is not Nesterov's")
     add("--decay", type=lambda text: {"cosine": "c", "linear": "l", "step": "s"}.get(text, text),
         choices=["c", "l", "s"], default="c", help="learning rate: cosine, linear, step")
     add("--gamma", type=amount, default=0.2, help="LR factor of a step (--decay s)")
-    add("--milestones", type=count, nargs="*", default=None,
-        help="epochs of the steps (default: at 1/2, 3/4 and 9/10 of the epochs)")
+    add("--milestones", type=count, nargs="*", help="(default: 1/2, 3/4, 9/10 of the epochs)")
     add("--warm", type=count, default=0, help="epochs of linear warm-up")
-    add("--ft", type=count, default=20,
-        help="last epochs, with weak augmentation (but never the first 5 %% of all)")
-    add("--r", type=number(above=0), default=1000.0,
-        help="divides the augmentations' strength there")
+    add("--ft", type=count, default=20, help="last epochs, weakly augmented (never the first 5 %%)")
+    add("--r", type=number(above=0), default=1000.0, help="divides the augmentation there")
     add("--eval_every", type=positive, default=5, help="epochs from test to test")
     add_boolean(add, "--nogpu", False, "the same as --device cpu")
 
@@ -132,10 +128,7 @@ def title(args) -> str:
 
 
 def choose_seed(args, device) -> int:
-    """Return --seed or, for -1, that of the run to resume or evaluate, else a random one.
-
-    The same on all ranks. Raises RunError for a --resume that is no checkpoint.
-    """
+    """Return --seed or, for -1, that of the run to resume or evaluate, else one for all ranks."""
     if args.seed != -1:
         return args.seed
     seed, asked = random.randrange(1001), args.resume or args.evaluate
@@ -212,10 +205,11 @@ def mixed_loss(logits, labels, mixed, args):
 
 def implied_targets(labels, mixed, args, outputs):
     """Return the soft targets (B, outputs) implied by --loss, for the preview."""
-    soft = args.loss == "st" and not args.no_soften
-    p = mixed.confidence if soft else torch.full_like(
-        mixed.confidence, args.max_p if args.loss == "sce" else 1)
-    label = F.one_hot(labels, outputs).float()
+    p, label = torch.ones_like(mixed.confidence), F.one_hot(labels, outputs).float()
+    if args.loss == "sce":
+        p *= args.max_p
+    elif args.loss == "st" and not args.no_soften:
+        p = mixed.confidence
     rest = (1 - label) / (outputs - 1)
     if args.other:
         rest = F.one_hot(torch.full_like(labels, outputs - 1), outputs)
@@ -226,11 +220,7 @@ def implied_targets(labels, mixed, args, outputs):
 # --------------------------------------------------------------------------------------- training
 
 def step_rate(args, step: int, epoch_steps: int) -> float:
-    """Return the learning rate of training step `step`, counted from 0 over all epochs.
-
-    --decay c: a half cosine from --lr to 0; l: linear to 0; s: times --gamma at each of the
-    --milestones. Multiplied by a linear warm-up over the first --warm epochs.
-    """
+    """Return the learning rate of `step`, counted from 0 over all epochs, by --decay and --warm."""
     done, epoch = (step + 1) / (args.epochs * epoch_steps + 1), step // epoch_steps
     rate = args.lr * {"c": (1 + math.cos(math.pi * done)) / 2, "l": 1 - done,
                       "s": args.gamma ** sum(epoch >= start for start in args.milestones)
@@ -299,15 +289,14 @@ def main(argv=None):
         seed=args.seed, loader=args.loader, image_size=args.image_size, val_split=args.val_split,
         labels_per_class=args.labels_per_class, workers=args.workers)
     torch.manual_seed(args.seed)
-    net, model = runtime.prepare(
-        models.build(args.arch, info.num_classes + args.other, info.image_size,
-                     initial_channels=args.initial_channels), args, device)
+    net = models.build(args.arch, info.num_classes + args.other, info.image_size,
+                       initial_channels=args.initial_channels)
+    net, model = runtime.prepare(net, args, device)
     optimizer = torch.optim.SGD(net.parameters(), lr=args.lr, momentum=args.momentum,
                                 weight_decay=args.weight_decay,
                                 nesterov=args.momentum > 0 and not args.no_nag)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
-    log(f"{about(info, net, train, args)}; augmentation {args.da}"
-        + (" with RandAugment" if args.ra else "") + f", loss {args.loss}")
+    log(f"{about(info, net, train, args)}; {title(args)}")
     strong = math.ceil(first_weak_epoch(args))
     if 2 * strong < args.epochs and (args.da > 0 or args.noise or args.mixup):
         distributed.warn(f"--ft {args.ft} leaves {strong} of {args.epochs} epochs with "
@@ -336,7 +325,8 @@ def main(argv=None):
         if last or run.epoch % args.eval_every == 0:
             row |= evaluation.columns(evaluation.evaluate(net, test, args, info))
         run.end_epoch(row | timing, row.get("test_accuracy"), sums)
-        write_events(run)
+        if run.events:
+            write_events(run)
 
     # The report
     evaluation.report(net, test, args, info, run)
