@@ -91,6 +91,7 @@ def weights(text: str) -> str:
     return (known | {"none": "", "torchvision": "torchvision"}).get(text.lower(), text)
 
 
+LOADING = "batch_size seed loader image_size val_split labels_per_class workers"   # of data.load
 positive, count = number(int, low=1), number(int, low=0)
 amount, share = number(low=0), number(low=0, high=1)
 
@@ -169,3 +170,8 @@ def add_run_time_flags(group, resume):
         "N evaluation batches; evaluation, plots and checkpoint follow")
     add_boolean(add, "--tensorboard", False, "write TensorBoard events into the run folder")
     add("--debug", action="store_true", help="show the traceback of an unforeseen error")
+
+
+def chosen(args, names: str, prefix: str = "") -> dict:
+    """Return the values of the flags `prefix` + name as keyword arguments of these names."""
+    return {name: getattr(args, prefix + name) for name in names.split()}

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from common import data, distributed, evaluation, flags, mixing, models, plots, runtime
 from common.data.recipe import Recipe, to_uint8
 from common.distributed import log
-from common.flags import add_boolean, amount, count, number, positive, share
+from common.flags import add_boolean, amount, chosen, count, number, positive, share
 from common.mixing import probabilities, softmax_bce
 from common.models.weights import load_pretrained
 from common.run import Run, about
@@ -132,11 +132,6 @@ def parse_args(argv=None):
     return args
 
 
-def options(args, names: str, prefix: str = "") -> dict:
-    """Return the flags of these names as keyword arguments."""
-    return {name: getattr(args, prefix + name) for name in names.split()}
-
-
 # ----------------------------------------------------------------------------------------- mixing
 
 class Mixed(NamedTuple):
@@ -190,8 +185,8 @@ def mix_batch(net, images, labels, args, info, generator, scaler, part=1.0) -> M
         saliency = puzzlemix.gradient_magnitude(gradient(images, labels))
         mixed, targets = compiled(comixup.co_mix_batch)(
             images, probabilities(labels, info.num_classes), saliency, draws,
-            **options(args, "m_part set_resolve solver parallel"),
-            **options(args, "omega beta gamma eta thres thres_type niter", "m_"))
+            **chosen(args, "m_part set_resolve solver parallel"),
+            **chosen(args, "omega beta gamma eta thres thres_type niter", "m_"))
         return Mixed(mixed, targets, saliency=saliency)
 
     perm = mixing.draw_perm(n, generator).to(images.device, non_blocking=True)
@@ -213,7 +208,7 @@ def mix_batch(net, images, labels, args, info, generator, scaler, part=1.0) -> M
         saliency = puzzlemix.gradient_magnitude(grad)
         mixed, ratio = compiled(puzzlemix.puzzle_mix)(
             images, saliency, perm, lam, block_num, mean=info.mean, std=info.std, threads=args.mp,
-            **options(args, "beta gamma eta n_labels neigh_size transport t_eps t_size solver"),
+            **chosen(args, "beta gamma eta n_labels neigh_size transport t_eps t_size solver"),
             **adversary(grad))
     elif args.method == "saliencymix":
         lam = saliencymix.draw_box_lambda(generator)    # Beta(1, 1) whatever --mixup_alpha is
@@ -310,10 +305,8 @@ def main(argv=None):
 
     # Data, network, optimizer
     train, test, info = data.load(
-        args.dataset, args.data_dir, Recipe(), batch_size=args.batch_size, device=device,
-        seed=args.seed, loader=args.loader, image_size=args.image_size, val_split=args.val_split,
-        labels_per_class=args.labels_per_class,
-        valid_labels_per_class=args.valid_labels_per_class, workers=args.workers)
+        args.dataset, args.data_dir, Recipe(), device=device,
+        valid_labels_per_class=args.valid_labels_per_class, **chosen(args, flags.LOADING))
     torch.manual_seed(args.seed)
     net = models.build(args.arch, info.num_classes, info.image_size,
                        initial_channels=args.initial_channels, dropout=0.5 * args.dropout)

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from common import checkpoint, data, distributed, evaluation, flags, models, plots, runtime
 from common.data import Recipe
 from common.distributed import log
-from common.flags import add_boolean, amount, count, number, positive
+from common.flags import add_boolean, amount, chosen, count, number, positive
 from common.mixing import cutout, draw_lambda, draw_perm, draw_pixels, mixup
 from common.models.weights import load_pretrained
 from common.randaugment import randaugment
@@ -284,10 +284,8 @@ def main(argv=None):
     recipe = Recipe(crop="centre" if whole and args.dataset in data.STREAMED else None,
                     padding=0 if whole else 4, flip=False if args.da == -1 else None,
                     transform=randaugment if args.ra else None, mean=mean, std=std)
-    train, test, info = data.load(
-        args.dataset, args.data_dir, recipe, batch_size=args.batch_size, device=device,
-        seed=args.seed, loader=args.loader, image_size=args.image_size, val_split=args.val_split,
-        labels_per_class=args.labels_per_class, workers=args.workers)
+    train, test, info = data.load(args.dataset, args.data_dir, recipe, device=device,
+                                  **chosen(args, flags.LOADING))
     torch.manual_seed(args.seed)
     net = models.build(args.arch, info.num_classes + args.other, info.image_size,
                        initial_channels=args.initial_channels)
