@@ -147,8 +147,8 @@ class Mixer:
     indices (B,), or (not of softcrop) probabilities (B, num_classes); model: for puzzle, comix,
     sage and occamix (whose network ends in a Linear layer); its statistics, gradients and mode
     stay. seed: of the draws; each rank, DataLoader worker and epoch draws its own. A call's
-    `generator` is used instead. prob: of mixing a batch. options: the program's flags, e.g.
-    rand_pos=0.1. Raises ValueError for a method or an option that is not there.
+    `generator` is used instead; seeded once and copied into workers, it repeats itself each epoch.
+    prob: of mixing a batch. options: the program's flags, e.g. rand_pos=0.1.
     """
 
     def __init__(self, method: str, num_classes: int, *, mean=(0.485, 0.456, 0.406),

@@ -1,8 +1,8 @@
 """Mixup, CutMix, Cutout, soft targets and their losses; the random draws they share.
 
 Draws are arguments of the mixing functions: the same draws give the same result on every device,
-without host synchronisation. They come from a CPU `torch.Generator`, or by default from torch's
-own, which differs by worker and by epoch in a DataLoader.
+without host synchronisation. They come from a CPU `torch.Generator` (which, copied into workers of
+a DataLoader, repeats itself each epoch), or by default from torch's own (which does not).
 """
 from collections.abc import Callable
 
