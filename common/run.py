@@ -3,6 +3,7 @@ import csv
 import io
 import json
 import math
+import signal
 import statistics
 import sys
 import time
@@ -13,7 +14,7 @@ from tqdm import tqdm
 
 from common import checkpoint, distributed, files, plots, runtime
 from common.distributed import log
-from common.errors import NOT_SAVED, RunError
+from common.errors import NOT_SAVED, RunError, Stopped
 
 # Flags that a run may change when it goes on, without a word
 NOT_TRAINING = ("data_dir", "root_dir", "workers", "print_freq", "device", "resume", "evaluate",
@@ -159,8 +160,9 @@ class Run:
         if self.stop.arrived(step, last=self.step == self.epoch_steps):
             sums.check(self.epoch)
             self.save(sums.state())
-            self.stop.leave(f"stopped at epoch {self.epoch + 1}, step {self.step}; "
-                            "go on with --resume auto")
+            number = self.stop.number
+            raise Stopped(f"{signal.Signals(number).name}: stopped at epoch {self.epoch + 1}, step "
+                          f"{self.step}; go on with --resume auto", 128 + number)
         if self.steps_left is not None:
             self.steps_left -= 1
         return self.steps_left == 0

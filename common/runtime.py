@@ -185,10 +185,6 @@ class StopSignal:
         self.number = int(number)
         return self.number != 0
 
-    def leave(self, message: str):
-        """End the program with one line and the signal's exit code."""
-        raise Stopped(f"{signal.Signals(self.number).name}: {message}", 128 + self.number)
-
 
 def launch(main):
     """Run main() as a program: a fault prints one line and exits with code 1 (--debug raises)."""
