@@ -219,8 +219,7 @@ class SAMix(nn.Module):
         with torch.no_grad():
             middle, pooled = copy.deepcopy(backbone).eval()(
                 torch.zeros(1, 3, image_size, image_size, device=device))
-        block = program.MixBlock(middle.shape[1], args.lam_mul_k, dropout=args.dropout,
-                                 variant=args.variant)
+        block = program.MixBlock(middle.shape[1], args.lam_mul_k, dropout=args.dropout)
         branch = program.Branch(backbone, pooled.shape[1], num_classes)
         self.net = program.SAMix(branch, block, args).to(device)
         self.args, self.total, self.draws, self.step = args, total_steps, _Draws(seed), 0

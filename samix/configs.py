@@ -1,34 +1,14 @@
 """The published configurations, by alias and by the file names of the authors' collection.
 
-Keys are main.py's flags. Our choice, where the published table is silent: drop_path.
+Keys are main.py's flags, whose defaults are ImageNet's. Our choice, where the published table is
+silent: drop_path.
 """
-import difflib
-
-COMMON = {
-    # mixing
-    "alpha": 2.0, "lam_concat": True, "lam_mul_k": -1.0, "mode": ("bilinear",), "dropout": 0.1,
-    "mask_adjust": 0.0, "lam_margin": 0.08, "no_repeat": False,
-    "switch_off": 0.0,                  # the originals' ViTs say 1.0, which never took effect
-    # losses
-    "mask_loss": 0.1, "mask_loss_kind": "l1_variance", "mask_margin": 0.1, "mask_anneal": True,
-    "head": "ce", "neg_weight": 1.0, "label_smoothing": 0.0, "one_weight": 1.0, "mix_q_weight": 1.0,
-    "mix_k_weight": 1.0,
-    # optimization
-    "optimizer": "sgd", "lr": 0.1, "min_lr": 0.0, "momentum": 0.9, "weight_decay": 1e-4,
-    "block_lr": 0.1, "block_min_lr": 1e-3, "block_momentum": 0.9, "lr_every": "epoch",
-    "warmup_epochs": 0, "warmup_ratio": 1e-5, "clip_grad": 0.0, "ema_base": 0.999,
-    "ema_end": 0.99999, "ema_start": 0.1, "amp": "off", "batch_size": 256, "epochs": 100,
-    "drop_last": False,
-    # data and network
-    "image_size": 224, "layer": 3, "crop": "resized", "crop_scale": 0.08, "padding": 4,
-    "randaugment": False, "resize_first": False, "mean": (0.485, 0.456, 0.406),
-    "std": (0.229, 0.224, 0.225), "drop_path": 0.0, "pretrained": ""}
-
-CIFAR = {
+COMMON = {"image_size": 224, "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+CIFAR = {                               # the MixBlock's rates: the network's
     "dataset": "cifar100", "image_size": 32, "crop": "reflect", "mean": (0.4914, 0.4822, 0.4465),
     "std": (0.2023, 0.1994, 0.201), "neg_weight": 0.5, "lam_mul_k": 0.25, "dropout": 0.0,
-    "mask_anneal": False, "batch_size": 100, "epochs": 400, "min_lr": 0.05, "block_min_lr": 0.05,
-    "ema_end": 0.999999}
+    "mask_anneal": False, "batch_size": 100, "epochs": 400, "min_lr": 0.05, "block_lr": None,
+    "block_min_lr": None, "ema_end": 0.999999}
 TINY = {
     "dataset": "tiny-imagenet-200", "image_size": 64, "neg_weight": 0.5, "dropout": 0.0,
     "mask_anneal": False, "batch_size": 100, "epochs": 400, "lr": 0.2, "min_lr": 0.05,
@@ -39,7 +19,7 @@ CUB = {                                 # from ImageNet weights
     "block_min_lr": 5e-4, "no_repeat": True, "crop_scale": 0.5, "resize_first": True}
 AIRCRAFT = {**CUB, "dataset": "imagenet", "ema_end": 0.99996}
 LARGE = {"dataset": "imagenet", "block_min_lr": 1e-4}     # image folders laid out like ImageNet
-VIT = {
+VIT = {                                 # the originals say switch_off 1.0, which took no effect
     "dataset": "cifar100", "optimizer": "adamw", "weight_decay": 0.05, "clip_grad": 20.0,
     "lr_every": "step", "warmup_epochs": 20, "batch_size": 100, "epochs": 200, "min_lr": 1e-4,
     "block_min_lr": 1e-4, "ema_end": 0.99996, "ema_start": 0.25, "label_smoothing": 0.1,
@@ -53,7 +33,7 @@ CONFIGS = {
     **{f"cifar100_{net}": {**CIFAR, "arch": NETS[net]} for net in ("r18", "rx50")},
     "cifar100_wrn28_8": {
         **CIFAR, "arch": "wrn28_8", "layer": 2, "lr": 0.03, "min_lr": 1e-3, "weight_decay": 1e-3,
-        "block_lr": 0.03, "block_min_lr": 1e-3, "block_momentum": 0.0},
+        "block_momentum": 0.0},
     "tiny_r18": {**TINY, "arch": "resnet18"},
     "tiny_rx50": {**TINY, "arch": "resnext50_32x4d", "lam_mul_k": 0.25},
     **{f"{name}_{net}": {**values, "arch": NETS[net]}
@@ -67,49 +47,45 @@ CONFIGS = {
                             "block_lr": 7.5e-4, "drop_path": 0.1},
 }
 
-# File -> alias and what the file has beside it. Of the file of Tiny's ResNeXt-50 that promises
-# mask_adjust 0.25, the value is 0, as in its table.
-IMAGENET, UNSAMPLING = "imagenet/samix/basic/", "unsampling_modebilinear/"
+# The authors' folders, our name of each; their files, behind the network's name; what a file has
+# beside the alias. Tiny's file that promises mask_adjust 0.25 has 0, as in its table.
 FILES = {
-    **{f"{IMAGENET}{net}_l2_a2_bili_val_dp01_mul_mb_mlr1e_3_bb_mlr0_4xb64": (f"imagenet_{net}", {})
-       for net in ("r18", "r34", "r50", "r101", "rx101")},
-    **{f"{IMAGENET}r50/{UNSAMPLING}r50_l2_a2_bili_val_dp01_mul_mb_mlr1e_3_{rest}":
-       ("imagenet_r50", values) for rest, values in (
-           ("m0_bb_mlr0_4xb64_ep100", {"block_momentum": 0.0}),
-           ("m0_bb_mlr0_4xb64_fp16_ep100", {"block_momentum": 0.0, "amp": "fp16"}),
-           ("m09_bb_mlr0_4xb64_ep300", {"epochs": 300}))},
-    **{f"cifar100/samix/basic/{file}_a2_bili_val_dp0_mul_x_cat_L1_var_01_mlr{rest}":
-       (f"cifar100_{net}", values) for net, file, rest, values in (
-           ("r18", "r18_l2", "5e_2", {}), ("rx50", "rx50_l2", "5e_2", {}),
-           ("wrn28_8", "wrn28_8_l1", "1e_3", {}),
-           ("r18", f"r18/{UNSAMPLING}r18_l2", "5e_2_lam_mul_k0_25_mask_adjust0_25_ep800",
-            {"epochs": 800, "mask_adjust": 0.25}))},
-    **{f"tiny_imagenet/samix/basic/{file}_l2_a2_bili_val_dp0_mul_mb_mlr1e_3_bb_mlr5e_2{rest}":
-       (f"tiny_{net}", {}) for net, file, rest in (
-           ("r18", "r18", ""), ("r18", f"r18/{UNSAMPLING}r18", "_ep400"),
-           ("rx50", "rx50", "_2xb50"),
-           ("rx50", f"rx50/{UNSAMPLING}rx50", "_2xb50_lam_mul_k0_25_mask_adjust0_25_ep400"))},
-    **{f"{folder}/samix/{net}_l2_a2_bili_val_dp01_mb_mlr5e_4_1xb16_ep200": (f"{alias}_{net}", {})
-       for folder, alias in (("cub200", "cub"), ("aircrafts", "aircraft"))
-       for net in ("r18", "rx50")},
-    **{f"{folder}/samix/r50_l2_a2_bili_val_dp01_mb_mlr1e_4_bb_mlr0_4xb64_ep100": (alias, {})
-       for folder, alias in (("inaturalist2017", "inat2017_r50"), ("place205", "places205_r50"))},
-    **{f"cifar100/samix/vits/{net}_{file}": (f"cifar100_{net}", values) for net, file, values in (
-        ("deit_s", "l6_a2_near_val_dp01_sz224_mlr1e_4_bs100_ep200", {}),
-        ("deit_s", "l6_a2_near_val_dp01_sz224_mlr1e_4_bs100_ep600", {"epochs": 600}),
-        ("swin_t", "l3_a2_near_val_dp01_sz224_mlr1e_4_bs100_ep200", {}),
-        ("swin_t", "l3_a2_near_bili_val_dp01_sz224_mlr2e_4_bs100_ep600",
-         {"epochs": 600, "mode": ("bilinear", "nearest"), "min_lr": 2e-4, "block_lr": 7.5e-4}),
-        ("convnext_t", "l2_a2_bili_val_dp01_lr2e_3_mlr1e_4_bs100_ep200", {}),
-        ("convnext_t", "l2_a2_bili_val_dp01_lr2e_3_mlr1e_4_bs100_ep600",
-         {"epochs": 600, "lr": 2e-3, "block_lr": 1e-3}))},
+    ("imagenet", "imagenet"): {
+        "l2_a2_bili_val_dp01_mul_mb_mlr1e_3_bb_mlr0_4xb64": {},
+        "l2_a2_bili_val_dp01_mul_mb_mlr1e_3_m0_bb_mlr0_4xb64_ep100": {"block_momentum": 0.0},
+        "l2_a2_bili_val_dp01_mul_mb_mlr1e_3_m0_bb_mlr0_4xb64_fp16_ep100": {
+            "block_momentum": 0.0, "amp": "fp16"},
+        "l2_a2_bili_val_dp01_mul_mb_mlr1e_3_m09_bb_mlr0_4xb64_ep300": {"epochs": 300}},
+    ("cifar100", "cifar100"): {
+        "l2_a2_bili_val_dp0_mul_x_cat_L1_var_01_mlr5e_2": {},
+        "l2_a2_bili_val_dp0_mul_x_cat_L1_var_01_mlr5e_2_lam_mul_k0_25_mask_adjust0_25_ep800": {
+            "epochs": 800, "mask_adjust": 0.25},
+        "l1_a2_bili_val_dp0_mul_x_cat_L1_var_01_mlr1e_3": {},
+        "l6_a2_near_val_dp01_sz224_mlr1e_4_bs100_ep200": {},
+        "l6_a2_near_val_dp01_sz224_mlr1e_4_bs100_ep600": {"epochs": 600},
+        "l3_a2_near_val_dp01_sz224_mlr1e_4_bs100_ep200": {},
+        "l3_a2_near_bili_val_dp01_sz224_mlr2e_4_bs100_ep600": {
+            "epochs": 600, "mode": ("bilinear", "nearest"), "min_lr": 2e-4, "block_lr": 7.5e-4},
+        "l2_a2_bili_val_dp01_lr2e_3_mlr1e_4_bs100_ep200": {},
+        "l2_a2_bili_val_dp01_lr2e_3_mlr1e_4_bs100_ep600": {
+            "epochs": 600, "lr": 2e-3, "block_lr": 1e-3}},
+    ("tiny_imagenet", "tiny"): {
+        "l2_a2_bili_val_dp0_mul_mb_mlr1e_3_bb_mlr5e_2": {},
+        "l2_a2_bili_val_dp0_mul_mb_mlr1e_3_bb_mlr5e_2_ep400": {},
+        "l2_a2_bili_val_dp0_mul_mb_mlr1e_3_bb_mlr5e_2_2xb50": {},
+        "l2_a2_bili_val_dp0_mul_mb_mlr1e_3_bb_mlr5e_2_2xb50_lam_mul_k0_25_mask_adjust0_25_ep400":
+            {}},
+    ("cub200", "cub"): {"l2_a2_bili_val_dp01_mb_mlr5e_4_1xb16_ep200": {}},
+    ("aircrafts", "aircraft"): {"l2_a2_bili_val_dp01_mb_mlr5e_4_1xb16_ep200": {}},
+    ("inaturalist2017", "inat2017"): {"l2_a2_bili_val_dp01_mb_mlr1e_4_bb_mlr0_4xb64_ep100": {}},
+    ("place205", "places205"): {"l2_a2_bili_val_dp01_mb_mlr1e_4_bb_mlr0_4xb64_ep100": {}},
 }
 
 # What --method changes: AutoMix's settings, of all and by alias, and the Beta parameters of Mixup
 # and CutMix in the paper's tables
 METHODS = {"samix": "SAMix", "automix": "AutoMix", "mixup": "Mixup", "cutmix": "CutMix",
            "vanilla": "Plain training"}
-AUTOMIX = {"variant": "automix", "mask_loss_kind": "l1", "mode": ("nearest",), "dropout": 0.0,
+AUTOMIX = {"mask_loss_kind": "l1", "mode": ("nearest",), "dropout": 0.0,
            "mask_adjust": 0.0, "label_smoothing": 0.0}
 VIT_RATES = {"lr": 5e-4, "block_lr": 1e-3, "clip_grad": 10.0}
 AUTOMIX_OWN = {
@@ -128,30 +104,31 @@ ALPHAS = {"imagenet": (0.2, 1.0), "cifar100": (1.0, 0.2), "tiny-imagenet-200": (
 
 
 def find(name: str) -> tuple[str, dict]:
-    """Alias and overrides of an alias or file name, with or without path and `.py`; ValueError."""
-    if name in CONFIGS:
-        return name, {}
-    asked = name.removesuffix(".py").strip("/").split("configs/classification/")[-1]
-    hits = [path for path in FILES if f"/{path}".endswith(f"/{asked}")]
-    if len(hits) == 1:
-        return FILES[hits[0]]
-    if hits:
-        raise ValueError(f"configuration {name!r} is ambiguous: give the path, {' or '.join(hits)}")
-    known = [*CONFIGS, *(path.split("/")[-1] for path in FILES)]
-    near = difflib.get_close_matches(asked.split("/")[-1], known, n=3, cutoff=0.5)
-    raise ValueError(f"unknown configuration {name!r}"
-                     + (f"; near it: {', '.join(near)}" if near else "")
-                     + f"; aliases: {', '.join(CONFIGS)}")
+    """Return alias and overrides of an alias or file name, with or without path and `.py`.
+
+    Raises ValueError for another name, or one that several folders have.
+    """
+    *path, file = name.removesuffix(".py").split("/")
+    found = [(alias, {}) for alias in CONFIGS if alias == name]
+    for (folder, family), files in FILES.items():
+        for alias in CONFIGS:
+            own = files.get(file.removeprefix(alias.removeprefix(f"{family}_") + "_"))
+            if alias.startswith(family) and own is not None and (not path or folder in path):
+                found.append((alias, own))
+    if len(found) != 1:
+        raise ValueError(f"{name!r} is one of {', '.join(alias for alias, _ in found)}: give the "
+                         "path" if found else f"{name!r} is none of {', '.join(CONFIGS)}")
+    return found[0]
 
 
 def config(name: str, method: str = "samix") -> dict:
-    """Every value of configuration `name` (see `find`) under `method`, a fresh dict."""
-    alias, overrides = find(name)
-    values = {**COMMON, "variant": "samix", **CONFIGS[alias]}
+    """Return configuration `name` (see `find`) under `method`, a fresh dict of flags' values."""
+    alias, own = find(name)
+    values = COMMON | CONFIGS[alias]
     if method == "automix":
         values |= AUTOMIX | AUTOMIX_OWN.get(alias, {})
-        overrides = {key: value for key, value in overrides.items() if key != "mask_adjust"}
-    values |= overrides
+        own = {key: value for key, value in own.items() if key != "mask_adjust"}
+    values |= own
     if method in ("mixup", "cutmix"):
         values["alpha"] = ALPHAS[values["dataset"]][method == "cutmix"]
     return values

@@ -1,7 +1,6 @@
-"""Self-supervised SAMix: MoCo v2 (Chen et al. 2020) with mixtures of two views (SAMix section 3.2).
+"""Encoder, queue and losses of MoCo v2 (Chen et al. 2020) with mixtures (SAMix section 3.2).
 
-Keys, queries and embeddings are (B, dim) of length 1. The momentum encoder is `momentum_copy` of
-the encoder; of the MixBlock's second image, features and pixels are of the second view.
+Keys, queries and embeddings are (B, dim) of length 1.
 """
 import torch
 import torch.nn.functional as F
@@ -36,83 +35,68 @@ class Queue(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, keys: Tensor):
-        """Replaces the oldest keys by `keys` (B, dim) of every rank, after backward(); ValueError
-        for more keys than the queue holds."""
+        """Replace the oldest keys by every rank's `keys` (B, dim), after backward()."""
         keys = distributed.gather_rows(keys).to(self.keys.dtype)
-        if len(keys) > len(self.keys):
-            raise ValueError(f"{len(keys)} keys do not fit into a queue of {len(self.keys)}")
         index = torch.arange(len(keys), device=keys.device) + self.position
         self.keys[index % len(self.keys)] = keys
         self.position.add_(len(keys)).remainder_(len(self.keys))
 
 
-def shuffle(images: Tensor, order: Tensor) -> Tensor:
-    """This rank's part of all ranks' images in `order`, a permutation drawn alike on every rank.
-
-    Else the keys' and queries' common BatchNorm statistics would give a positive pair away (MoCo
-    section 3.3). One process has nothing to shuffle.
-    """
+def exchange(rows: Tensor, order: Tensor) -> Tensor:
+    """Return this rank's part of all ranks' rows in `order`, a permutation alike on every rank."""
     if distributed.world() == 1:
-        return images
+        return rows
     mine = order.view(distributed.world(), -1)[distributed.rank()]
-    mine = mine.to(images.device, non_blocking=True)
-    return distributed.gather_rows(images)[mine]
-
-
-def unshuffle(outputs: Tensor, order: Tensor) -> Tensor:
-    """Brings what was computed from `shuffle`d images back to this rank's own images."""
-    return shuffle(outputs, order.argsort())
+    return distributed.gather_rows(rows)[mine.to(rows.device, non_blocking=True)]
 
 
 @torch.no_grad()
 def encode_keys(encoder: nn.Module, images: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
-    """Features and keys of this rank's images by the momentum encoder, BatchNorm shuffled."""
-    return tuple(unshuffle(output, order) for output in encoder(shuffle(images, order)))
+    """Return features and keys of this rank's images by the momentum encoder.
+
+    Ranks exchange images meanwhile: else the BatchNorm statistics that keys and queries have in
+    common would give a positive pair away (MoCo section 3.3).
+    """
+    outputs = encoder(exchange(images, order))
+    return tuple(exchange(output, order.argsort()) for output in outputs)
 
 
-def info_nce(query: Tensor, key: Tensor, negatives: Tensor, temperature: float = 0.2) -> Tensor:
-    """MoCo's loss (equation 1), a scalar: find each query's key among `negatives` (size, dim)."""
-    others = negatives_logsumexp(query, negatives, temperature)
-    return F.softplus(others - similarity(query, key, temperature)).mean()
+def similarity(query: Tensor, key: Tensor, temperature: float) -> Tensor:
+    """Return scalar product / temperature of each pair, (B,); `key` gets no gradient."""
+    return (query * key.detach()).float().sum(1) / temperature
 
 
 def mixed_nce(mixed: Tensor, first: Tensor, second: Tensor, lam: float | Tensor,
               negatives: Tensor, temperature: float = 0.2) -> Tensor:
-    """lam·InfoNCE(mixed, first) + (1 - lam)·InfoNCE(mixed, second), a scalar, of a mixture and the
-    keys of its two images: the encoder's loss and, through the momentum encoder, the MixBlock's."""
-    others = negatives_logsumexp(mixed, negatives, temperature)
+    """Return lam·InfoNCE(mixed, first) + (1 - lam)·InfoNCE(mixed, second) of mixtures and the keys
+    of their two images: the encoder's loss and, through the momentum encoder, the MixBlock's."""
+    with full_precision(mixed.device.type):                 # cosines near 1, divided by 0.2
+        others = (mixed.float() @ negatives.detach().T / temperature).logsumexp(1)
     one, two = (F.softplus(others - similarity(mixed, key, temperature)) for key in (first, second))
     return (lam * one + (1 - lam) * two).mean()
 
 
+def info_nce(query: Tensor, key: Tensor, negatives: Tensor, temperature: float = 0.2) -> Tensor:
+    """Return MoCo's loss (equation 1): find each query's key among `negatives` (size, dim)."""
+    return mixed_nce(query, key, key, 1.0, negatives, temperature)
+
+
 def mixed_pair(mixed: Tensor, first: Tensor, second: Tensor, lam: float | Tensor,
                temperature: float = 0.2) -> Tensor:
-    """Binary cross entropy, a scalar, of which of its two images a mixture shows, at ratio lam: the
+    """Return the binary cross entropy of which of its two images a mixture shows, at ratio lam: the
     local part of the mixing objective (section 3.2), without a queue."""
     difference = similarity(mixed, first, temperature) - similarity(mixed, second, temperature)
     return (lam * F.softplus(-difference) + (1 - lam) * F.softplus(difference)).mean()
 
 
-def similarity(query: Tensor, key: Tensor, temperature: float) -> Tensor:
-    """Scalar product / temperature of each pair, (B,); `key` gets no gradient."""
-    return (query * key.detach()).float().sum(1) / temperature
-
-
-def negatives_logsumexp(query: Tensor, negatives: Tensor, temperature: float) -> Tensor:
-    """logsumexp over the negatives of query·negative / temperature, (B,)."""
-    with full_precision(query.device.type):                 # cosines near 1, divided by 0.2
-        return (query.float() @ negatives.detach().T / temperature).logsumexp(1)
-
-
-def draw_extension(shape, how: str, generator: torch.Generator) -> Tensor:
-    """Weights of `extend`: Beta(2, 2) for each element ('inter'), one more to extrapolate
-    ('extra'), or one of them with probability 1/2 ('either')."""
-    extra = how == "extra" or how == "either" and torch.rand((), generator=generator) < 0.5
+def draw_extension(shape, generator: torch.Generator) -> Tensor:
+    """Return weights of `extend`: Beta(2, 2) each, to interpolate, or one more, to extrapolate."""
     pairs = torch.full((*shape, 2), 2.0, dtype=torch.float64)
-    return torch._sample_dirichlet(pairs, generator)[..., 0].float() + float(extra)
+    extra = torch.rand((), generator=generator) < 0.5
+    return torch._sample_dirichlet(pairs, generator)[..., 0].float() + extra
 
 
 def extend(first: Tensor, second: Tensor, weight: Tensor) -> Tensor:
-    """Keys of length 1 between the views' keys, or beyond the first, by `weight` (B, dim)."""
+    """Return keys of length 1 between the views' keys or beyond the first, by `weight` (B, dim)."""
     weight = weight.to(first.device, non_blocking=True)
     return F.normalize(weight * first + (1 - weight) * second)

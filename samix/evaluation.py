@@ -5,20 +5,16 @@ import statistics
 import torch
 import torch.nn.functional as F
 
-from common import distributed, evaluation, runtime
+from common import distributed, evaluation, plots, runtime
 from common.data.recipe import mean_std
-from samix.mixblock import mix
+from common.mixing import soft_targets
+from samix.mixblock import draw_partners, mix
 
 HEADS = {"one_k": ("k", "one"), "mix_k": ("k", "mix"), "one_q": ("q", "one"), "mix_q": ("q", "mix")}
 
 
-def headline(net):
-    """The network whose accuracy is the headline: branch k, or what a baseline trained."""
-    return getattr(net, "k", net)
-
-
 def measure(net, batches, args, info) -> dict:
-    """`evaluation.measure` of each head, the headline's first (one_q alone of a baseline)."""
+    """Return `evaluation.measure` of each head, the headline's first (one_q of a baseline)."""
     if not hasattr(net, "k"):
         return {"one_q": evaluation.evaluate(net, batches, args, info)}
 
@@ -30,27 +26,31 @@ def measure(net, batches, args, info) -> dict:
 
 
 @torch.no_grad()
-def knn_accuracy(backbone, batches, num_classes: int, args, k: int = 20,
-                 temperature: float = 0.07) -> float:
-    """Share in % of images whose k nearest others, on this rank, vote for their label: neighbours
-    by cosine of pooled features, weighed by exp(cosine / temperature) (Wu et al. 2018)."""
-    training, found = backbone.training, []
+def pooled_features(backbone, loader, args) -> tuple:
+    """Return pooled features (N, width), float32, and labels of this rank's images."""
     backbone.eval()
-    for step, (images, labels) in enumerate(batches):
-        if args.max_steps and step >= args.max_steps:
-            break
+    found = []
+    for images, labels in evaluation.batches(loader, args):
         with runtime.autocast(args, images.device):
-            found.append((F.normalize(backbone(images)[1].float()), labels))
+            found.append((backbone(images)[1].float(), labels))
+    return tuple(torch.cat(part) for part in zip(*found, strict=True))
+
+
+def knn_accuracy(backbone, loader, num_classes: int, args, k: int = 20, temperature: float = 0.07
+                 ) -> float:
+    """Return the share in % of images whose k nearest others, on this rank, vote for their label:
+    by cosine of pooled features, weighed by exp(cosine / temperature) (Wu et al. 2018)."""
+    training = backbone.training
+    features, known = pooled_features(backbone, loader, args)
     backbone.train(training)
-    features, known = (torch.cat(part) for part in zip(*found, strict=True))
-    index = torch.arange(len(known), device=known.device)
-    right = torch.zeros((), dtype=torch.float64, device=known.device)
-    for part in index.split(1024):
-        cosines = (features[part] @ features.T).masked_fill(index == part[:, None], -torch.inf)
+    features, right = F.normalize(features), 0
+    for index in torch.arange(len(known), device=known.device).split(1024):
+        cosines = features[index] @ features.T
+        cosines[torch.arange(len(index)), index] = -torch.inf                   # itself
         cosines, nearest = cosines.topk(min(k, len(known)), 1)
-        votes = torch.zeros(len(part), num_classes, device=known.device)
+        votes = torch.zeros(len(index), num_classes, device=known.device)
         votes.scatter_add_(1, known[nearest], (cosines / temperature).exp())
-        right += (votes.argmax(1) == known[part]).sum()
+        right += (votes.argmax(1) == known[index]).sum()
     right, count = distributed.total(torch.stack([right, torch.full_like(right, len(known))]))
     return float(100 * right / count)
 
@@ -64,23 +64,21 @@ def warn_of_collapse(row: dict, run):
 
 
 def report(run) -> str:
-    """The headline, one head fixed in advance at the last epoch; then as the originals report."""
-    heads = [name for name in HEADS if run.column(f"{name}_accuracy")]
-    if not heads:
-        return "no epoch was left to train"
-    medians = {name: statistics.median(run.column(f"{name}_accuracy")[-10:]) for name in heads}
-    best, values = max(heads, key=medians.get), run.column("test_accuracy")
-    return (f"headline, {heads[0]} at the last epoch: {values[-1]:.2f} %; the best of {len(heads)} "
-            f"heads by the median of the last {len(values[-10:])} epochs: {medians[best]:.2f} % "
-            f"({best})")
+    """Return the headline, one head fixed in advance at the last epoch, and the originals' way."""
+    last = {name: run.column(f"{name}_accuracy")[-10:] for name in HEADS}
+    medians = {name: statistics.median(values) for name, values in last.items()}
+    best = max(medians, key=medians.get)
+    return (f"headline, one_k at the last epoch: {last['one_k'][-1]:.2f} %; the best of 4 heads by "
+            f"the median of the last {len(last['one_k'])} epochs: {medians[best]:.2f} % ({best})")
 
 
 @torch.no_grad()
-def mixtures(net, images, second, perm, args, info) -> dict:
-    """Rows of masks (white: the first image) and of mixtures, to draw: of images with second[perm],
-    another view of them or themselves. Leaves the network alone."""
-    # in training mode, but without dropout, nor SyncBatchNorm, which would wait for other ranks
-    net, rows = copy.deepcopy(net).train(not getattr(args, "sync_bn", False)), {}
+def draw_mixtures(path, title, rows, net, images, second, labels, args, info, trained):
+    """Draw `rows`, then masks (white: the first image) and mixtures at three lambdas, of images
+    with partners of `second`, another view of them or themselves; return the path."""
+    perm = draw_partners(len(images), distributed.step_generator(args.seed, 0, 0), True)
+    rows = rows | {"partner": second[perm]}
+    net = copy.deepcopy(net).train()                # as in a step, but without dropout
     net.block.value[-1].eval()
     mean, std = mean_std(info, images.device)
     with runtime.autocast(args, images.device):
@@ -90,4 +88,5 @@ def mixtures(net, images, second, perm, args, info) -> dict:
                              partners=partners, mode=getattr(args, "mode", [None])[0])
             rows[f"mask, λ {lam:.1f}"] = (mask[:, :1] - mean) / std
             rows[f"mixed, λ {lam:.1f}"] = mix(images, mask, perm, second)
-    return rows
+    return plots.preview(path, title + (": the MixBlock before training" if not trained else ""),
+                         rows, soft_targets(labels, perm, lam, info.num_classes), info)

@@ -16,14 +16,13 @@ import signal
 import sys
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)        # no traceback of Ctrl-C while importing
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from common import data, distributed, evaluation, flags, mixing, models, plots, runtime
 from common.data import STREAMED, Recipe
@@ -36,11 +35,10 @@ from common.randaugment import randaugment
 from common.run import Run, about
 from common.sums import StepSums
 from samix import configs, mixblock
-from samix.evaluation import headline, measure, mixtures, report, warn_of_collapse
-from samix.losses import head_loss
-from samix.mixblock import MixBlock, draw_partners, mix
-from samix.momentum import Branch, cosine, ema_momentum, momentum_copy, momentum_update
-from samix.schedule import parameter_groups, step_rates
+from samix.evaluation import draw_mixtures, measure, report, warn_of_collapse
+from samix.mixblock import Draws, MixBlock, draw_pairs, draw_partners, mix
+from samix.momentum import Branch, head_loss, momentum_copy, momentum_update
+from samix.schedule import cosine, ema_momentum, parameter_groups, step_rates
 
 LEARNED = ("samix", "automix")          # methods with a MixBlock
 
@@ -48,7 +46,7 @@ LEARNED = ("samix", "automix")          # methods with a MixBlock
 # ------------------------------------------------------------------------------------------ flags
 
 def parse_args(argv=None):
-    """The flags; usage errors end the program with exit code 2."""
+    """Return the flags; usage errors end the program with exit code 2."""
     parser = flags.Parser(__doc__)
     amount, share, count = flags.amount, flags.share, flags.count
     add = parser.add_argument_group("run").add_argument
@@ -57,62 +55,61 @@ def parse_args(argv=None):
     add("--method", choices=configs.METHODS, default="samix")
 
     add = parser.add_argument_group("data and network").add_argument
-    add("--crop", choices=["zero", "reflect", "resized"], help="of sets in memory: of the image "
-        "with a border of zeros or of its reflection, or of a random part, resized")
-    add("--padding", type=count, help="width of that border")
-    add("--crop_scale", type=flags.number(above=0, high=1), help="least area of a resized crop")
-    add_boolean(add, "--resize_first", None, "sets read from disk: shorter side first 256/224·size")
-    add_boolean(add, "--randaugment", None, "two random operations, magnitude 7 ± 0.5 of 10")
+    add("--crop", choices=["zero", "reflect", "resized"], default="resized",
+        help="of sets in memory: from a border of zeros or reflection, or of a part, resized")
+    add("--padding", type=count, default=4, help="width of that border")
+    add("--crop_scale", type=flags.number(above=0, high=1), default=0.08, help="least area")
+    add_boolean(add, "--resize_first", False, "sets read from disk: shorter side first to 256/224")
+    add_boolean(add, "--randaugment", False, "two random operations, magnitude 7 ± 0.5 of 10")
     add("--mean", type=flags.number(), nargs=3, metavar="R", help="of pixels in [0, 1]")
     add("--std", type=flags.number(above=0), nargs=3, metavar="R")
-    add_boolean(add, "--drop_last", None, "no partial batch at an epoch's end")
-    add("--layer", type=flags.positive, help="stage (DeiT: block), from 1, that the MixBlock sees")
-    add("--drop_path", type=share, help="of transformers: stochastic depth of the last block")
+    add_boolean(add, "--drop_last", False, "no partial batch at an epoch's end")
+    add("--layer", type=flags.positive, default=3, help="stage or block that the MixBlock sees")
+    add("--drop_path", type=share, default=0.0, help="of transformers: stochastic depth")
 
     add = parser.add_argument_group("mixing").add_argument
-    add("--alpha", type=amount, help="lambda ~ Beta(alpha, alpha)")
-    add("--variant", choices=["samix", "automix"], help="of the MixBlock")
-    add_boolean(add, "--lam_concat", None, "automix: lambda is an input channel of the MixBlock")
-    add("--lam_mul_k", type=flags.number(), help="scale of the features: -1 lambda, else a cubic")
-    add("--mode", choices=["bilinear", "nearest"], nargs="+",
+    add("--alpha", type=flags.number(above=0), default=2.0, help="lambda ~ Beta(alpha, alpha)")
+    add_boolean(add, "--lam_concat", True, "automix: lambda is an input channel of the MixBlock")
+    add("--lam_mul_k", type=flags.number(), default=-1.0, help="features times lambda, or a cubic")
+    add("--mode", choices=["bilinear", "nearest"], nargs="+", default=["bilinear"],
         help="how masks are enlarged; of several one is drawn each step")
-    add("--dropout", type=share, help="of the MixBlock's values")
-    add("--mask_adjust", type=share, help="probability of moving a batch's mean masks to lambda")
-    add("--lam_margin", type=share, help="nearer to 0 or 1 branch q sees plain Mixup")
-    add("--switch_off", type=share, help="probability, annealed to 0 by a cosine, that a step has "
-        "mix_k's loss, without which the MixBlock learns from its mask loss alone; 0: all steps")
-    add_boolean(add, "--no_repeat", None, "no image is its own partner")
+    add("--dropout", type=share, default=0.1, help="of the MixBlock's values")
+    add("--mask_adjust", type=share, default=0.0, help="probability that masks move to lambda")
+    add("--lam_margin", type=share, default=0.08, help="nearer to 0 or 1 branch q sees plain Mixup")
+    add("--switch_off", type=share, default=0.0,
+        help="probability, annealed to 0 by a cosine, that a step has mix_k's loss; 0: all steps")
+    add_boolean(add, "--no_repeat", False, "no image is its own partner")
 
     add = parser.add_argument_group("losses").add_argument
-    add("--head", choices=["ce", "bce"], help="cross-entropy, or binary ones summed over classes")
-    add("--neg_weight", type=amount, help="bce, mix_k: weight of classes not in the image")
-    add("--label_smoothing", type=share, help="of cross-entropy")
-    add("--one_weight", type=amount, help="of the loss of clean images")
-    add("--mix_q_weight", type=amount, help="of the loss of mixed images")
-    add("--mix_k_weight", type=amount, help="of the MixBlock's loss through branch k")
-    add("--mask_loss", type=amount, help="weight of the masks' loss")
-    add("--mask_loss_kind", choices=mixblock.MASK_LOSSES)
-    add("--mask_margin", type=share, help="deviation of the mean mask from lambda that is free")
-    add_boolean(add, "--mask_anneal", None, "that weight falls to 0 along a cosine")
+    add("--head", choices=["ce", "bce"], default="ce", help="cross-entropy, or binary ones summed")
+    add("--neg_weight", type=amount, default=1.0, help="bce, mix_k: of classes not in the image")
+    add("--label_smoothing", type=share, default=0.0, help="of --head ce")
+    add("--one_weight", type=amount, default=1.0, help="of the loss of clean images")
+    add("--mix_q_weight", type=amount, default=1.0, help="of the loss of mixed images")
+    add("--mix_k_weight", type=amount, default=1.0, help="of the MixBlock's loss through branch k")
+    add("--mask_loss", type=amount, default=0.1, help="weight of the masks' loss")
+    add("--mask_loss_kind", choices=mixblock.MASK_LOSSES, default="l1_variance")
+    add("--mask_margin", type=share, default=0.1, help="of lambda: mean masks are free within it")
+    add_boolean(add, "--mask_anneal", True, "the masks' loss falls to 0 along a cosine")
 
     add = parser.add_argument_group("optimization").add_argument
-    add("--optimizer", choices=["sgd", "adamw"])
-    add("--min_lr", type=amount, help="at the end of the cosine")
-    add("--lr_every", choices=["epoch", "step"], help="how often the cosine moves")
+    add("--optimizer", choices=["sgd", "adamw"], default="sgd")
+    add("--min_lr", type=amount, default=0.0, help="at the end of the cosine")
+    add("--lr_every", choices=["epoch", "step"], default="epoch", help="when the cosine moves")
     add("--milestones", type=count, nargs="*", help="no cosine: epochs at which the rates change")
     add("--gamma", type=amount, default=0.1, help="factor at these epochs")
-    add("--warmup_epochs", type=count, help="linear warm-up, not of the MixBlock")
-    add("--warmup_ratio", type=share, help="share of the rate that it begins with")
+    add("--warmup_epochs", type=count, default=0, help="linear warm-up, not of the MixBlock")
+    add("--warmup_ratio", type=share, default=1e-5, help="share of the rate that it begins with")
     add_boolean(add, "--nesterov", False, "Nesterov's momentum")
-    add("--clip_grad", type=amount, help="largest norm of the gradients; 0: not clipped")
-    add("--block_lr", type=amount, help="of the MixBlock, like the next two")
-    add("--block_min_lr", type=amount)
-    add("--block_momentum", type=share)
-    add("--ema_base", type=share, help="branch k: momentum up to a share ema_start of the run")
-    add("--ema_end", type=share, help="what it then grows to")
-    add("--ema_start", type=share)
-    flags.add_flags(parser, data.NAMES, models.ALL, {"lr": ["--learning_rate"]}, momentum=None,
-                    pretrained=None)
+    add("--clip_grad", type=amount, default=0.0, help="largest norm of the gradients; 0: any")
+    add("--block_lr", type=amount, default=0.1, help="of the MixBlock; of CIFAR's ResNets --lr's")
+    add("--block_min_lr", type=amount, default=1e-3)
+    add("--block_momentum", type=share, default=0.9)
+    add("--ema_base", type=share, default=0.999, help="branch k: momentum up to --ema_start")
+    add("--ema_end", type=share, default=0.99999, help="what it then grows to")
+    add("--ema_start", type=share, default=0.1, help="share of the run")
+    flags.add_flags(parser, data.NAMES, models.ALL, {"lr": ["--learning_rate"]}, pretrained="",
+                    lr=0.1, weight_decay=1e-4, batch_size=256, epochs=100)
 
     first = parser.peek(argv)
     try:
@@ -125,51 +122,24 @@ def parse_args(argv=None):
             config["crop"] = "resized"
     parser.set_defaults(**config)
     args = parser.parse_args(argv)
-    if all(config[f"block_{name}"] == config[name] for name in ("lr", "min_lr")):
-        for name in ("lr", "min_lr"):           # CIFAR's are the backbone's own
-            if getattr(first, f"block_{name}") is None:
-                setattr(args, f"block_{name}", getattr(args, name))
+    args.block_lr = args.lr if args.block_lr is None else args.block_lr
+    args.block_min_lr = args.min_lr if args.block_min_lr is None else args.block_min_lr
     for own, least in (("lr", "min_lr"), ("block_lr", "block_min_lr")):
         if args.milestones is None and getattr(args, own) < getattr(args, least):
             parser.error(f"--{own} {getattr(args, own)} is below --{least} {getattr(args, least)}, "
                          "to which it should fall: give both")
-    if bool(args.mean) != bool(args.std):
-        parser.error("--mean and --std: give both or neither")
-    if args.drop_path and args.arch not in models.NAMES["transformer"]:
-        parser.error(f"--drop_path is for {', '.join(models.NAMES['transformer'])}")
-    if args.nesterov and (args.optimizer != "sgd" or args.momentum == 0):
-        parser.error("--nesterov needs --optimizer sgd and a --momentum")
-    if args.optimizer == "adamw" and first.momentum is not None:
-        parser.error("--momentum is of --optimizer sgd")
-    if args.head == "bce" and args.label_smoothing:
-        parser.error("--label_smoothing is of --head ce: give --label_smoothing 0")
-    if args.method in LEARNED and args.alpha == 0:
-        parser.error("--alpha 0: the MixBlock learns from mixtures alone")
     return args
 
 
 # --------------------------------------------------------------------------------------- one step
 
-class Draws(NamedTuple):
-    """The random choices of one step: for the MixBlock's losses (mb) and for branch q (bb)."""
-    lam_mb: Tensor                  # scalars: shares of the first image
-    lam_bb: Tensor
-    perm_bb: Tensor                 # (B,) partners
-    perm_mb: Tensor
-    modes: tuple = (None, None)     # of the masks' enlargement: mb's, bb's
-    adjust: bool = False            # the mean of q's masks to lambda
-    switched_off: bool = False      # the MixBlock learns from its mask loss alone
-
-
 def draw_mixing(n: int, args, generator, fall: float, device="cpu") -> Draws:
-    """Draws for n images; `fall`: from 1 to 0 over the run; partners are sent to `device`."""
-    lam_mb, lam_bb = draw_lambda(args.alpha, generator, 2)
-    perm_bb, perm_mb = torch.stack([draw_partners(n, generator, args.no_repeat) for _ in range(2)]
-                                   ).to(device, non_blocking=True)
+    """Return draws for n images, partners on `device`; `fall`: from 1 to 0 over the run."""
+    draws = draw_pairs(n, args.alpha, generator, args.no_repeat, device)
     modes = [args.mode[i] for i in torch.randint(len(args.mode), (2,), generator=generator)]
     adjust, off = torch.rand(2, generator=generator).tolist()
-    return Draws(lam_mb, lam_bb, perm_bb, perm_mb, modes, adjust < args.mask_adjust,
-                 0 < args.switch_off and off >= args.switch_off * fall)
+    return draws._replace(modes=modes, adjust=adjust < args.mask_adjust,
+                          switched_off=0 < args.switch_off and off >= args.switch_off * fall)
 
 
 class SAMix(nn.Module):
@@ -219,7 +189,7 @@ class SAMix(nn.Module):
 
 
 def mix_baseline(images, labels, args, info, generator):
-    """Mixup, CutMix or nothing: images, soft targets and partners."""
+    """Return images of Mixup, CutMix or nothing, soft targets and partners."""
     perm, ratio = draw_partners(len(images), generator, args.no_repeat), torch.ones(())
     if args.method != "vanilla":
         lam = draw_lambda(args.alpha, generator)
@@ -232,7 +202,7 @@ def mix_baseline(images, labels, args, info, generator):
 
 
 def training_step(model, images, labels, args, info, generator, scaler, fall):
-    """Leaves the gradients of one step in the parameters; returns the loss and the logits."""
+    """Leave the gradients of one step in the parameters; return the loss and the logits."""
     with runtime.autocast(args, images.device):
         if args.method in LEARNED:
             draws = draw_mixing(len(images), args, generator, fall, images.device)
@@ -248,7 +218,7 @@ def training_step(model, images, labels, args, info, generator, scaler, fall):
 
 
 def train_one_epoch(net, model, loader, optimizer, scaler, args, info, run):
-    """The rest of the epoch that `run` stands in; returns its sums of loss and hits."""
+    """Train the rest of the epoch that `run` stands in; return its sums of loss and hits."""
     net.train()
     sums, total = StepSums(len(loader), run.device, run.sums), args.epochs * len(loader)
     for step, (images, labels) in run.steps(loader):
@@ -279,48 +249,43 @@ def draw_preview(path, net, train, args, info, trained: bool = True):
     """Draw images of the first training batch, mixed near a half; return the path."""
     train.set_epoch(0)
     images, labels = (part[:32] for part in next(iter(train)))
-    generator = distributed.step_generator(args.seed, 0, 0)
     title = f"{configs.METHODS[args.method]} on {info.name}"
     if args.method in LEARNED:
-        perm = draw_partners(len(images), generator, True)
-        rows = mixtures(net, images, images, perm, args, info)
-        targets = soft_targets(labels, perm, torch.tensor(0.7), info.num_classes)   # the last row's
-        title += "" if trained else ": the MixBlock before training"
-    else:
-        args = argparse.Namespace(**vars(args) | {"alpha": 32.0})       # a lambda near a half
-        for _ in range(30):                         # until CutMix's box, too, shows a good part
-            mixed, targets, perm = mix_baseline(images, labels, args, info, generator)
-            if targets.amax(1).median() < 0.7:
-                break
-        rows = {"mixed": mixed}
-    rows = {"image": images, "partner": images[perm]} | rows
+        return draw_mixtures(path, title, {"image": images}, net, images, images, labels, args,
+                             info, trained)
+    args = argparse.Namespace(**vars(args) | {"alpha": 32.0})           # a lambda near a half
+    generator = distributed.step_generator(args.seed, 0, 0)
+    for _ in range(30):                             # until CutMix's box, too, shows a good part
+        mixed, targets, perm = mix_baseline(images, labels, args, info, generator)
+        if targets.amax(1).median() < 0.7:
+            break
+    rows = {"image": images, "partner": images[perm], "mixed": mixed}
     return plots.preview(path, title, rows, targets, info)
 
 
 def build(args, info) -> nn.Module:
-    """The network to train: SAMix, or a Branch with one head for the baselines."""
+    """Return the network to train: SAMix, or a Branch with one head for the baselines."""
+    drop_path = {"drop_path": args.drop_path} if args.drop_path else {}
     backbone = build_backbone(args.arch, info.image_size, args.layer,
-                              initial_channels=args.initial_channels,
-                              **({"drop_path": args.drop_path} if args.drop_path else {}))
+                              initial_channels=args.initial_channels, **drop_path)
     branch = Branch(backbone, backbone.width, info.num_classes)
     if args.method in LEARNED:
-        mixblock.check_masks(backbone, args.arch, info.image_size, info.width)
         block = MixBlock(backbone.channels, args.lam_mul_k, dropout=args.dropout,
-                         variant=args.variant, lam_concat=args.lam_concat)
+                         variant=args.method, lam_concat=args.lam_concat)
         return SAMix(branch, block, args)
     branch.mix = None
     return branch
 
 
 def load_pretrained(net, args):
-    """Begins both branches with the weights that --pretrained names, if any."""
+    """Begin both branches with the weights that --pretrained names, if any."""
     weights.load_pretrained(getattr(net, "q", net).backbone.before, args)
     if args.pretrained and args.method in LEARNED:
         net.k.load_state_dict(net.q.state_dict())
 
 
 def load_data(args, device):
-    """Training and test batches and Info, cropped as the flags say."""
+    """Return training and test batches and Info, cropped as the flags say."""
     recipe = Recipe(
         crop="resized" if args.crop == "resized" else "padded", padding=args.padding,
         padding_mode="reflect" if args.crop == "reflect" else "constant",
@@ -335,13 +300,13 @@ def load_data(args, device):
 
 
 def main(argv=None):
-    """Trains (or evaluates, or draws a picture) as the flags say; returns the network."""
+    """Train, evaluate or draw a picture, as the flags say; return the network."""
     args = parse_args(argv)
     device = runtime.setup(args)
     train, test, info = load_data(args, device)
     torch.manual_seed(args.seed)
     net, model = runtime.prepare(build(args, info), args, device)
-    groups = parameter_groups(net, args)
+    headline, groups = getattr(net, "k", net), parameter_groups(net, args)
     optimizer = torch.optim.AdamW(groups, args.lr) if args.optimizer == "adamw" else \
         torch.optim.SGD(groups, args.lr, args.momentum, nesterov=args.nesterov)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
@@ -355,7 +320,7 @@ def main(argv=None):
         if args.evaluate:
             for name, result in measure(net, test, args, info).items():
                 log(f"{name}: {evaluation.sentence(result)}")
-            evaluation.report(headline(net), test, args, info, run, checkpoint)
+            evaluation.report(headline, test, args, info, run, checkpoint)
         elif distributed.rank() == 0:
             path = draw_preview(args.preview, net, train, args, info, bool(checkpoint))
             log(f"mixed images: {path}")
@@ -376,10 +341,11 @@ def main(argv=None):
         row |= {f"{name}_accuracy": head["top1"] for name, head in heads.items()}
         run.end_epoch(row | timing, row["test_accuracy"], sums)
 
-    evaluation.report(headline(net), test, args, info, run)
+    evaluation.report(headline, test, args, info, run)
     if args.method in LEARNED:
         log(report(run))
-    run.finish(f"{args.method}, {args.arch} on {info.name}", draw_preview, net, train, args, info)
+    run.finish(f"{configs.METHODS[args.method]}, {args.arch} on {info.name}", draw_preview, net,
+               train, args, info)
     return net
 
 

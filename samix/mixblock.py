@@ -2,30 +2,45 @@
 
 A small attention over the features of two images says, pixel by pixel, which of them to show.
 """
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.errors import RunError
-from common.mixing import draw_perm, per_image
+from common.mixing import draw_lambda, draw_perm, per_image
 
 MASK_LOSSES = ("l1_variance", "l1", "l2_variance", "sparsity")
 
 
 def draw_partners(n: int, generator: torch.Generator, no_repeat: bool = False) -> Tensor:
-    """Partners (n,), a permutation; with `no_repeat` none is its own partner (CUB, Aircraft): after
-    eleven draws with fixed points the images are shifted around the circle."""
-    index = torch.arange(n)
-    for _ in range(11):
-        perm = draw_perm(n, generator)
-        if not no_repeat or n < 2 or (perm != index).all():
-            return perm
-    return index.roll(int(torch.randint(1, n, (), generator=generator)))
+    """Return partners (n,), a permutation; with `no_repeat` one cycle: none is its own partner."""
+    order = draw_perm(n, generator)
+    return order.roll(1)[order.argsort()] if no_repeat else order
+
+
+class Draws(NamedTuple):
+    """The random choices of one step: for the MixBlock's losses (mb) and for branch q (bb)."""
+    lam_mb: Tensor                  # scalars: shares of the first image
+    lam_bb: Tensor
+    perm_bb: Tensor                 # (B,) partners
+    perm_mb: Tensor
+    modes: tuple = (None, None)     # of the masks' enlargement: mb's, bb's
+    adjust: bool = False            # the mean of q's masks to lambda
+    switched_off: bool = False      # the MixBlock learns from its mask loss alone
+
+
+def draw_pairs(n: int, alpha: float, generator: torch.Generator, no_repeat: bool = False,
+               device="cpu") -> Draws:
+    """Return lambdas ~ Beta(alpha, alpha) and partners, on `device`, of n images."""
+    lams = draw_lambda(alpha, generator, 2)
+    perms = torch.stack([draw_partners(n, generator, no_repeat) for _ in range(2)])
+    return Draws(*lams, *perms.to(device, non_blocking=True))
 
 
 def rescale_lambda(lam: Tensor, k: float) -> Tensor:
-    """Lambda as the features carry it: itself for k < 0, else a cubic through 0, 1/2 and 1, flat
-    around 1/2 for k = 0, near the identity for k = 10 (its cap)."""
+    """Return lambda as the features carry it: itself for k < 0, else a cubic through 0, 1/2 and 1,
+    flat around 1/2 for k = 0, near the identity for k = 10 (its cap)."""
     if k < 0:
         return lam
     k = min(k, 10) + 1
@@ -35,18 +50,18 @@ def rescale_lambda(lam: Tensor, k: float) -> Tensor:
 class MixBlock(nn.Module):
     """Masks of image pairs from a layer's features of `in_channels` channels.
 
-    mode: upsampling, 'bilinear' or 'nearest'; dropout: of the values. 'samix' multiplies lambda
-    into the features, lets query and key see both images, and has a non-linear value; 'automix' has
-    a query of the first image, a key, of the same weights, of the second, and a linear value.
-    lam_concat, of 'automix': lambda is one more input channel (False: masks do not see lambda).
+    mode: how masks are enlarged, 'bilinear' or 'nearest'; dropout: of the values. 'samix': lambda
+    multiplies the features, query and key see both images, the value is non-linear. 'automix': the
+    query sees the first image, the key, of the same weights, the second, the value is linear, and
+    lambda is one more input channel (not lam_concat: masks do not see it).
     """
 
     def __init__(self, in_channels: int, lam_mul_k: float = -1, mode: str = "bilinear",
                  dropout: float = 0, variant: str = "samix", lam_concat: bool = True):
         super().__init__()
         half = in_channels // 2
-        self.lam_mul_k, self.mode, self.variant = lam_mul_k, mode, variant
-        self.lam_concat = lam_concat
+        self.lam_mul_k, self.mode = lam_mul_k, mode
+        self.variant, self.lam_concat = variant, lam_concat
         if variant == "samix":
             self.query = nn.Conv2d(2 * in_channels, half, 1)
             self.key = nn.Conv2d(2 * in_channels, half, 1)
@@ -65,21 +80,23 @@ class MixBlock(nn.Module):
 
     def forward(self, features: Tensor, lam: float | Tensor, perm: Tensor, scale_factor: int, *,
                 partners: Tensor | None = None, mode: str | None = None) -> Tensor:
-        """Masks (B, 2, scale_factor·h, scale_factor·w) >= 0 that sum to 1, float32.
+        """Return masks (B, 2, scale_factor·h, scale_factor·w) >= 0 that sum to 1, float32.
 
-        `features` (B, C, h, w); `lam` in [0, 1], a scalar or (B,): the first image's share; image
-        i is mixed with perm[i], its features of `partners` where these are of another view.
+        `features` (B, C, h, w); `lam`, a scalar or (B,): the first image's share; image i is mixed
+        with perm[i], its features of `partners` where these are of another view.
         """
         perm = perm.to(features.device, non_blocking=True)
         lam = per_image(lam, features).to(features.dtype).view(-1, 1, 1, 1)
         # channels last: 1×1 convolutions and the attention's tokens are then the same memory
-        features = features.contiguous(memory_format=torch.channels_last)
-        second = features if partners is None else \
-            partners.contiguous(memory_format=torch.channels_last)
+        features, second = (part.contiguous(memory_format=torch.channels_last)
+                            for part in (features, features if partners is None else partners))
         if self.variant == "samix":
             share = rescale_lambda(lam, self.lam_mul_k)
             first, second = features * (1 + share), second[perm] * (2 - share)
-            query, key = self.project(torch.cat([first, second], 1))
+            both = torch.cat([first, second], 1)            # queries and keys in one convolution
+            weight, bias = (torch.cat([getattr(layer, name) for layer in (self.query, self.key)])
+                            for name in ("weight", "bias"))
+            query, key = F.conv2d(both, weight, bias).flatten(2).transpose(1, 2).chunk(2, 2)
         else:
             first, second = features, second[perm]
             if self.lam_concat:
@@ -95,73 +112,52 @@ class MixBlock(nn.Module):
         share = logits.sigmoid()
         return torch.cat([1 - share, share], 1)
 
-    def project(self, both: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries and keys (B, h·w, C/2) of `both` (B, 2C, h, w), in one convolution."""
-        weight = torch.cat([self.query.weight, self.key.weight])
-        bias = torch.cat([self.query.bias, self.key.bias])
-        return F.conv2d(both, weight, bias).flatten(2).transpose(1, 2).chunk(2, 2)
-
 
 def mask_loss(mask: Tensor, lam: float | Tensor, margin: float = 0.1,
               kind: str = "l1_variance") -> Tensor:
-    """How far the batch's mean mask is from lambda (section 3.3); a scalar.
+    """Return how far the batch's mean mask is from lambda (section 3.3), a scalar.
 
-    `mask`: masks (B, 2, H, W), or the partners' share alone (B, H, W); `lam` a scalar. Deviations
-    up to `margin` are free. 'l1_variance' and 'l2_variance' reward contrast by twice the variance
-    over all pixels, so they can be negative; 'l1' is AutoMix's; 'sparsity' ignores lambda.
+    `mask`: masks (B, 2, H, W), or the partners' share alone (B, H, W). Deviations up to `margin`
+    are free. 'l1_variance' and 'l2_variance' reward contrast by twice the variance over all pixels,
+    so they can be negative; 'l1' is AutoMix's; 'sparsity' ignores lambda.
     """
     share = mask[:, -1] if mask.ndim == 4 else mask
     if kind == "sparsity":
         return ((share * (1 - share)).mean() - margin).clamp(min=0)
-    deviation = 1 - share.mean() - lam
-    if kind == "l2_variance":
-        loss = (deviation ** 2 - margin ** 2).clamp(min=0)
-    else:
-        loss = (deviation.abs() - margin).clamp(min=0)
+    power = 2 if kind == "l2_variance" else 1
+    loss = ((1 - share.mean() - lam).abs() ** power - margin ** power).clamp(min=0)
     return loss if kind == "l1" else loss - 2 * share.var(unbiased=False)
 
 
 def mask_columns(mask: Tensor) -> dict:
-    """The log's columns of masks (B, 2, H, W): mean and deviation of the first image's share, of an
-    image, averaged; share of pairs that show one image alone (mean below 0.05 or above 0.95)."""
+    """Return the log's columns of masks (B, 2, H, W): the first image's share, its deviation inside
+    an image, and the share of pairs that show one image alone (mean below 0.05 or above 0.95)."""
     std, mean = torch.std_mean(mask[:, 0].detach(), (1, 2), unbiased=False)
     return {"mask_mean": mean.mean(), "mask_std": std.mean(),
             "mask_alone": ((mean - 0.5).abs() > 0.45).float().mean()}
 
 
 def adjust_mask(mask: Tensor, lam: float | Tensor, margin: float = 0.0) -> Tensor:
-    """Masks (B, 2, H, W) rescaled so that the first one's mean is their `lam`, a scalar or (B,),
-    unless it is within `margin` of it."""
+    """Return masks (B, 2, H, W) rescaled so that the first one's mean is `lam`, a scalar or (B,),
+    where it is further than `margin` from it."""
     first = mask[:, 0].clamp(1e-8, 1 - 1e-8)
     mean, lam = first.mean((1, 2), keepdim=True), per_image(lam, mask).view(-1, 1, 1)
     lower, higher = first * (lam / mean), 1 - (1 - first) * ((1 - lam) / (1 - mean))
     adjusted = torch.where(mean > lam, lower, higher)
-    if margin:
-        adjusted = torch.where((mean - lam).abs() > margin, adjusted, first)
+    adjusted = torch.where((mean - lam).abs() > margin, adjusted, first)
     return torch.stack([adjusted, 1 - adjusted], 1)
 
 
 def plain_near_ends(mask: Tensor, lam: Tensor, lam_margin: float = 0.08) -> Tensor:
-    """Masks (B, 2, H, W), those of Mixup where `lam`, a scalar or (B,), is within `lam_margin` of 0
-    or 1."""
+    """Return masks (B, 2, H, W), Mixup's where `lam` is within `lam_margin` of 0 or 1."""
     lam = per_image(lam, mask).view(-1, 1, 1, 1)
     near = torch.minimum(lam, 1 - lam) <= lam_margin
     return torch.where(near, torch.cat([lam, 1 - lam], 1), mask)
 
 
-def check_masks(backbone, arch: str, *sides: int):
-    """Raises RunError when masks over backbone.side features do not enlarge to images' `sides`,
-    the first of them the height that the backbone was built for."""
-    stride, rest = divmod(sides[0], backbone.side)
-    if rest or any(side % stride for side in sides):
-        raise RunError(f"masks over {arch}'s features, {backbone.side} a side, cannot be enlarged "
-                       f"to {'×'.join(map(str, sides))} pixels; give another --image_size, a "
-                       "multiple of 32, say")
-
-
 def mix(images: Tensor, mask: Tensor, perm: Tensor, partners: Tensor | None = None) -> Tensor:
-    """Images (B, C, H, W) mixed by a mask (B, 2, H, W): mask 0 shows image i, mask 1 image perm[i],
-    of `partners` where these are other views."""
+    """Return images (B, C, H, W) mixed by a mask (B, 2, H, W): mask 0 shows image i, mask 1 image
+    perm[i], of `partners` where these are other views."""
     perm = perm.to(images.device, non_blocking=True)
     others = (images if partners is None else partners)[perm]
     return torch.lerp(others, images, mask[:, :1].to(images.dtype))

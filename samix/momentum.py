@@ -1,12 +1,12 @@
-"""The momentum branch (AutoMix section 3.3, SAMix section 3.4): networks, update and schedules.
+"""The branches (AutoMix section 3.3, SAMix section 3.4) and the loss of their heads.
 
 Branch q learns to classify; branch k, its moving average, makes the masks' features and judges the
 mixed images that the MixBlock learns by.
 """
 import copy
-import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -23,20 +23,20 @@ class Branch(nn.Module):
             nn.init.zeros_(head.bias)
 
     def features(self, images: Tensor) -> Tensor:
-        """The middle feature map, for the MixBlock."""
+        """Return the middle feature map, for the MixBlock."""
         return self.backbone(images)[0]
 
     def pooled(self, images: Tensor) -> Tensor:
-        """What the heads see, (B, width)."""
+        """Return what the heads see, (B, width)."""
         return self.backbone(images)[1]
 
     def forward(self, images: Tensor, head: str = "one") -> Tensor:
-        """Logits (B, num_classes) of head 'one' or 'mix'."""
+        """Return logits (B, num_classes) of head 'one' or 'mix'."""
         return getattr(self, head)(self.pooled(images))
 
 
 def momentum_copy(branch: nn.Module) -> nn.Module:
-    """A copy of everything, statistics included, that no gradient reaches."""
+    """Return a copy of everything, statistics included, that no gradient reaches."""
     return copy.deepcopy(branch).requires_grad_(False)
 
 
@@ -47,14 +47,18 @@ def momentum_update(k: nn.Module, q: nn.Module, momentum: float):
     torch._foreach_lerp_(list(k.parameters()), list(q.parameters()), 1 - momentum)
 
 
-def cosine(step: int, total: int) -> float:
-    """From 1 at step 0 to 0 at step `total`."""
-    return (1 + math.cos(math.pi * step / total)) / 2
+def head_loss(logits: Tensor, targets: Tensor, head: str = "ce", neg_weight: float = 1.0,
+              smoothing: float = 0.0) -> Tensor:
+    """Return the loss of `logits` (B, K) against labels (B,) or soft targets (B, K), mean over B.
 
-
-def ema_momentum(step: int, total: int, base: float = 0.999, end: float = 0.99999,
-                 start: float = 0.1) -> float:
-    """Momentum of the update after `step` of `total`: `base` up to a share `start` of the run, then
-    a cosine towards `end` that began at step 0, as in the recorded runs: it jumps a little there.
+    'ce': cross entropy, labels smoothed by `smoothing`. 'bce': binary cross entropies, summed over
+    the classes; `neg_weight` (eta, section 3.2) weighs those of classes not in the image.
     """
-    return base if step < start * total else end - (end - base) * cosine(step, total)
+    logits = logits.float()
+    if head == "ce":
+        return F.cross_entropy(logits, targets, label_smoothing=smoothing)
+    if targets.ndim == 1:
+        targets = F.one_hot(targets, logits.shape[1]).float()
+    weight = torch.where(targets > 0, 1.0, neg_weight)
+    total = F.binary_cross_entropy_with_logits(logits, targets, weight, reduction="sum")
+    return total / len(logits)

@@ -8,41 +8,36 @@ CIFAR, one GPU    python samix/pretrain.py --dataset cifar100 --data_dir data --
                       --queue 4096 --amp bf16
 ImageNet, eight   torchrun --nproc_per_node=8 samix/pretrain.py --config imagenet_r50 \\
                       --data_dir imagenet --amp bf16
-two machines      torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d \\
-                      --rdzv_endpoint=HOST:29500 samix/pretrain.py --config imagenet_r50 …
-
---batch_size counts the images of a step over all processes.
 """
 import signal
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)        # no traceback of Ctrl-C while importing
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from common import data, distributed, flags, models, plots, runtime
 from common.data import STREAMED, Recipe
 from common.data.recipe import mean_std, to_uint8
 from common.data.stream import DaliStream
 from common.distributed import log
-from common.errors import RunError
-from common.flags import add_boolean
-from common.mixing import draw_lambda, soft_targets
+from common.mixing import probabilities
 from common.models.features import build_backbone
 from common.run import Run, about
 from common.sums import StepSums
 from samix import contrast, mixblock
 from samix.contrast import Encoder, Queue, extend, info_nce, mixed_nce, mixed_pair, similarity
-from samix.evaluation import knn_accuracy, mixtures, warn_of_collapse
-from samix.mixblock import MixBlock, draw_partners, mask_loss, mix
-from samix.momentum import cosine, momentum_copy, momentum_update
+from samix.evaluation import draw_mixtures, knn_accuracy, warn_of_collapse
+from samix.mixblock import Draws, MixBlock, draw_pairs, mask_loss, mix
+from samix.momentum import momentum_copy, momentum_update
+from samix.schedule import cosine
 from samix.views import DaliViews, draw_view, make_view
 
+METHODS = {"samix": "SAMix", "moco": "MoCo v2"}
 CONFIGS = {                             # the blur is for large images alone
     "cifar100_r18": {"dataset": "cifar100", "arch": "resnet18", "blur": 0.0, "queue": 4096},
     "imagenet_r18": {"dataset": "imagenet", "arch": "resnet18", "blur": 0.5, "queue": 65536},
@@ -51,76 +46,42 @@ CONFIGS = {                             # the blur is for large images alone
 
 
 def parse_args(argv=None):
-    """The flags; usage errors end the program with exit code 2."""
+    """Return the flags; usage errors end the program with exit code 2."""
     parser = flags.Parser(__doc__)
     amount, share = flags.amount, flags.share
-    add = parser.add_argument_group("run").add_argument
-    add("--config", choices=CONFIGS, default="cifar100_r18",
-        help="sets dataset, arch, blur and queue, unless the command line does")
-    add("--method", choices=["samix", "moco"], default="samix")
-
-    add = parser.add_argument_group("data and network").add_argument
+    add = parser.add_argument_group("run, data and network").add_argument
+    add("--config", choices=CONFIGS, default="cifar100_r18", help="for dataset, arch, blur, queue")
+    add("--method", choices=METHODS, default="samix")
     add("--crop_scale", type=flags.number(above=0, high=1), default=0.2, help="a view's least area")
     add("--blur", type=share, help="probability of a view's blur")
     add("--layer", type=flags.positive, default=3, help="stage whose features the MixBlock sees")
 
     add = parser.add_argument_group("contrast").add_argument
-    add("--queue", type=flags.positive, help="keys that are kept as negatives")
+    add("--queue", type=flags.positive, help="past keys that serve as negatives")
     add("--dim", type=flags.positive, default=128, help="of the embeddings")
     add("--neck", type=flags.positive, default=2048, help="hidden width of the projection")
     add("--temperature", type=flags.number(above=0), default=0.2)
     add("--ema", type=share, default=0.999, help="momentum of the keys' encoder")
-    add_boolean(add, "--sync_bn", False,
-                "GPUs: BatchNorm over all processes, instead of shuffled keys")
 
     add = parser.add_argument_group("mixing").add_argument
     add("--alpha", type=flags.number(above=0), default=2.0, help="lambda ~ Beta(alpha, alpha)")
     add("--lam_mul_k", type=flags.number(), default=-1.0, help="how lambda scales the features")
-    add("--mask_margin", type=share, default=0.1,
-        help="masks whose mean is further from lambda are moved to it")
+    add("--mask_margin", type=share, default=0.1, help="masks further from lambda are moved to it")
     add("--block_loss", choices=["infonce", "bce"], default="infonce",
         help="of the MixBlock: with the queue, or its two keys against each other")
-    add("--extend", choices=["either", "inter", "extra"], default="either",
-        help="the auxiliary loss's positives: between the views' keys, beyond them, or either")
-    add("--moco_weight", type=amount, default=1.0)
-    add("--mix_weight", type=amount, default=1.0, help="of the encoder's loss of mixtures")
-    add("--block_weight", type=amount, default=1.0)
-    add("--extend_weight", type=amount, default=0.0,
-        help="of the auxiliary loss (0: none), falls to 0 along a cosine")
     add("--mask_loss", type=amount, default=0.1, help="weight, falls to 0 along a cosine")
+    add("--extend_weight", type=amount, default=0.0,
+        help="likewise: of a loss whose positives are inter- or extrapolated keys")
     flags.add_flags(parser, data.NAMES, models.ALL, {}, epochs=200, batch_size=256, lr=0.03,
                     weight_decay=1e-4)
 
-    first = parser.peek(argv)
-    parser.set_defaults(**CONFIGS[first.config])
+    parser.set_defaults(**CONFIGS[parser.peek(argv).config])
     args = parser.parse_args(argv)
     if args.queue < args.batch_size:
         parser.error(f"--queue {args.queue} is less than a batch of {args.batch_size}")
     if args.evaluate or args.corruptions:
-        parser.error("--evaluate, --corruptions, --cam: evaluate the encoder with "
-                     "samix/linear_probe.py")
+        parser.error("--evaluate, --corruptions, --cam: of samix/linear_probe.py")
     return args
-
-
-class Draws(NamedTuple):
-    """The random choices of one step: for the encoder's mixtures (bb) and the MixBlock's (mb)."""
-    lam_bb: Tensor                  # scalars: shares of the first image
-    lam_mb: Tensor
-    perm_bb: Tensor                 # (B,) partners
-    perm_mb: Tensor
-    order: Tensor                   # of all ranks' images: the keys' batches
-    weight: Tensor                  # (B, dim), extends the keys
-
-
-def draw_mixing(n: int, args, generator, shared, device="cpu") -> Draws:
-    """Draws for the n images of this rank, partners on `device`; `shared`: all ranks' generator."""
-    lam_bb, lam_mb = draw_lambda(args.alpha, generator, 2)
-    perm_bb, perm_mb = torch.stack([draw_partners(n, generator) for _ in range(2)]).to(
-        device, non_blocking=True)
-    total = (2 if args.method == "samix" else 1) * n * distributed.world()
-    order = torch.arange(total) if args.sync_bn else torch.randperm(total, generator=shared)
-    return Draws(lam_bb, lam_mb, perm_bb, perm_mb, order,
-                 contrast.draw_extension((n, args.dim), args.extend, generator))
 
 
 class Contrast(nn.Module):
@@ -130,16 +91,19 @@ class Contrast(nn.Module):
         super().__init__()
         self.q, self.k, self.block, self.args = q, momentum_copy(q), block, args
 
-    def forward(self, view_q, view_k, draws: Draws, negatives):
-        """(unweighed losses by name, new keys, queries) of normalised views (B, 3, H, W)."""
+    def forward(self, view_q, view_k, draws: Draws, negatives, order, extension):
+        """Return (losses by name, new keys, queries) of normalised views (B, 3, H, W).
+
+        order: of all ranks' images in the keys' batches; extension (B, dim): see `extend`.
+        """
         others = {"negatives": negatives, "temperature": self.args.temperature}
         _, query = self.q(view_q)
         if self.block is None:
-            _, key_k = contrast.encode_keys(self.k, view_k, draws.order)
+            _, key_k = contrast.encode_keys(self.k, view_k, order)
             return {"moco": info_nce(query, key_k, **others)}, key_k, query
 
         perm_bb, perm_mb = draws.perm_bb, draws.perm_mb
-        features, keys = contrast.encode_keys(self.k, torch.cat([view_q, view_k]), draws.order)
+        features, keys = contrast.encode_keys(self.k, torch.cat([view_q, view_k]), order)
         (features_q, features_k), (key_q, key_k) = features.chunk(2), keys.chunk(2)
         scale = view_q.shape[-1] // features_q.shape[-1]
         with torch.no_grad():
@@ -160,40 +124,42 @@ class Contrast(nn.Module):
             "mask": mask_loss(mask_mb, draws.lam_mb),
         }
         if self.args.extend_weight:
-            more_k, more_q = extend(key_k, key_q, draws.weight), extend(key_q, key_k, draws.weight)
+            more_k, more_q = extend(key_k, key_q, extension), extend(key_q, key_k, extension)
             losses["extend"] = mixed_pair(mixed_k, more_k, more_q[perm_mb], **pair)
         return losses, key_k, query
 
 
 def two_views(images, args, info, generator):
-    """Two normalised views (B, 3, S, S) of a batch; DALI's come ready, side by side in channels."""
-    if images.shape[1] == 6:
-        return images.chunk(2, 1)
+    """Return two normalised views (B, 3, S, S) of a batch, or of DALI's two crops (B, 6, S, S)."""
     mean, std = mean_std(info, images.device)
-    images, size = to_uint8(images, info), info.image_size
-    return [(make_view(images, draw_view(len(images), images.shape[-2:], generator, blur=args.blur,
-                                         scale=(args.crop_scale, 1.0)), size) - mean) / std
-            for _ in range(2)]
+    cropped = images.shape[1] == 6
+    parts = images.chunk(2, 1) if cropped else [to_uint8(images, info)] * 2
+    views = [draw_view(len(part), part.shape[-2:], generator, blur=args.blur,
+                       scale=(1.0 if cropped else args.crop_scale, 1.0)) for part in parts]
+    return [(make_view(part, view, info.image_size) - mean) / std
+            for part, view in zip(parts, views, strict=True)]
 
 
 def training_step(model, images, queue, args, info, generator, shared, scaler, fall):
-    """Leaves the gradients of one step in the parameters; returns the loss, each query's similarity
+    """Leave the gradients of one step in the parameters; return the loss, each query's similarity
     to its own key and to the nearest negative (B, 2), and the new keys."""
     view_q, view_k = two_views(images, args, info, generator)
-    draws = draw_mixing(len(images), args, generator, shared, images.device)
-    weights = {"moco": args.moco_weight, "mix": args.mix_weight, "block": args.block_weight,
-               "extend": args.extend_weight * fall, "mask": args.mask_loss * fall}
+    draws = draw_pairs(len(images), args.alpha, generator, device=images.device)
+    rows = len(images) * distributed.world() * (2 if args.method == "samix" else 1)
+    order = torch.randperm(rows, generator=shared)          # the same on every rank
+    extension = contrast.draw_extension((len(images), args.dim), generator)
+    weights = {"extend": args.extend_weight * fall, "mask": args.mask_loss * fall}
     with runtime.autocast(args, images.device):
-        losses, keys, query = model(view_q, view_k, draws, queue.keys)
-        loss = sum(weights[name] * value for name, value in losses.items())
+        losses, keys, query = model(view_q, view_k, draws, queue.keys, order, extension)
+        loss = sum(weights.get(name, 1.0) * value for name, value in losses.items())
     scaler.scale(loss).backward()
-    with torch.no_grad():
-        nearest = (query @ queue.keys.T).max(1).values.float() / args.temperature
-        return loss, torch.stack([similarity(query, keys, args.temperature), nearest], 1), keys
+    own = similarity(query, keys, args.temperature).detach()
+    nearest = (query.detach() @ queue.keys.T).amax(1).float() / args.temperature
+    return loss, torch.stack([own, nearest], 1), keys
 
 
 def train_one_epoch(net, model, queue, loader, optimizer, scaler, args, info, run):
-    """The rest of the epoch that `run` stands in; returns its sums of loss and hits."""
+    """Train the rest of the epoch that `run` stands in; return its sums of loss and hits."""
     net.train()
     sums = StepSums(len(loader), run.device, run.sums)
     for step, (images, _) in run.steps(loader):
@@ -209,8 +175,8 @@ def train_one_epoch(net, model, queue, loader, optimizer, scaler, args, info, ru
         scaler.update()
         momentum_update(net.k, net.q, args.ema)
         queue.enqueue(keys)
-        labels = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
-        sums.add(step, loss, logits, labels, **getattr(net, "columns", {}))
+        own = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
+        sums.add(step, loss, logits, own, **getattr(net, "columns", {}))
         if run.ends(step, sums, args.print_freq):
             break
     sums.check(run.epoch)
@@ -218,50 +184,39 @@ def train_one_epoch(net, model, queue, loader, optimizer, scaler, args, info, ru
 
 
 def draw_preview(path, net, train, args, info, trained: bool = True):
-    """Draw both views of the first training batch and, of SAMix, masks and mixtures by lambda."""
+    """Draw both views of images of the first training batch and, of SAMix, their mixtures."""
     train.set_epoch(0)
     images, labels = (part[:32] for part in next(iter(train)))
     generator = distributed.step_generator(args.seed, 0, 0)
     view_q, view_k = two_views(images, args, info, generator)
-    perm, lam = draw_partners(len(images), generator, True), 1.0
-    title, rows = f"MoCo's views of {info.name}", {"view q": view_q, "view k": view_k}
+    title = f"{METHODS[args.method]}, two views of {info.name}"
+    rows = {"view q": view_q, "view k": view_k}
     if args.method == "samix":
-        lam = 0.7                                           # of the last row
-        title = f"SAMix's views of {info.name}" + ("" if trained else
-                                                   ": the MixBlock before training")
-        rows |= {"partner, view k": view_k[perm], **mixtures(net, view_q, view_k, perm, args, info)}
-    return plots.preview(path, title, rows,
-                         soft_targets(labels, perm, torch.tensor(lam), info.num_classes), info)
+        return draw_mixtures(path, title, rows, net, view_q, view_k, labels, args, info, trained)
+    return plots.preview(path, title, rows, probabilities(labels, info.num_classes), info)
 
 
 def build(args, info) -> Contrast:
-    """The network to train, for the sizes of the data."""
+    """Return the network to train, for the sizes of the data."""
     backbone = build_backbone(args.arch, info.image_size, args.layer,
                               initial_channels=args.initial_channels)
-    block = None
-    if args.method == "samix":
-        mixblock.check_masks(backbone, args.arch, info.image_size)
-        block = MixBlock(backbone.channels, args.lam_mul_k)
-    net = Contrast(Encoder(backbone, backbone.width, args.dim, args.neck), block, args)
-    if args.sync_bn and not torch.cuda.is_available():
-        raise RunError("--sync_bn needs GPUs; without it the keys are shuffled over the processes, "
-                       "which serves as well")
-    return nn.SyncBatchNorm.convert_sync_batchnorm(net) if args.sync_bn else net
+    block = MixBlock(backbone.channels, args.lam_mul_k) if args.method == "samix" else None
+    return Contrast(Encoder(backbone, backbone.width, args.dim, args.neck), block, args)
 
 
 def main(argv=None):
-    """Trains (or draws a picture) as the flags say; returns the network."""
+    """Train, or draw a picture, as the flags say; return the network."""
     args = parse_args(argv)
     device = runtime.setup(args)
-
-    # Streamed sets come as two views from DALI, or as squares to make views of
-    recipe = Recipe(crop="random" if args.dataset in STREAMED else "padded", padding=0, flip=False)
+    # Streamed sets come as two crops from DALI, or as squares to make views of
+    recipe = Recipe(crop="random" if args.dataset in STREAMED else "padded", padding=0, flip=False,
+                    interpolation="bicubic")
     train, test, info = data.load(
         args.dataset, args.data_dir, recipe, batch_size=args.batch_size, device=device,
         seed=args.seed, loader=args.loader, image_size=args.image_size,
         labels_per_class=args.labels_per_class, workers=args.workers, drop_last=True)
     if isinstance(train, DaliStream):
-        train = DaliViews(train, (args.crop_scale, 1.0), args.blur)
+        train = DaliViews(train, (args.crop_scale, 1.0))
     torch.manual_seed(args.seed)
     net, model = runtime.prepare(build(args, info), args, device)
     queue = Queue(args.queue, args.dim).to(device)
@@ -269,7 +224,6 @@ def main(argv=None):
                                 args.momentum, weight_decay=args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     log(f"{about(info, net, train, args)}; method {args.method}, {args.queue} keys")
-
     identity = {"layer": args.layer, "image_size": info.image_size, "method": args.method,
                 "queue": args.queue}
     run = Run(args, device, info, [args.method, "pretrained"], identity,
@@ -289,8 +243,8 @@ def main(argv=None):
         row["knn_accuracy"] = knn_accuracy(net.q.backbone, test, info.num_classes, args)
         run.end_epoch(row | timing, None, sums)
 
-    run.finish(f"{args.method}, {args.arch} on {info.name} (accuracy: queries nearest to their own "
-               "key)", draw_preview, net, train, args, info)
+    run.finish(f"{METHODS[args.method]}, {args.arch} on {info.name} (accuracy: queries nearest to "
+               "their own key)", draw_preview, net, train, args, info)
     log(f"now: python samix/linear_probe.py --weights {run.folder / 'checkpoint.pt'}")
     return net
 

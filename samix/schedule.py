@@ -1,26 +1,36 @@
-"""Learning rates of branch q and of the MixBlock, and the optimizer's groups of parameters."""
-from samix.momentum import cosine
+"""Schedules over a run, and the optimizer's groups of parameters."""
+import math
+
+
+def cosine(step: int, total: int) -> float:
+    """Return a factor that falls from 1 at step 0 to 0 at step `total`."""
+    return (1 + math.cos(math.pi * step / total)) / 2
+
+
+def ema_momentum(step: int, total: int, base: float = 0.999, end: float = 0.99999,
+                 start: float = 0.1) -> float:
+    """Return branch k's momentum after `step` of `total`: `base` up to a share `start` of the run,
+    then a cosine towards `end` that began at step 0, as in the recorded runs: it jumps there."""
+    return base if step < start * total else end - (end - base) * cosine(step, total)
 
 
 def parameter_groups(net, args) -> list[dict]:
-    """q's parameters and the MixBlock's; under AdamW norms, biases, tokens and positions apart,
-    without decay."""
-    sgd, groups = args.optimizer == "sgd", []
-    for part, module, momentum in (("q", getattr(net, "q", net), args.momentum),
-                                   ("block", getattr(net, "block", None), args.block_momentum)):
-        kinds = {True: [], False: []}
-        for name, parameter in module.named_parameters() if module else ():
-            plain = parameter.ndim == 1 or any(
-                word in name for word in ("class_token", "position", "pos_embedding"))
-            kinds[sgd or not plain].append(parameter)
-        groups += [{"params": found, "part": part, **({"momentum": momentum} if sgd else {}),
-                    "weight_decay": args.weight_decay * decayed}
-                   for decayed, found in kinds.items() if found]
-    return groups
+    """Return what learns, q and the MixBlock apart; under AdamW norms, biases, tokens and positions
+    have groups without decay."""
+    groups = {}
+    for name, parameter in net.named_parameters():
+        if parameter.requires_grad:
+            plain = args.optimizer == "adamw" and (parameter.ndim == 1 or any(
+                word in name for word in ("class_token", "position", "pos_embedding")))
+            part = "block" if name.startswith("block.") else "q"
+            groups.setdefault((part, plain), []).append(parameter)
+    return [{"params": found, "part": part, "weight_decay": 0.0 if plain else args.weight_decay,
+             "momentum": args.block_momentum if part == "block" else args.momentum}
+            for (part, plain), found in groups.items()]
 
 
 def step_rates(args, step: int, epoch_steps: int) -> dict:
-    """Learning rates of "q" and "block" at training step `step`, counted from 0 over all epochs."""
+    """Return learning rates of "q" and "block" at training step `step` of the run, from 0."""
     epoch = step / epoch_steps if args.lr_every == "step" else step // epoch_steps
     if args.milestones is not None:
         factor = args.gamma ** sum(epoch >= milestone for milestone in args.milestones)

@@ -3,17 +3,16 @@
 Colours change by one affine map of an image's channels, as by DALI's color_twist: brightness,
 contrast (around mid-grey), saturation and hue (a turn of the colour plane).
 """
-import dataclasses
 import math
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from common.data.memory import draw_boxes, resize_boxes
 from common.data.stream import DaliStream
 
+SCALE_RATIO = (3 / 4, 4 / 3)
 JITTER, HUE = 0.4, 0.1                  # brightness, contrast, saturation: 1 ± 0.4; hue, in turns
 JITTERED, GREY = 0.8, 0.2               # probabilities
 SIGMA = (0.1, 2.0)                      # of the blur, pixels
@@ -31,9 +30,9 @@ class View(NamedTuple):
 
 
 def draw_view(n: int, size, generator, *, scale=(0.2, 1.0), blur: float = 0.5) -> View:
-    """Draws for n images of `size` (height, width): crops of a share `scale` of the area; `blur`:
-    its probability."""
-    boxes = draw_boxes(n, size, scale, (3 / 4, 4 / 3), generator)
+    """Return draws for n images of `size` (height, width): crops of a share `scale` of the area;
+    `blur`: its probability."""
+    boxes = draw_boxes(n, size, scale, SCALE_RATIO, generator)
     flip, jittered, grey, blurred, width = torch.rand(5, n, generator=generator)
     change = (2 * torch.rand(4, n, generator=generator) - 1) * (jittered < JITTERED)
     brightness, contrast, saturation = 1 + JITTER * change[:3]
@@ -48,7 +47,7 @@ def draw_view(n: int, size, generator, *, scale=(0.2, 1.0), blur: float = 0.5) -
 
 
 def make_view(images: Tensor, view: View, size: int) -> Tensor:
-    """The view (B, 3, size, size) of uint8 images (B, 3, H, W), float in [0, 1]."""
+    """Return the view (B, 3, size, size), float in [0, 1], of uint8 images (B, 3, H, W)."""
     boxes, flip, colours, shift, sigma = (draw.to(images.device, non_blocking=True)
                                           for draw in view)
     pixels = resize_boxes(images, boxes, (size, size), "bicubic").float() / 255
@@ -57,46 +56,26 @@ def make_view(images: Tensor, view: View, size: int) -> Tensor:
     pixels = pixels.unflatten(2, (size, size))
     if not view.sigma.any():                                # known on the CPU
         return pixels
-    reach = min(math.ceil(3 * SIGMA[1]), size - 1)
-    away = torch.arange(-reach, reach + 1, device=images.device)
-    taps = (-(away / sigma.clamp(min=0.01)[:, None]) ** 2 / 2).exp()
-    taps = (taps / taps.sum(1, keepdim=True)).repeat_interleave(3, 0)     # of every channel
-    pixels = F.pad(pixels, (reach,) * 4, mode="reflect").view(1, -1, *(size + 2 * reach,) * 2)
-    for kernel in (taps[:, None, :, None], taps[:, None, None]):
-        pixels = F.conv2d(pixels, kernel, groups=len(kernel))
-    return pixels.view(-1, 3, size, size)
+    index = torch.arange(size, device=images.device)
+    away = (index - index[:, None]) / sigma.clamp(min=0.01)[:, None, None]
+    taps = (-away ** 2 / 2).softmax(2)[:, None]             # of the blur, (B, 1, size, size)
+    return taps @ pixels @ taps.mT
 
 
 class DaliViews(DaliStream):
-    """A DaliStream of training images that yields two views of each: (B, 6, S, S), normalised."""
+    """A DaliStream of training images that yields two crops of each, uint8 (B, 6, S, S)."""
 
-    def __init__(self, stream: DaliStream, scale: tuple, blur: float):
+    def __init__(self, stream: DaliStream, scale: tuple):
         self.__dict__.update(stream.__dict__)
-        self.recipe = dataclasses.replace(stream.recipe, scale=scale, interpolation="bicubic")
-        self.blur = blur
+        self.scale = scale
 
     def finish(self, images: Tensor, step: int) -> Tensor:
-        return torch.cat([DaliStream.finish(self, view, step) for view in images.chunk(2, 1)], 1)
+        return images
 
     def graph(self, encoded, **decoder):
         from nvidia.dali import fn
         images = fn.decoders.image(encoded, **decoder)
-        return fn.cat(*(self.view(images) for _ in range(2)), axis=0)
-
-    def view(self, images):
-        from nvidia.dali import fn, types
-        images = fn.random_resized_crop(
-            images, size=(self.size, self.size), random_area=self.recipe.scale,
-            random_aspect_ratio=self.recipe.ratio, **self.filters())
-        jittered = fn.random.coin_flip(probability=JITTERED)
-        change = [jittered * fn.random.uniform(range=(-1.0, 1.0)) for _ in range(4)]
-        coloured = 1 - fn.random.coin_flip(probability=GREY)
-        images = fn.color_twist(
-            images, brightness=1 + JITTER * change[0], contrast=1 + JITTER * change[1],
-            saturation=(1 + JITTER * change[2]) * coloured, hue=360 * HUE * change[3])
-        if self.blur:                                       # sigma 0.1 leaves the pixels alone
-            width = fn.random.uniform(range=(0.0, SIGMA[1] - SIGMA[0]))
-            blurred = fn.random.coin_flip(probability=self.blur)
-            images = fn.gaussian_blur(images, sigma=SIGMA[0] + blurred * width)
-        return fn.crop_mirror_normalize(images, mirror=fn.random.coin_flip(), dtype=types.UINT8,
-                                        output_layout="CHW")
+        crops = [fn.random_resized_crop(
+            images, size=(self.size, self.size), random_area=self.scale,
+            random_aspect_ratio=SCALE_RATIO, **self.filters()) for _ in range(2)]
+        return fn.transpose(fn.cat(*crops, axis=2), perm=[2, 0, 1])

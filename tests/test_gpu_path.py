@@ -55,8 +55,7 @@ STEPS = [
         "samix --mask_adjust 1 --head bce --no_repeat",
         "samix --switch_off 1 --crop resized --randaugment --clip_grad 5")),
     *((*PRETRAIN, flags) for flags in (
-        "moco", "samix --amp bf16", "samix --block_loss bce --extend inter --blur 1")),
-    ("samix.linear_probe", "--weights random --arch resnet18 ", "--amp fp16"),
+        "moco", "samix --amp bf16", "samix --block_loss bce --extend_weight 1 --blur 1")),
 ]
 ALLOWED = {"fp16": "_local_scalar_dense", "gco": " sage/", "skimage": " safuse/superpixels.py"}
 
