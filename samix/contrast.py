@@ -69,16 +69,11 @@ def similarity(query: Tensor, key: Tensor, temperature: float) -> Tensor:
 def mixed_nce(mixed: Tensor, first: Tensor, second: Tensor, lam: float | Tensor,
               negatives: Tensor, temperature: float = 0.2) -> Tensor:
     """Return lam·InfoNCE(mixed, first) + (1 - lam)·InfoNCE(mixed, second) of mixtures and the keys
-    of their two images: the encoder's loss and, through the momentum encoder, the MixBlock's."""
+    of their two images, against `negatives` (size, dim). Of one key at lam 1 it is MoCo's loss."""
     with full_precision(mixed.device.type):                 # cosines near 1, divided by 0.2
         others = (mixed.float() @ negatives.detach().T / temperature).logsumexp(1)
     one, two = (F.softplus(others - similarity(mixed, key, temperature)) for key in (first, second))
     return (lam * one + (1 - lam) * two).mean()
-
-
-def info_nce(query: Tensor, key: Tensor, negatives: Tensor, temperature: float = 0.2) -> Tensor:
-    """Return MoCo's loss (equation 1): find each query's key among `negatives` (size, dim)."""
-    return mixed_nce(query, key, key, 1.0, negatives, temperature)
 
 
 def mixed_pair(mixed: Tensor, first: Tensor, second: Tensor, lam: float | Tensor,

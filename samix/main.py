@@ -49,12 +49,10 @@ def parse_args(argv=None):
     """Return the flags; usage errors end the program with exit code 2."""
     parser = flags.Parser(__doc__)
     amount, share, count = flags.amount, flags.share, flags.count
-    add = parser.add_argument_group("run").add_argument
+    add = parser.add_argument_group("run, data and network").add_argument
     add("--config", default="cifar100_r18", metavar="NAME", help="sets the flags below, unless the "
         f"command line does: one of the authors' files, or {', '.join(configs.CONFIGS)}")
     add("--method", choices=configs.METHODS, default="samix")
-
-    add = parser.add_argument_group("data and network").add_argument
     add("--crop", choices=["zero", "reflect", "resized"], default="resized",
         help="of sets in memory: from a border of zeros or reflection, or of a part, resized")
     add("--padding", type=count, default=4, help="width of that border")

@@ -1,7 +1,5 @@
-"""SAMix's Mixer (Li et al. 2021, section 3.3) and AutoMix's Mix Block (Liu et al., ECCV 2022).
-
-A small attention over the features of two images says, pixel by pixel, which of them to show.
-"""
+"""SAMix's Mixer (Li et al. 2021, section 3.3) and AutoMix's Mix Block (Liu et al., ECCV 2022): a
+small attention over two images' features decides, pixel by pixel, which of them to show."""
 from typing import NamedTuple
 
 import torch

@@ -1,8 +1,5 @@
-"""The branches (AutoMix section 3.3, SAMix section 3.4) and the loss of their heads.
-
-Branch q learns to classify; branch k, its moving average, makes the masks' features and judges the
-mixed images that the MixBlock learns by.
-"""
+"""The branches (AutoMix section 3.3, SAMix section 3.4) and the loss of their heads: q learns to
+classify; k, its moving average, makes the masks' features and judges the MixBlock's mixtures."""
 import copy
 
 import torch
@@ -42,8 +39,7 @@ def momentum_copy(branch: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def momentum_update(k: nn.Module, q: nn.Module, momentum: float):
-    """k = momentum·k + (1 - momentum)·q for the parameters, after each optimizer step. Buffers are
-    left alone: k's BatchNorm statistics are of what k itself has seen."""
+    """k = momentum·k + (1 - momentum)·q, parameters alone: BatchNorm statistics stay k's own."""
     torch._foreach_lerp_(list(k.parameters()), list(q.parameters()), 1 - momentum)
 
 

@@ -11,6 +11,7 @@ ImageNet, eight   torchrun --nproc_per_node=8 samix/pretrain.py --config imagene
 """
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -30,7 +31,7 @@ from common.models.features import build_backbone
 from common.run import Run, about
 from common.sums import StepSums
 from samix import contrast, mixblock
-from samix.contrast import Encoder, Queue, extend, info_nce, mixed_nce, mixed_pair, similarity
+from samix.contrast import Encoder, Queue, extend, mixed_nce, mixed_pair, similarity
 from samix.evaluation import draw_mixtures, knn_accuracy, warn_of_collapse
 from samix.mixblock import Draws, MixBlock, draw_pairs, mask_loss, mix
 from samix.momentum import momentum_copy, momentum_update
@@ -96,11 +97,12 @@ class Contrast(nn.Module):
 
         order: of all ranks' images in the keys' batches; extension (B, dim): see `extend`.
         """
-        others = {"negatives": negatives, "temperature": self.args.temperature}
+        temperature = self.args.temperature
+        nce = partial(mixed_nce, negatives=negatives, temperature=temperature)
         _, query = self.q(view_q)
         if self.block is None:
             _, key_k = contrast.encode_keys(self.k, view_k, order)
-            return {"moco": info_nce(query, key_k, **others)}, key_k, query
+            return {"moco": nce(query, key_k, key_k, 1.0)}, key_k, query
 
         perm_bb, perm_mb = draws.perm_bb, draws.perm_mb
         features, keys = contrast.encode_keys(self.k, torch.cat([view_q, view_k]), order)
@@ -114,18 +116,17 @@ class Contrast(nn.Module):
         # image i's pixels are of view q, its partner's of view k; each meets the other view's key
         _, mixed_q = self.q(mix(view_q, mask_bb, perm_bb, view_k))
         _, mixed_k = self.k(mix(view_q, mask_mb, perm_mb, view_k))
-        pair = {"lam": draws.lam_mb, "temperature": self.args.temperature}
+        pair = partial(mixed_pair, mixed_k, lam=draws.lam_mb, temperature=temperature)
         losses = {
-            "moco": info_nce(query, key_k, **others),
-            "mix": mixed_nce(mixed_q, key_k, key_q[perm_bb], draws.lam_bb, **others),   # q learns
-            "block": mixed_nce(mixed_k, key_k, key_q[perm_mb], draws.lam_mb, **others)
-            if self.args.block_loss == "infonce" else
-            mixed_pair(mixed_k, key_k, key_q[perm_mb], **pair),
+            "moco": nce(query, key_k, key_k, 1.0),
+            "mix": nce(mixed_q, key_k, key_q[perm_bb], draws.lam_bb),       # of these two q learns
+            "block": nce(mixed_k, key_k, key_q[perm_mb], draws.lam_mb)
+            if self.args.block_loss == "infonce" else pair(key_k, key_q[perm_mb]),
             "mask": mask_loss(mask_mb, draws.lam_mb),
         }
         if self.args.extend_weight:
-            more_k, more_q = extend(key_k, key_q, extension), extend(key_q, key_k, extension)
-            losses["extend"] = mixed_pair(mixed_k, more_k, more_q[perm_mb], **pair)
+            losses["extend"] = pair(extend(key_k, key_q, extension),
+                                    extend(key_q, key_k, extension)[perm_mb])
         return losses, key_k, query
 
 

@@ -20,7 +20,6 @@ from samix.contrast import (
     encode_keys,
     exchange,
     extend,
-    info_nce,
     mixed_nce,
     mixed_pair,
 )
@@ -707,7 +706,7 @@ def test_contrastive_losses(device):
     pair = torch.stack([(query * key).sum(1) for key in (first, second)], 1) / 0.1
     soft = torch.tensor([[lam, 1 - lam]], device=device).expand(6, 2)
     for ours, plain in [
-            (info_nce(query, first, negatives), cross_entropy(first)),
+            (mixed_nce(query, first, first, 1.0, negatives), cross_entropy(first)),
             (mixed_nce(query, first, second, lam, negatives),
              lam * cross_entropy(first) + (1 - lam) * cross_entropy(second)),
             (mixed_pair(query, first, second, lam, 0.1), F.cross_entropy(pair, soft))]:
@@ -719,8 +718,8 @@ def test_contrastive_losses(device):
 def test_keys_get_no_gradient():
     query, first, second = (unit(4, 8, seed=i).requires_grad_() for i in range(3))
     negatives = unit(9, 8, seed=3).requires_grad_()
-    (info_nce(query, first, negatives) + mixed_nce(query, first, second, 0.4, negatives)
-     + mixed_pair(query, first, second, 0.4)).backward()
+    (mixed_nce(query, first, second, 0.4, negatives) + mixed_pair(query, first, second, 0.4)
+     ).backward()
     assert query.grad is not None
     assert first.grad is None and second.grad is None and negatives.grad is None
 
@@ -742,7 +741,7 @@ def test_queue(device):
         q.enqueue(batches[0])
     assert torch.equal(queue.keys, other.keys) and torch.equal(queue.keys[6:], batches[0])
     query = unit(2, 4, device=device).requires_grad_()
-    loss = info_nce(query, query.detach(), queue.keys)
+    loss = mixed_nce(query, query.detach(), query.detach(), 1.0, queue.keys)
     queue.enqueue(batches[1])
     with pytest.raises(RuntimeError, match="inplace"):      # before backward: seen, not silent
         loss.backward()
