@@ -333,6 +333,17 @@ def test_probe_is_scikit_learns_logistic_regression(tmp_path, capsys):
                                                                              abs=0.01)
 
 
+def test_probe_of_two_ranks_is_that_of_one(tmp_path):
+    words = [*PROBE, "--weights", "random", "--dataset", "digits", "--arch", "resnet18",
+             "--initial_channels", 8, "--image_size", 16, "--weight_decay", 0.01]
+    printed = on_two_ranks(tmp_path, "samix.linear_probe", [*words, "--root_dir", tmp_path / "two"])
+    assert "ranks agree: True" in printed
+    linear_probe.main([*map(str, words), "--root_dir", str(tmp_path / "one")])
+    rows = [next((tmp_path / name).rglob("evaluation.csv")).read_text().splitlines()[1].split(",")
+            for name in ("one", "two")]
+    assert float(rows[0][1]) == pytest.approx(float(rows[1][1]), abs=1)
+
+
 def test_probe_of_main_has_its_layer_and_statistics(tmp_path, monkeypatch):
     words = ["--dataset", "digits", "--image_size", 16, "--initial_channels", 8, "--arch",
              "wrn28_2", "--layer", 2, "--labels_per_class", 6, "--batch_size", 30, "--mean", 0.1,
