@@ -4,9 +4,10 @@ from pathlib import Path
 
 import numpy as np
 
-from common.data import sources
+from common.data.lists import as_files, list_classes
 from common.data.memory import MemoryBatches
 from common.data.recipe import Recipe
+from common.data.sources import decode_files
 from common.errors import DataError
 
 SEVERITIES = 5
@@ -53,11 +54,12 @@ def read(folder, info, batch_size: int, device):
             yield f"{file.stem} {severity + 1}", batches(file, part, labels[:count])
     for folder in folders:
         for severity in range(1, SEVERITIES + 1):
-            classes = sources.list_classes(folder / str(severity))
+            classes = list_classes(folder / str(severity))
             index = class_index(folder / str(severity), classes, info)
-            found = sources.decode_files([(file, index[name]) for name, members in classes.items()
-                                          for file in members], None, 4)
-            yield f"{folder.name} {severity}", batches(folder, found.images, found.labels)
+            found = as_files(folder, classes)
+            labels = np.array([index[name] for name in classes])[found.labels]
+            yield f"{folder.name} {severity}", batches(
+                folder, decode_files(found.files, None, 4), labels)
 
 
 def class_index(folder: Path, names, info) -> dict[str, int]:

@@ -4,18 +4,9 @@ batch_size counts the images of one step over all processes.
 """
 
 COMMON = {
-    "min_lr": 1e-5,
-    "warmup_start_lr": 1e-5,
-    "clip_grad": 0.0,
-    "cutout": 0,
-    "randaugment": False,
-    "autoaugment": False,
-    "cutmix_prob": 0.0,
-    "cutmix_beta": 1.0,
-    "resizemix": True,
-    "resizemix_low": 0.1,
-    "resizemix_high": 0.8,
-    "batch_aug": False,
+    "min_lr": 1e-5, "warmup_start_lr": 1e-5, "clip_grad": 0.0,
+    "cutout": 0, "randaugment": False, "autoaugment": False, "cutmix_prob": 0.0, "cutmix_beta": 1.0,
+    "resizemix": True, "resizemix_low": 0.1, "resizemix_high": 0.8, "batch_aug": False,
     "crop_test": False,
 }
 

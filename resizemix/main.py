@@ -27,26 +27,17 @@ if __name__ == "__main__":
 import torch
 from torchvision.transforms import AutoAugmentPolicy
 
-from common import data, distributed, evaluation, flags, models, plots, runtime
+from common import data, distributed, evaluation, flags, mixing, models, plots, runtime
 from common.data import STREAMED, Recipe
 from common.distributed import log
 from common.errors import RunError
 from common.flags import add_boolean, amount, count, number, positive, share
-from common.mixing import (
-    cutout,
-    draw_lambda,
-    draw_perm,
-    draw_pixels,
-    probabilities,
-    soft_cross_entropy,
-    soft_targets,
-)
 from common.models.weights import load_pretrained
 from common.run import Run, about
 from common.sums import StepSums
-from resizemix import configs, mixing, randaugment
-from resizemix.augment import AutoAugment
+from resizemix import configs, randaugment
 from resizemix.cost import latency, multiply_adds
+from resizemix.mixing import CropTest, cutmix, draw_corners, draw_scale, resize_mix
 
 SWITCHES = ["cutout", "randaugment", "autoaugment", "resizemix", "batch_aug"]
 CIFAR = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2023, 0.1994, 0.2010)}
@@ -60,21 +51,17 @@ def parse_args(argv=None):
     add = parser.add_argument_group("run").add_argument
     add("--config", type=lambda name: name.removesuffix(".py"), choices=configs.CONFIGS,
         default="cifar100_wrs", help="sets data, network and schedule; other flags win")
-    add("--method", choices=configs.METHODS,
-        help="sets the flags of a row of the paper's tables; other flags win")
+    add("--method", choices=configs.METHODS, help="sets flags, a row of the paper's tables")
     add("--tb_path", type=flags.path, help="if given, TensorBoard events (in the run's folder)")
     add_boolean(add, "--evaluation", False, "evaluate before training, too")
     add_boolean(add, "--meas_lat", False, "measure the network's latency before training")
     add("--launcher", choices=["none", "pytorch", "slurm"], default="none",
         help="who must have started the processes: torchrun, srun; none: whoever did")
-    add("--port", type=number(int, low=1, high=65535), default=23333,
-        help="MASTER_PORT under slurm")
-    add("--local_rank", "--local-rank", type=count,
-        help="GPU of this process, from launchers that set no LOCAL_RANK")
+    add("--port", type=number(int, low=1, high=65535), default=23333, help="slurm: MASTER_PORT")
+    add("--local_rank", "--local-rank", type=count, help="where the launcher sets no LOCAL_RANK")
 
     add = parser.add_argument_group("data and schedule").add_argument
-    add("--padding", type=count, default=4,
-        help="pixels around an image before its random crop (not for imagenet)")
+    add("--padding", type=count, default=4, help="pixels around an image before its random crop")
     add("--min_scale", type=number(above=0, high=1), default=0.08,
         help="imagenet: least area of a training crop")
     add_boolean(add, "--color_jitter", False, "imagenet: change colours at random")
@@ -96,9 +83,8 @@ def parse_args(argv=None):
     add("--cutmix_prob", type=share, help="share of the batches mixed by CutMix")
     add("--cutmix_beta", type=number(above=0), help="CutMix: Beta parameter")
     add_boolean(add, "--resizemix", None, "ResizeMix of all other batches")
-    add("--resizemix_low", type=number(above=0, high=1),
-        help="ResizeMix: scales are uniform between the two")
-    add("--resizemix_high", type=number(above=0, high=1))
+    add("--resizemix_low", type=number(above=0, high=1), help="ResizeMix: least scale")
+    add("--resizemix_high", type=number(above=0, high=1), help="ResizeMix: largest scale")
     add_boolean(add, "--batch_aug", None, "train on two RandAugments of each mixed batch")
     add_boolean(add, "--crop_test", None, "evaluate the whole image and its centre together")
     flags.add_flags(
@@ -118,19 +104,13 @@ def parse_args(argv=None):
     if args.randaugment and args.autoaugment:
         parser.error("--randaugment and --autoaugment: choose one of them")
     if args.resizemix_low > args.resizemix_high:
-        parser.error(f"--resizemix_low {args.resizemix_low} is above --resizemix_high "
-                     f"{args.resizemix_high}")
+        parser.error(f"--resizemix_low is above --resizemix_high {args.resizemix_high}")
     if args.warmup_epochs >= args.epochs:
         parser.error(f"--warmup_epochs {args.warmup_epochs} are not below the {args.epochs} epochs")
     if args.milestones and args.lr_schedule != "step":
         parser.error("--milestones are for --lr_schedule step")
     if args.lr_schedule == "cosine" and args.lr < args.min_lr:
-        parser.error(f"--lr {args.lr} is below --min_lr {args.min_lr}, to which it should fall: "
-                     "give both")
-    if args.lr_schedule == "step" and (args.restart_epochs or args.min_lr != config["min_lr"]):
-        parser.error("--restart_epochs and --min_lr are for --lr_schedule cosine")
-    if args.nesterov and not args.momentum:
-        parser.error("--nesterov needs a --momentum")
+        parser.error(f"--lr {args.lr} is below --min_lr {args.min_lr}: give both")
     return args
 
 
@@ -144,14 +124,12 @@ def check_launcher(args):
     """Complete the environment of a launched process; RunError if --launcher did not start it."""
     if args.local_rank is not None:
         os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
-    if args.launcher == "pytorch" and "RANK" not in os.environ:
-        raise RunError("--launcher pytorch: torchrun did not start this process")
     if args.launcher == "slurm":
         os.environ.setdefault("MASTER_PORT", str(args.port))
-        for name in ("SLURM_PROCID", "MASTER_ADDR"):
-            if name not in os.environ:
-                raise RunError(f"--launcher slurm: {name} is not set; "
-                               "resizemix/scripts/train_slurm.sh shows how")
+    needed = {"none": [], "pytorch": ["RANK"], "slurm": ["SLURM_PROCID", "MASTER_ADDR"]}
+    for name in needed[args.launcher]:
+        if name not in os.environ:
+            raise RunError(f"--launcher {args.launcher}: {name} is not set; see resizemix/scripts")
 
 
 # ----------------------------------------------------------------------------------------- mixing
@@ -167,23 +145,24 @@ def mix_batch(images, labels, args, info, generator) -> Mixed:
     """Return the batch mixed by the methods that are on, with draws from `generator`."""
     n, size, perm = len(images), tuple(images.shape[-2:]), None
     compiled = partial(runtime.compiled, args=args)
-    targets = probabilities(labels, info.num_classes)
+    targets = mixing.probabilities(labels, info.num_classes)
     if args.cutout:
-        images = compiled(cutout)(images, draw_pixels(n, size, generator), args.cutout)
+        centres = mixing.draw_pixels(n, size, generator)
+        images = compiled(mixing.cutout)(images, centres, args.cutout)
     by_cutmix = torch.rand((), generator=generator) < args.cutmix_prob
 
     if by_cutmix or args.resizemix:
-        perm = draw_perm(n, generator)
+        perm = mixing.draw_perm(n, generator)
         if by_cutmix:
-            lam = draw_lambda(args.cutmix_beta, generator)
-            centre, = draw_pixels(1, size, generator)
-            images, ratio = compiled(mixing.cutmix)(images, perm, centre, lam)
+            lam = mixing.draw_lambda(args.cutmix_beta, generator)
+            centre, = mixing.draw_pixels(1, size, generator)
+            images, ratio = compiled(cutmix)(images, perm, centre, lam)
         else:
-            scale = mixing.draw_scale(generator, args.resizemix_low, args.resizemix_high)
-            corners = mixing.draw_corners(n, size, scale, generator)
+            scale = draw_scale(generator, args.resizemix_low, args.resizemix_high)
+            corners = draw_corners(n, size, scale, generator)
             # not compiled: nearly every scale would be a new shape
-            images, ratio = mixing.resize_mix(images, perm, scale, corners)
-        targets = soft_targets(labels, perm, ratio, info.num_classes)
+            images, ratio = resize_mix(images, perm, scale, corners)
+        targets = mixing.soft_targets(labels, perm, ratio, info.num_classes)
 
     if args.batch_aug:
         images = randaugment.batch_aug(images, generator, mean=info.mean, std=info.std)
@@ -196,35 +175,21 @@ def mix_batch(images, labels, args, info, generator) -> Mixed:
 def step_rate(args, step: int, epoch_steps: int) -> float:
     """Return the learning rate of training step `step`, counted from 0 over all epochs.
 
-    Linear from --warmup_start_lr to --lr in --warmup_epochs, then a half cosine to --min_lr, which
-    it keeps. --restart_epochs: a cosine cycle from --lr for each length (Loshchilov & Hutter 2017).
-    --lr_schedule step: times --gamma at each of the --milestones.
+    Linear warm-up, then a half cosine to --min_lr, or one from --lr for each of --restart_epochs
+    (Loshchilov & Hutter 2017), or times --gamma at each of the --milestones.
     """
     warmup = args.warmup_epochs * epoch_steps
     if step < warmup:
         return args.warmup_start_lr + (args.lr - args.warmup_start_lr) * step / warmup
     if args.lr_schedule == "step":
         return args.lr * args.gamma ** sum(step // epoch_steps >= e for e in args.milestones)
-    start, length = warmup, args.epochs * epoch_steps - warmup
-    if args.restart_epochs:
-        start = end = 0
-        for cycle in args.restart_epochs:
-            if end <= step:
-                start, length = end, cycle * epoch_steps
-                end += length
-    progress = (step - start) / length if step - start < length else 1.0
+    start, length, end = warmup, args.epochs * epoch_steps - warmup, 0
+    for cycle in args.restart_epochs:
+        if end <= step:
+            start, length = end, cycle * epoch_steps
+            end += length
+    progress = min((step - start) / length, 1)
     return args.min_lr + (args.lr - args.min_lr) * (1 + math.cos(math.pi * progress)) / 2
-
-
-def build(args, info):
-    """Return the network and its multiply-adds an image; RunError where it cannot run."""
-    net = models.build(args.arch, info.num_classes, info.image_size,
-                       initial_channels=args.initial_channels)
-    try:
-        return net, multiply_adds(net, info.image_size)
-    except RuntimeError as fault:
-        raise RunError(f"{args.arch} cannot have --initial_channels {args.initial_channels} "
-                       f"on {info.image_size} pixels: {str(fault).splitlines()[0]}") from None
 
 
 def training_step(model, images, labels, args, info, generator, scaler):
@@ -232,7 +197,7 @@ def training_step(model, images, labels, args, info, generator, scaler):
     mixed = mix_batch(images, labels, args, info, generator)
     with runtime.autocast(args, images.device):
         logits = model(mixed.images)
-    loss = soft_cross_entropy(logits, mixed.targets)
+    loss = mixing.soft_cross_entropy(logits, mixed.targets)
     scaler.scale(loss).backward()
     return loss, logits[:len(labels)]                       # of --batch_aug's first half
 
@@ -272,6 +237,24 @@ def draw_preview(path, train, args, info):
     return plots.preview(path, f"{title} on {info.name}", rows, mixed.targets[:len(images)], info)
 
 
+def load_data(args, device):
+    """Return training and test batches and Info, augmented as the flags say."""
+    streamed = args.dataset in STREAMED
+    transform = randaugment.transform if args.randaugment else None
+    if args.autoaugment:
+        transform = randaugment.AutoAugment(*[AutoAugmentPolicy.IMAGENET] * streamed)
+    recipe = Recipe(
+        padding=args.padding, scale=(args.min_scale, 1.0), interpolation="lanczos",
+        color_jitter=0.4 * args.color_jitter, transform=transform,
+        transform_first=transform is not None and not streamed,
+        **CIFAR if args.dataset in ("cifar10", "cifar100") else {})
+    return data.load(
+        args.dataset, args.data_dir, recipe, batch_size=args.batch_size, device=device,
+        seed=args.seed, loader=args.loader, image_size=args.image_size, val_split=args.val_split,
+        labels_per_class=args.labels_per_class, workers=args.workers,
+        drop_last=args.dataset != "imagenet")
+
+
 def main(argv=None):
     """Train, evaluate or draw as the flags say; return the network."""
     args = parse_args(argv)
@@ -279,31 +262,20 @@ def main(argv=None):
     device = runtime.setup(args)
 
     # Data, network, optimizer
-    streamed = args.dataset in STREAMED
-    transform = randaugment.transform if args.randaugment else None
-    if args.autoaugment:
-        transform = AutoAugment(*[AutoAugmentPolicy.IMAGENET] * streamed)
-    recipe = Recipe(
-        padding=args.padding, scale=(args.min_scale, 1.0), interpolation="lanczos",
-        color_jitter=0.4 * args.color_jitter, transform=transform,
-        transform_first=transform is not None and not streamed,
-        **CIFAR if args.dataset in ("cifar10", "cifar100") else {})
-    train, test, info = data.load(
-        args.dataset, args.data_dir, recipe, batch_size=args.batch_size, device=device,
-        seed=args.seed, loader=args.loader, image_size=args.image_size, val_split=args.val_split,
-        labels_per_class=args.labels_per_class, workers=args.workers,
-        drop_last=args.dataset != "imagenet")
+    train, test, info = load_data(args, device)
     torch.manual_seed(args.seed)
-    net, cost = build(args, info)
+    net = models.build(args.arch, info.num_classes, info.image_size,
+                       initial_channels=args.initial_channels)
+    cost = multiply_adds(net, info.image_size)
     net, model = runtime.prepare(net, args, device)
-    judged = mixing.CropTest(net) if args.crop_test and not args.cam else net
+    judged = CropTest(net) if args.crop_test and not args.cam else net
     optimizer = torch.optim.SGD(net.parameters(), lr=args.lr, momentum=args.momentum,
                                 weight_decay=args.weight_decay, nesterov=args.nesterov)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     log(f"{about(info, net, train, args)}; {cost / 1e6:,.1f} M multiply-adds an image; "
         f"method {method_name(args)}")
 
-    # The run: its folder, what it holds already, and the place to go on from
+    # The run: its folder and what it holds already
     run = Run(args, device, info, [method_name(args)], model=net, optimizer=optimizer,
               scaler=scaler)
     if args.evaluate or args.preview:
@@ -318,10 +290,8 @@ def main(argv=None):
     run.start(multiply_adds=cost)
     if not run.resumed:
         load_pretrained(net, args)
-    for place, images in (("cpu", 1), ("cuda", 32)):
-        if args.meas_lat and distributed.rank() == 0 and place in ("cpu", device.type):
-            seconds = latency(net, info.image_size, place, images)
-            log(f"latency: {1000 * seconds:.2f} ms for a batch of {images} ({place})")
+    if args.meas_lat and distributed.rank() == 0:
+        log(f"latency: {latency(net, info.image_size, device)}")
     if args.evaluation:
         log(f"test: {evaluation.sentence(evaluation.evaluate(judged, test, args, info))}")
 

@@ -14,13 +14,13 @@ def box_size(image_size: tuple[int, int], scale: float) -> tuple[int, int]:
 
 
 def clip_corners(centres: Tensor, size: tuple[int, int], image_size: tuple[int, int]) -> Tensor:
-    """Return upper left corners (B, 2) of boxes of `size` (h, w) around `centres` (B, 2); y, x.
+    """Return upper left corners (B, 2) y, x of boxes of `size` (h, w) around `centres` (B, 2).
 
     Boxes that would leave the image are moved inside, not cut.
     """
-    pairs = zip(size, image_size, strict=True)
-    return torch.stack([(centres[:, axis] - side // 2).clamp(0, length - side)
-                        for axis, (side, length) in enumerate(pairs)], dim=1)
+    room = [length - side for side, length in zip(size, image_size, strict=True)]
+    return torch.stack([(centres[:, axis] - size[axis] // 2).clamp(0, room[axis])
+                        for axis in (0, 1)], dim=1)
 
 
 def draw_scale(generator: torch.Generator | None = None, low: float = 0.1, high: float = 0.8
@@ -31,10 +31,9 @@ def draw_scale(generator: torch.Generator | None = None, low: float = 0.1, high:
 
 def draw_corners(n: int, image_size: tuple[int, int], scale: float,
                  generator: torch.Generator | None = None) -> Tensor:
-    """Return upper left corners (n, 2), y and x, of small images in images of `image_size` (H, W).
+    """Return upper left corners (n, 2) y, x of small images in images of `image_size` (H, W).
 
-    Centres are uniform over the pixels, boxes at the border are moved inside: corners at the border
-    are likelier.
+    Centres are uniform and boxes are moved inside: corners at the border are likelier.
     """
     centres = draw_pixels(n, image_size, generator)
     return clip_corners(centres, box_size(image_size, scale), image_size)
@@ -44,10 +43,9 @@ def resize_mix(images: Tensor, perm: Tensor, scale: float | Tensor, corners: Ten
                ) -> tuple[Tensor, Tensor]:
     """Paste image perm[i], resized by `scale`, into image i at corners[i] (the paper's eq. 2-4).
 
-    `images` (B, C, H, W) in any range, contiguous or channels_last (kept); `perm` (B,); `scale` in
-    (0, 1], a float or CPU scalar, since it sets a size; `corners` (B, 2) integers y, x, as
-    `draw_corners` makes them. Returns the mixed images and ratio (B,), the share of the first
-    image's pixels that stay.
+    `images` (B, C, H, W) in any range and memory format; `perm` (B,); `scale` in (0, 1], a float or
+    CPU scalar, since it sets a size; `corners` (B, 2) integers y, x. Returns the mixed images and
+    ratio (B,), the share of the first image's pixels that stay.
     """
     (n, channels, height, width), device = images.shape, images.device
     perm, corners = (t.to(device, non_blocking=True).long() for t in (perm, corners))
@@ -68,8 +66,7 @@ def resize_mix(images: Tensor, perm: Tensor, scale: float | Tensor, corners: Ten
 def nearest_index(size: int, length: int, scale: float, device) -> Tensor:
     """Return the source pixels (size,) of a nearest resize by `scale` of a side of `length`.
 
-    floor(i / scale) in float32, as recorded; floor(i·length / size) differs where length·scale is
-    not whole.
+    floor(i / scale) in float32, as the original; not floor(i·length / size).
     """
     step = torch.arange(size, device=device, dtype=torch.float32) * (1 / float(scale))
     return step.long().clamp_(max=length - 1)
@@ -80,14 +77,11 @@ def cutmix(images: Tensor, perm: Tensor, centre: Tensor, lam: float | Tensor
     """CutMix as this paper's baseline has it, in whole pixels and with one box for the batch.
 
     `images` (B, C, H, W) in any range; `perm` (B,); `centre` (2,) integers y, x; `lam` in [0, 1].
-    The box's sides are 2·floor(int(length·sqrt(1 - lam)) / 2) pixels, clipped to the image. Returns
-    the mixed images and ratio (B,), the share of pixels that stay.
+    Returns the mixed images and ratio (B,), the share of pixels that stay.
     """
     size, cut = images.shape[-2:], (1 - torch.as_tensor(lam).double()).sqrt()
     halves = torch.stack([(length * cut).long() // 2 for length in size])
-    low = (centre - halves).clamp(min=0)
-    end = torch.stack([edge.clamp(max=length) for edge, length in
-                       zip(centre + halves, size, strict=True)])
+    low, end = (centre - halves).clamp(min=0), (centre + halves).minimum(torch.tensor(size))
     edges = torch.stack([low, end], 1)[..., None].to(images.device, non_blocking=True)
     partners = images[perm.to(images.device, non_blocking=True)]
     mixed = torch.where(box_mask(edges, size)[:, None], partners, images)
@@ -95,10 +89,7 @@ def cutmix(images: Tensor, perm: Tensor, centre: Tensor, lam: float | Tensor
 
 
 def keep_centre(images: Tensor, size: int = 24) -> tuple[Tensor, float]:
-    """Return images with 0 outside the central size×size square, and that square's share.
-
-    `images` (B, C, H, W), normalised, so that 0 is the mean colour.
-    """
+    """Return images (B, C, H, W) with 0 outside the central square, and the square's share."""
     box = tuple(slice(max(length // 2 - size // 2, 0), length // 2 + size // 2)
                 for length in images.shape[-2:])
     cropped = torch.zeros_like(images)

@@ -1,19 +1,18 @@
-"""RandAugment (Cubuk et al. 2020) in this paper's two forms.
+"""RandAugment (Cubuk et al. 2020) in this paper's two forms, and AutoAugment (2019).
 
-`transform`, of loaded images: ten operations that move no pixel, chosen for each image.
-`batch_aug`, of mixed batches: nine of these (no equalize) and five geometric ones, the same for all
-images of the batch.
+`transform`, of loaded images: ten operations that move no pixel, drawn for each image.
+`batch_aug`, of mixed batches: fourteen, five of them geometric, drawn once for the batch.
 """
+import functools
 import math
 
 import torch
 import torch.nn.functional as F
 import torchvision.transforms.v2.functional as TF
 from torch import Tensor
+from torchvision.transforms import v2
 
-from common.randaugment import BLENDS, Operation, apply_operations, blur
-
-Draws = list[tuple[int, int]]
+from common.randaugment import BLENDS, Operation, apply_operations, blur, both_signs
 
 # lowest and highest setting; of Solarize in pixel values, of Posterize in bits, else factors
 PER_IMAGE = {"Identity": (0, 1), "AutoContrast": (0, 1), "Invert": (0, 1), "Equalize": (0, 1),
@@ -48,13 +47,40 @@ def transform(images: Tensor, generator: torch.Generator) -> Tensor:
     return randaugment(images, draw_operations(len(images), generator))
 
 
+class AutoAugment(v2.AutoAugment):
+    """torchvision's policies, one drawn for each image: (images, generator) -> images.
+
+    Images (B, 3, H, W) uint8; a CPU generator.
+    """
+
+    def __init__(self, policy: v2.AutoAugmentPolicy = v2.AutoAugmentPolicy.CIFAR10):
+        super().__init__(policy)
+        self.table = functools.cache(self.table)
+
+    def table(self, height: int, width: int) -> tuple[Operation, ...]:
+        """Return all operations: of policy p and step q at 4p + 2q, with negative sign one further;
+        the last one does nothing."""
+        pairs = [both_signs(name, self._AUGMENTATION_SPACE[name], level, 10, height, width)
+                 for policy in self._policies for name, _, level in policy]
+        return (*sum(pairs, ()), Operation("Identity"))
+
+    def forward(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        table = self.table(*images.shape[2:])
+        policy = torch.randint(len(self._policies), (len(images),), generator=generator)
+        applied, negative = torch.rand(2, len(images), 2, generator=generator)
+        probability = torch.tensor([[share for _, share, _ in pair] for pair in self._policies])
+        chosen = 4 * policy[:, None] + torch.tensor([0, 2]) + (negative < 0.5)
+        chosen = chosen.where(applied <= probability[policy], len(table) - 1)
+        return apply_operations(images, [table] * 2, chosen.T)
+
+
 # ------------------------------------------------------------------------------ of mixed batches
 
 def affine(images: Tensor, a=1.0, b=0.0, c=0.0, d=0.0, e=1.0, f=0.0) -> Tensor:
     """Return images whose pixel (x, y) is pixel (ax + by + c, dx + ey + f) of `images`.
 
-    Coordinates from the image's middle; bilinear, black outside. torchvision's affine makes
-    tensors of its numbers, for which a GPU synchronises.
+    Coordinates from the image's middle; bilinear, black outside. Unlike torchvision's affine,
+    without host synchronisation.
     """
     height, width = images.shape[2:]
     y, x = (torch.arange(side, device=images.device) - (side - 1) / 2 for side in (height, width))
@@ -96,19 +122,16 @@ PER_BATCH = {
 }
 
 
-def draw_batch_operations(generator: torch.Generator, count: int = 2) -> Draws:
+def draw_batch_operations(generator: torch.Generator, count: int = 2) -> list[tuple[int, int]]:
     """Return `count` pairs (index into PER_BATCH, sign ±1), drawn with replacement."""
     index = torch.randint(len(PER_BATCH), (count,), generator=generator).tolist()
     sign = torch.randint(2, (count,), generator=generator).mul(2).sub(1).tolist()
     return list(zip(index, sign, strict=True))
 
 
-def batch_randaugment(images: Tensor, operations: Draws, *, mean, std, magnitude: float = 14
-                      ) -> Tensor:
-    """Return normalised images (B, 3, H, W) after the same `operations` on all.
-
-    The operations work on pixels in [0, 1]; mean, std: of the normalisation.
-    """
+def batch_randaugment(images: Tensor, operations: list[tuple[int, int]], *, mean, std,
+                      magnitude: float = 14) -> Tensor:
+    """Return normalised images (B, 3, H, W) after the same `operations` on all."""
     mean, std = (torch.tensor(v).view(1, 3, 1, 1).to(images, non_blocking=True)
                  for v in (mean, std))
     pixels = (images * std + mean).clamp_(0, 1)

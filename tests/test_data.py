@@ -131,7 +131,7 @@ def test_cifar_in_its_three_forms(tmp_path, monkeypatch):
     for place in (tmp_path / "archive", base):
         assert torch.equal(train_images(load("cifar10", place)[0]), train_images(reference))
     (base / "data_batch_1").write_bytes(b"cos\nsystem\n(S'echo harm'\ntR.")      # never unpickled
-    with pytest.raises(DataError, match="data_batch_1"):
+    with pytest.raises(DataError, match="cifar-10-batches-py: missing or damaged"):
         load("cifar10", tmp_path / "archive")
 
 
@@ -197,7 +197,7 @@ def test_faults_name_the_file(tmp_path):
         with pytest.raises(DataError, match=match):
             load(name, place, **options)
 
-    fault("npz", tmp_path / "none.npz", "none.npz: no such")
+    fault("npz", tmp_path / "none.npz", "none.npz: No such file")
     (tmp_path / "empty.npz").write_bytes(b"")
     fault("npz", tmp_path / "empty.npz", "empty.npz: damaged")
     good = save_npz(tmp_path / "good.npz")
@@ -209,9 +209,9 @@ def test_faults_name_the_file(tmp_path):
     fault("npz", tmp_path / "flipped.npz", "flipped.npz: damaged")
     for labels, match in ((np.zeros(3, int), "train_labels"), (np.full(48, -1), "train_labels"),
                           (np.array([{}] * 48), "damaged")):          # objects would be pickles
-        fault("npz", save_npz(tmp_path / "odd.npz", train_labels=labels), f"odd.npz: {match}")
+        fault("npz", save_npz(tmp_path / "odd.npz", train_labels=labels), f"odd.npz: .*{match}")
 
-    fault("folder", tmp_path / "absent", "absent/train: no such folder")
+    fault("folder", tmp_path / "absent", "absent/train: No such file")
     (tmp_path / "bare" / "train").mkdir(parents=True)
     fault("folder", tmp_path / "bare", "bare/train: holds no class")
     root = save_folders(tmp_path / "f")
@@ -221,7 +221,7 @@ def test_faults_name_the_file(tmp_path):
     picture = root / "train" / "dog" / "2.png"
     picture.write_bytes(picture.read_bytes()[:100])
     fault("folder", root, "dog/2.png: damaged, or not an image")
-    fault("cifar10", save_folders(tmp_path / "g"), "2 classes, cifar10 has 10")
+    fault("cifar10", save_folders(tmp_path / "g"), "2 classes: not cifar10")
 
 
 @pytest.mark.parametrize("name", ["folder", "imagenet"])
@@ -510,17 +510,17 @@ def test_faults_of_npz_are_one_line(tmp_path, capsys):
     for name, content in (("random", os.urandom(999)), ("array", encoded(
             Image.new("L", (9, 9)), "PNG"))):
         (tmp_path / f"{name}.npz").write_bytes(content)
-        with pytest.raises(DataError, match="damaged, or not an .npz file of the arrays"):
+        with pytest.raises(DataError, match="damaged, or not an .npz file of train_images"):
             load("npz", tmp_path / f"{name}.npz")
     for match, changes in (("uint8", {"train_images": np.uint8(3)}),
                            ("uint8", {"train_images": np.zeros((48, 0, 32, 3), np.uint8)}),
-                           ("numbers no class", {"train_labels": np.array([0] * 47 + [2**62])})):
+                           ("beyond the 1000", {"train_labels": np.array([0] * 47 + [2**62])})):
         with pytest.raises(DataError, match=match):
             load("npz", save_npz(tmp_path / "odd.npz", **changes))
     column = np.repeat(np.arange(4), 12)[:, None]
     assert load("npz", save_npz(tmp_path / "k.npz", train_labels=column))[2].num_train == 48
     load("npz", save_npz(tmp_path / "one.npz", train_labels=np.repeat([1, 2, 3, 3], 12)))
-    assert "class 0 has no training image" in capsys.readouterr().err
+    assert "no training image of class 0" in capsys.readouterr().err
     whole, patched = save_npz(tmp_path / "whole.npz").read_bytes(), tmp_path / "patched.npz"
     for field, value, match in ((0, 1, "encrypted"), (2, 99, "compression")):
         changed = bytearray(whole)          # zip's flags and method, in each head
@@ -535,8 +535,8 @@ def test_faults_of_npz_are_one_line(tmp_path, capsys):
             file.writestr(f"{name}.npy", b"\x93NUMPY\1\0\x20\0{'descr': 7" + bytes(99))
     np.save(tmp_path / "single.npy", np.zeros((4, 8, 8, 3), np.uint8))
     (tmp_path / "single.npy").rename(tmp_path / "single.npz")
-    for name, of in (("patched", "of arrays that fit"), ("single", "of the arrays")):
-        with pytest.raises(DataError, match=f"{name}.npz: damaged, or not an .npz file {of}"):
+    for name in ("patched", "single"):
+        with pytest.raises(DataError, match=f"{name}.npz: damaged, or not an .npz file of"):
             load("npz", tmp_path / f"{name}.npz")
     with pytest.raises(DataError, match="~no-such-user"):
         load("npz", "~no-such-user/x.npz")

@@ -220,7 +220,7 @@ def test_corruptions_that_do_not_fit_are_named(tmp_path, corrupted):
     np.save(flat / "fog.npy", arrays["fog"][:50])
     refused(flat, "fog.npy: 50 images")
     (deep / "fog" / "4").rename(deep / "fog" / "6")
-    refused(deep, "fog/4: no such folder")
+    refused(deep, "fog/4: No such file")
 
 
 def test_wordnet_folders_are_classes_in_order(tmp_path):

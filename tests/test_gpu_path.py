@@ -17,7 +17,6 @@ from common.run import Run
 from common.sums import StepSums
 from resizemix import mixing as resizemix
 from resizemix import randaugment
-from resizemix.augment import AutoAugment
 from safuse import mixing as safuse
 from safuse import network, superpixels
 from sage import comixup, puzzlemix, rearrange, saliencymix
@@ -199,7 +198,7 @@ def mixings():
         "resizemix's cutmix": lambda: resizemix.cutmix(images, perm, pixel[0], lam),
         "batch_aug": lambda: randaugment.batch_aug(images, draws, **PIXELS),
         "resizemix's randaugment": lambda: randaugment.transform(raw, draws),
-        "autoaugment": lambda: AutoAugment()(raw, draws),
+        "autoaugment": lambda: randaugment.AutoAugment()(raw, draws),
         "rand_augment": lambda: rand_augment(raw, *draw_randaugment(N, draws)),
         "soft_crop": lambda: softcrop.confidence(softcrop.soft_crop(
             images, softcrop.draw_offsets(N, SIZE, 12.0, draws),

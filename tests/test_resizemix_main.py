@@ -23,8 +23,8 @@ from torchvision.transforms import v2
 from common import checkpoint, distributed, gradcam, models, plots
 from common.data import Recipe
 from common.errors import DataError, RunError
-from common.mixing import draw_pixels
-from resizemix import augment, cost, mixing, randaugment
+from common.mixing import draw_lambda, draw_pixels
+from resizemix import cost, mixing, randaugment
 from resizemix import main as resizemix
 
 TINY = "--net_name wrn16_8 --initial_channels 4 --init_lr 0.05 --warmup_epochs 0 --device cpu"
@@ -137,7 +137,7 @@ def test_training_is_the_recipe(tmp_path, words, rate, no_pictures, monkeypatch)
             torch.rand((), generator=generator)             # CutMix or ResizeMix
             perm = torch.randperm(30, generator=generator)
             if args.cutmix_prob:
-                lam = resizemix.draw_lambda(args.cutmix_beta, generator)
+                lam = draw_lambda(args.cutmix_beta, generator)
                 centre, = draw_pixels(1, (16, 16), generator)
                 mixed, ratio = mixing.cutmix(images, perm, centre, lam)
             else:
@@ -293,7 +293,7 @@ def test_loss_is_cross_entropy_with_two_labels():
 
 def test_autoaugment_changes_each_image_by_its_own_policy():
     images = torch.randint(256, (40, 3, 16, 16), dtype=torch.uint8)
-    transform = augment.AutoAugment()
+    transform = randaugment.AutoAugment()
     original = v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)
     assert transform._policies == original._policies and len(original._policies) == 25
     changed = transform(images, torch.Generator().manual_seed(3))
@@ -319,7 +319,8 @@ def test_autoaugment_changes_each_image_by_its_own_policy():
 def test_costs():
     net = resizemix.models.build("wresnet40_2", 100, 32)
     assert cost.multiply_adds(net, 32) == pytest.approx(356.8e6, rel=0.01)
-    assert 0 < cost.latency(net, 8, "cpu", 1, seconds=0.01) < 10
+    line = cost.latency(net, 8, torch.device("cpu"))
+    assert re.fullmatch(r"[\d.]+ ms for a batch of 1 \(cpu\)", line)
 
 
 def test_grad_cam_finds_the_class():
@@ -395,7 +396,7 @@ def test_killed_and_resumed_is_the_run_never_killed(tmp_path):
     ("--net_name nonet", 2, "invalid choice: 'nonet'"),
     ("--initial_channels 1", 2, "'1' is not an integer of at least 4"),
     ("--randaugment True --autoaugment True", 2, "choose one of them"),
-    ("--resizemix_low 0.9", 2, "--resizemix_low 0.9 is above --resizemix_high 0.8"),
+    ("--resizemix_low 0.9", 2, "--resizemix_low is above --resizemix_high 0.8"),
     ("--resizemix_high 2", 2, "--resizemix_high: '2'"), ("--cutmix_prob 2", 2, "cutmix_prob: '2'"),
     ("--cutmix_beta 0", 2, "--cutmix_beta: '0' is not a number above 0"),
     ("--padding -1", 2, "--padding: '-1' is not an integer of at least 0"),
@@ -403,7 +404,6 @@ def test_killed_and_resumed_is_the_run_never_killed(tmp_path):
     ("--init_lr -1", 2, "--init_lr: '-1'"), ("--min_lr -1", 2, "--min_lr: '-1'"),
     ("--warmup_start_lr -1", 2, "--warmup_start_lr: '-1'"),
     ("--momentum -1", 2, "--momentum: '-1'"), ("--weight_decay -1", 2, "--weight_decay: '-1'"),
-    ("--nesterov True --momentum 0", 2, "--nesterov needs a --momentum"),
     ("--restart_epochs 0", 2, "--restart_epochs: '0'"),
     ("--restart_epochs -3", 2, "--restart_epochs: '-3'"),
     ("--epochs 2 --warmup_epochs 2", 2, "--warmup_epochs 2 are not below the 2 epochs"),
@@ -411,14 +411,11 @@ def test_killed_and_resumed_is_the_run_never_killed(tmp_path):
     ("--milestones 3", 2, "--milestones are for --lr_schedule step"),
     ("--lr_schedule step --milestones -3", 2, "--milestones: '-3'"),
     ("--lr_schedule step --gamma -1", 2, "--gamma: '-1'"),
-    ("--lr_schedule step --min_lr 0.1", 2, "--min_lr are for --lr_schedule cosine"),
-    ("--lr_schedule step --restart_epochs 1", 2, "are for --lr_schedule cosine"),
-    ("--launcher pytorch", 1, "torchrun did not start this process"),
+    ("--launcher pytorch", 1, "--launcher pytorch: RANK is not set"),
     ("--launcher slurm", 1, "SLURM_PROCID is not set"),
     ("--dataset imagenet", 1, "is for sets that fit in memory"),
     ("--net_name resnet50 --image_size 128", 1,
      "resnet50 for 128 pixels has --initial_channels 64"),
-    ("--net_name shakeshake26_2x64d --initial_channels 5", 1, "cannot have --initial_channels 5"),
     ("--cam a.png --preview b.png", 2, "--preview: not allowed with argument --cam"),
     ("--init_lr 1e-7", 2, "--lr 1e-07 is below --min_lr 1e-05"),
     ("--load_path none.pt", 1, "none.pt: no such checkpoint"),
@@ -466,7 +463,7 @@ def test_imagenets_parts_must_agree(photos, tmp_path):
     with pytest.raises(DataError, match="val/class x: a class that the training images lack"):
         resizemix.main([*STREAM, "--data_dir", str(tmp_path / "set")])
     os.rename(tmp_path / "set" / "val", tmp_path / "set" / "other")
-    with pytest.raises(DataError, match="neither val.rec nor a folder val/"):
+    with pytest.raises(DataError, match="holds neither val nor test"):
         resizemix.main([*STREAM, "--data_dir", str(tmp_path / "set")])
 
 
@@ -474,7 +471,7 @@ def test_imagenets_parts_must_agree(photos, tmp_path):
 @pytest.mark.parametrize("source, damaged, line", [
     ("folders", "train/class 4/3.jpg", r"train/class 4/3\.jpg: damaged, or not a readable image"),
     ("records", "train.rec", r"train\.rec: record 71 .*truncated"),
-    ("records", "train.idx", r"train\.idx is missing")])
+    ("records", "train.idx", r"train\.idx: No such file")])
 def test_damaged_data_end_the_run_with_one_line(photos, tmp_path, source, damaged, line, capsys):
     shutil.copytree(photos / source, tmp_path / "set")
     words = [*STREAM, "--data_dir", str(tmp_path / "set"), "--root_dir", str(tmp_path / "runs")]

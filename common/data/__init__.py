@@ -1,7 +1,7 @@
 """`load` gives a main.py its training and test batches.
 
-recipe.py says how images are augmented, sources.py, folders.py and lists.py what lies on
-disk, images.py what an image file means; memory.py and stream.py make the batches.
+recipe.py says how images are augmented, sources.py and lists.py what lies on disk, images.py what
+an image file means; memory.py and stream.py make the batches.
 """
 import dataclasses
 import hashlib
@@ -24,8 +24,6 @@ from common.distributed import warn
 from common.errors import RunError
 
 __all__ = ["IN_MEMORY", "NAMES", "STREAMED", "Info", "Recipe", "load"]
-
-
 USUAL = Recipe()                        # what is usual for the data set
 
 
@@ -61,87 +59,82 @@ def load(name: str, data_dir: str, recipe: Recipe = USUAL, *, batch_size: int, d
     """Return training batches, test batches and Info of a data set.
 
     Batches yield images (B, 3, H, W) float32, normalised, and labels (B,) int64, on `device`.
-    batch_size counts the images of one step over all processes. drop_last: no partial batch at an
-    epoch's end (unless the whole set is one). workers: threads that decode files or run DALI.
-    channels_last: the strides of the images.
-    val_split: share of the images of each class to test on, of a folder or imagenet without a test
-    part. Raises DataError for data that are not there, RunError for what the engine cannot do.
+    batch_size: images of one step over all processes. drop_last: no partial batch at an epoch's
+    end (unless the whole set is one). workers: threads that decode files or run DALI.
+    channels_last: the strides of the images. val_split: share of each class to test on, of a folder
+    or imagenet without a test part.
+    Raises DataError for data that are not there, RunError for what the engine cannot do.
     """
     distributed.per_rank(batch_size)                        # or RunError
     root = Path(os.path.expanduser(data_dir))
-    options = {"batch_size": batch_size, "device": torch.device(device), "workers": max(1, workers),
-               "loader": loader, "channels_last": channels_last}
     if val_split and name not in ("folder", "imagenet"):
         raise RunError(f"--val_split is for --dataset folder and imagenet; {name} has test images")
-    options |= {"val_split": val_split}
+    engine = {"batch_size": batch_size, "device": torch.device(device), "seed": seed,
+              "workers": max(1, workers), "drop_last": drop_last, "channels_last": channels_last}
     if name in STREAMED:
         if labels_per_class or valid_labels_per_class:
             raise RunError("--labels_per_class is for sets that fit in memory, "
                            f"not for {name}")
-        loaded = load_streamed(name, root, recipe, image_size or 224, seed=seed,
-                               drop_last=drop_last, **options)
+        parts = open_sets(name, root, val_split, seed)
+        train, test, info = load_streamed(name, parts, recipe, image_size or 224, loader, engine)
     else:
-        loaded = load_in_memory(name, root, recipe, image_size, labels_per_class,
-                                valid_labels_per_class, seed=seed, drop_last=drop_last, **options)
-    if drop_last and loaded[2].num_train < batch_size:
-        warn(f"--batch_size {batch_size} is above the {loaded[2].num_train} training images: "
+        crop_later = recipe.crop == "resized" and name not in ("digits", "folder")  # many sizes
+        data = sources.read(name, root, None if crop_later else image_size, engine["workers"],
+                            val_split, seed)
+        train, test, info = load_in_memory(
+            name, data, recipe, image_size if crop_later else None, labels_per_class,
+            valid_labels_per_class, engine | {"loader": loader})
+    if drop_last and info.num_train < batch_size:
+        warn(f"--batch_size {batch_size} is above the {info.num_train} training images: "
              "an epoch is one batch of all of them")
-    return loaded
+    return train, test, info
 
 
-def load_in_memory(name, root, recipe, image_size, labels_per_class, valid_labels_per_class, *,
-                   seed, drop_last, val_split, **options):
-    """Read the set, take its subsets, and fill in what the recipe leaves to the data set."""
-    crop_later = recipe.crop == "resized" and name not in ("digits", "folder")  # of many sizes
-    train, test, classes = sources.read(name, root, None if crop_later else image_size,
-                                        options["workers"], val_split, seed)
+def load_in_memory(name, data, recipe, crop_size, labels_per_class, valid_labels_per_class, engine):
+    """Take subsets of what was read, and fill in what the recipe leaves to the data set."""
+    train, test, classes = data
     mean, std = recipe.mean, recipe.std
     if mean is None:                    # of the whole set, also when training on a part of it
         mean, std = STATISTICS.get(name) or channel_statistics(train.images)
-    generator = torch.Generator().manual_seed(distributed.seed_of(seed, "subset"))
+    generator = torch.Generator().manual_seed(distributed.seed_of(engine["seed"], "subset"))
     valid = None
     if valid_labels_per_class:
         valid, train = sources.balanced(train, valid_labels_per_class, classes, generator,
                                         "--valid_labels_per_class")
-    if labels_per_class and len(train.labels):
+        if not len(train.labels):
+            raise RunError(f"--valid_labels_per_class {valid_labels_per_class} leaves no image to "
+                           "train on")
+    if labels_per_class:
         train, _ = sources.balanced(train, labels_per_class, classes, generator,
                                     "--labels_per_class")
-    if not len(train.labels):
-        raise RunError(f"--valid_labels_per_class {valid_labels_per_class} leaves no image to "
-                       "train on")
-    sides = (image_size,) * 2 if crop_later and image_size else train.images.shape[1:3]
+    size = (crop_size,) * 2 if crop_size else train.images.shape[1:3]
     recipe = dataclasses.replace(
         recipe, crop=recipe.crop or "padded", mean=tuple(mean), std=tuple(std),
-        padding=(2 if sides[0] <= 32 else 4) if recipe.padding is None else recipe.padding,
+        padding=(2 if size[0] <= 32 else 4) if recipe.padding is None else recipe.padding,
         flip=name != "digits" if recipe.flip is None else recipe.flip)
-    options["size"] = sides
-    batches = MemoryBatches(train.images, train.labels, recipe, seed=seed, drop_last=drop_last,
-                            **options)
-    as_stored = dataclasses.replace(recipe, padding=0, padding_mode="constant",
-                                    transform_first=False)
-    valid, tests = (MemoryBatches(part.images, part.labels, as_stored, **options | {
-        "loader": "auto"}) if part else None for part in (valid, test))
+    batches = MemoryBatches(train.images, train.labels, recipe, size=size, **engine)
+    engine |= {"seed": None, "drop_last": False, "loader": "auto"}
+    recipe = dataclasses.replace(recipe, crop="padded", padding=0, padding_mode="constant",
+                                 flip=False, transform=None, transform_first=False)
+    valid, tests = (part and MemoryBatches(part.images, part.labels, recipe, size=size, **engine)
+                    for part in (valid, test))
     return batches, tests, Info(
-        name, len(classes), sides[0], recipe.mean, recipe.std, classes, len(train.labels),
-        len(test.labels), sources.fingerprint(train, test), sides[1], valid)
+        name, len(classes), size[0], recipe.mean, recipe.std, classes, len(train.labels),
+        len(test.labels), sources.fingerprint(train, test), size[1], valid)
 
 
-def load_streamed(name, root, recipe, image_size, *, seed, drop_last, val_split, loader,
-                  **options):
-    """Open a set that is read from disk as training goes; without class names there are 1000."""
+def load_streamed(name, parts, recipe, image_size, loader, engine):
+    """Make batches of sets that are read as training goes; without class names there are 1000."""
     mean, std = (recipe.mean, recipe.std) if recipe.mean else STATISTICS["imagenet"]
     recipe = dataclasses.replace(
         recipe, crop=recipe.crop or "resized", test_crop=recipe.test_crop or "centre",
         flip=recipe.flip is not False, mean=tuple(mean), std=tuple(std))
     has_dali = importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali")
     kind = DaliStream if has_dali and loader != "torch" else TorchStream
-    parts = open_sets(name, root, val_split, seed)
-    train, test = (kind(data, recipe, train=data is parts[0], image_size=image_size, seed=seed,
-                        drop_last=drop_last, rank=distributed.rank(), world=distributed.world(),
-                        **options) for data in parts)
-    classes = train.data.classes or test.data.classes or list(map(str, range(UNNAMED)))
-    digest = hashlib.blake2b(digest_size=8)
-    for data in parts:                          # names and sizes tell sets apart
-        digest.update(data.facts())
+    train, test = (kind(data, recipe, train=data is parts[0], image_size=image_size,
+                        rank=distributed.rank(), world=distributed.world(), **engine)
+                   for data in parts)
+    classes = parts[0].classes or parts[1].classes or list(map(str, range(UNNAMED)))
+    digest = hashlib.blake2b(b"".join(data.facts() for data in parts), digest_size=8)
     return train, test, Info(name, len(classes), image_size, recipe.mean, recipe.std, classes,
                              train.count, test.count, digest.hexdigest(), image_size)

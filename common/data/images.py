@@ -1,7 +1,6 @@
 """From the bytes of an image file to RGB pixels: one meaning of a file for all loaders."""
 import contextlib
 import io
-import os
 from pathlib import Path
 
 import numpy as np
@@ -17,16 +16,15 @@ SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items()
 
 
 @contextlib.contextmanager
-def reading(path, what: str = ""):
-    """Turn whatever fails inside into a DataError that names `path`; what: "an .npz file", …"""
+def reading(path, what: str = "readable"):
+    """Turn whatever fails inside into a DataError that names the file; what: "an .npz file", …"""
     try:
         yield
     except RunError:
         raise
-    except OSError as fault:
-        why = fault.strerror or f"damaged, or not {what} ({reason(fault)})"
-        raise DataError(f"{path}: {why}") from None
     except Exception as fault:          # the readers of damaged files raise nearly anything
+        if getattr(fault, "strerror", None):
+            raise DataError(f"{fault.filename or path}: {fault.strerror}") from None
         raise DataError(f"{path}: damaged, or not {what} ({reason(fault)})") from None
 
 
@@ -36,38 +34,23 @@ def reason(fault: Exception) -> str:
 
 
 def read_text(path: Path) -> str:
-    """Return a UTF-8 text file. Raises DataError naming it, also where it is no regular file."""
+    """Return a UTF-8 text file. Raises DataError."""
     with reading(path, "a text in UTF-8"):
-        return read_file(path).decode()
+        return path.read_bytes().decode()
 
 
-def table(file: Path, separator: str | None = None, like: dict | None = None
-          ) -> dict[str, list[str]]:
-    """Return a text file of lines `key value …`; its keys must be those of `like`."""
+def table(file: Path, separator: str | None = None) -> dict[str, list[str]]:
+    """Return a text file of lines `key value …`. Raises DataError."""
     rows = [line.split(separator) for line in read_text(file).splitlines() if line.strip()]
-    short = next((row[0] for row in rows if len(row) < 2), None)
-    if short or not rows:
-        raise DataError(f"{file}: " + (f"nothing beside {short}" if short else "empty"))
-    found = {row[0]: row[1:] for row in rows}
-    odd = sorted(set(found) ^ set(like)) if like else []
-    if odd:
-        raise DataError(f"{file}: image {odd[0]} is "
-                        + ("missing" if odd[0] in like else "unknown to images.txt"))
-    return found
-
-
-def read_file(path) -> bytes:
-    """Return a regular file's bytes; OSError for what is none (reading a FIFO would wait)."""
-    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
-        return file.read()
+    return {key: values for key, *values in rows}
 
 
 def decode(encoded: bytes) -> Image.Image:
     """Return the image in RGB, turned as its EXIF orientation says, wholly decoded.
 
     16-bit samples are scaled to 8; transparent pixels lie on white; of several frames the first.
-    Raises ValueError saying why for bytes that are no image, and for samples without an agreed
-    range: floats and 32-bit integers.
+    Raises ValueError for bytes that are no image, and for samples without an agreed range: floats
+    and 32-bit integers.
     """
     try:
         image = Image.open(io.BytesIO(encoded))

@@ -1,39 +1,37 @@
-"""Streamed sets as lists of files: image folders, CUB-200-2011, Stanford Dogs; or RecordIO."""
+"""Which files a set on disk holds: image folders, RecordIO, CUB-200-2011, Stanford Dogs."""
 import os
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
-from common.data.folders import (
-    SPLIT,
-    list_classes,
-    numbered,
-    printable,
-    split_classes,
-    test_part,
-)
-from common.data.images import read_file, reading, table
+import torch
+
+from common import distributed
+from common.data.images import SUFFIXES, reading, table
 from common.data.recordio import RecordFile
+from common.distributed import warn
 from common.errors import DataError
 
 
+@dataclass
 class Files:
-    """A list of image files: len, [i] -> (label, encoded image), name(i), classes.
+    """A list of image files: len, [i] -> (label, encoded image), name(i).
 
-    `path`: the set's folder; `files`: paths as text; `labels`: ints; `boxes`: of the objects, (x,
-    y, width, height) in pixels of each file, or None.
+    path: the set's folder; boxes: (x, y, width, height) of the objects in pixels of each file.
     """
+    path: Path
+    classes: list[str]
+    files: list[str]
+    labels: list[int]
+    boxes: list[tuple] | None = None
     in_file_order = False
-
-    def __init__(self, path: Path, files: list[str], labels: list[int], classes: list[str],
-                 boxes: list[tuple] | None = None):
-        self.path, self.files, self.labels, self.classes = path, files, labels, classes
-        self.boxes = boxes
 
     def __len__(self):
         return len(self.files)
 
     def __getitem__(self, i: int) -> tuple[int, bytes]:
         with reading(self.files[i]):
-            return self.labels[i], read_file(self.files[i])
+            return self.labels[i], Path(self.files[i]).read_bytes()
 
     def name(self, i: int) -> str:
         return self.files[i]
@@ -42,122 +40,176 @@ class Files:
         """Return what tells this set from a changed one: names, labels, sizes of up to 20,000."""
         names = "\n".join(name[len(str(self.path)):] for name in self.files)
         some = self.files[::-(-len(self.files) // 20000)]
-        try:
+        with reading(self.path):
             return repr((names, self.labels, [os.stat(file).st_size for file in some])).encode()
-        except OSError as fault:
-            raise DataError(f"{fault.filename}: {fault.strerror}") from None
 
 
-def folder(path: Path, names: list[str] | None = None) -> tuple[Files, list[str]]:
-    """Return images in one folder per class (of `names`, see `list_classes`), and the folders."""
-    classes = list_classes(path, names)
-    return of_classes(path, classes), list(classes)
+def images_below(folder: str, skipped: Counter, above=()) -> list[str]:
+    """Return the image files below a folder, sorted; linked folders too, but not in a circle.
+
+    Hidden files and folders are left out; other files that are no images, by their suffix or as no
+    regular file, are counted in `skipped`.
+    """
+    found, here = [], os.path.realpath(folder)
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        suffix = os.path.splitext(entry.name)[1].lower()
+        if is_hidden(entry.name):
+            continue
+        if entry.is_dir():
+            if os.path.realpath(entry.path) not in (here, *above):
+                found += images_below(entry.path, skipped, (here, *above))
+        elif suffix in SUFFIXES and entry.is_file():
+            found.append(entry.path)
+        else:
+            skipped[suffix or entry.name] += 1
+    return found
 
 
-def of_classes(path: Path, classes: dict[str, list[str]]) -> Files:
-    """Return the image files of each class folder as one list."""
-    files, labels = map(list, zip(*numbered(classes), strict=True))
-    return Files(path, files, labels, printable(classes))
+def is_hidden(name: str) -> bool:
+    """Return whether a file or folder is none of the data: .name, macOS's __MACOSX."""
+    return name[0] == "." or name == "__MACOSX"
 
+
+def list_classes(folder: Path, names: list[str] | None = None, allow_empty: bool = False
+                 ) -> dict[str, list[str]]:
+    """Return the image files of each class folder of `folder`, sorted by name.
+
+    names: the classes of the training images; other folders must be empty, some of these may lack.
+    allow_empty: classes may be empty.
+    """
+    skipped = Counter()
+    with reading(folder):
+        classes = {sub.name: images_below(str(sub), skipped) for sub in sorted(folder.iterdir())
+                   if sub.is_dir() and not is_hidden(sub.name)}
+    if skipped:
+        warn(f"{folder}: {skipped.total()} files are no images and left out ("
+             + ", ".join(f"{n} {suffix}" for suffix, n in skipped.most_common(5)) + ")")
+    if not any(classes.values()):
+        raise DataError(f"{folder}: holds no class folders with images")
+    if names is not None:
+        odd = [name for name, files in classes.items() if files and name not in names]
+        if odd:
+            raise DataError(f"{folder / odd[0]}: a class that the training images lack")
+        return {name: classes.get(name, []) for name in names}
+    empty = [name for name, files in classes.items() if not files]
+    if empty and not allow_empty:
+        raise DataError(f"{folder / empty[0]}: a class without images")
+    return classes
+
+
+def as_files(path: Path, classes: dict[str, list[str]]) -> Files:
+    """Return the image files of `list_classes` as one list; labels number the classes."""
+    files = [(file, label) for label, files in enumerate(classes.values()) for file in files]
+    return Files(path, printable(classes), *map(list, zip(*files, strict=True)))
+
+
+def printable(names) -> list[str]:
+    """Return class names with what is not UTF-8 in them replaced, for logs and pictures."""
+    return [os.fsencode(name).decode("utf-8", "replace") for name in names]
+
+
+def test_part(root: Path, *parts: str) -> str:
+    """Return the first of `parts` that `root` holds as a folder or RecordIO. Raises DataError."""
+    for part in parts:
+        if any((root / f"{part}{end}").exists() for end in ("", ".rec", ".idx")):
+            return part
+    raise DataError(f"{root} holds neither {parts[0]} nor {parts[1]} (folders, or .rec and .idx); "
+                    "--val_split 0.2 tests on a fifth of the training images")
+
+
+def open_folders(root: Path, parts: tuple[str, ...], val_split: float | None, seed: int
+                 ) -> tuple[Files, Files]:
+    """Return the images of train/<class>/* and of the first of `parts`, or see `split_classes`."""
+    if val_split:
+        return split_classes(root, parts, val_split, seed)
+    train = list_classes(root / "train")
+    test = root / test_part(root, *parts)
+    return as_files(root / "train", train), as_files(test, list_classes(test, list(train)))
+
+
+def split_classes(root: Path, parts: tuple[str, ...], share: float, seed: int
+                  ) -> tuple[Files, Files]:
+    """Return images of the class folders of root/train (or of `root`), for training and testing.
+
+    A seeded `share` of each class is for testing: at least one image, but never all of them.
+    """
+    for part in parts:
+        if (root / part).exists():
+            raise DataError(f"{root / part}: there are test images, which --val_split would "
+                            "replace")
+    generator = torch.Generator().manual_seed(distributed.seed_of(seed, "val_split"))
+    train, test = {}, {}
+    for name, files in list_classes(root / "train" if (root / "train").is_dir() else root
+                                    ).items():
+        count = min(max(1, round(share * len(files))), len(files) - 1)
+        chosen = set(torch.randperm(len(files), generator=generator)[:count].tolist())
+        test[name] = [file for i, file in enumerate(files) if i in chosen]
+        train[name] = [file for i, file in enumerate(files) if i not in chosen]
+    if not any(test.values()):
+        raise DataError(f"{root}: no class has two images to split")
+    return as_files(root, train), as_files(root, test)
+
+
+# ----------------------------------------------------------------------------------- streamed sets
 
 def open_sets(dataset: str, root: Path, val_split: float | None = None, seed: int = 0
               ) -> tuple[Files | RecordFile, Files | RecordFile]:
     """Return training and test images of a streamed set.
 
-    imagenet, or any set like it: train and val (or test), each a .rec file or class folders.
-    Raises DataError naming what is missing or wrong.
+    imagenet, or any set like it: train and val (or test), as .rec files or class folders. Raises
+    DataError naming what is missing or wrong.
     """
     if dataset == "cub200":
-        return cub200(root)
+        return cub200(inside(root, "CUB_200_2011"))
     if dataset == "stanford_dogs":
         root = inside(root, "stanford_dogs")
         if not (root / "train").is_dir() or (inside(root, "lists") / "train_list.mat").exists():
             return stanford_dogs(root)
-    if val_split:
-        return tuple(of_classes(root, part) for part in split_classes(root, val_split, seed))
-    parts, names = [], None
-    for part in ("train", test_part(root, "val", "test") or "val"):
-        if any((root / f"{part}.{end}").exists() for end in ("rec", "idx")):
-            parts.append(RecordFile(root / f"{part}.rec"))
-        elif (root / part).is_dir():
-            files, names = folder(root / part, names)
-            parts.append(files)
-        else:
-            raise DataError(f"{root} holds neither {part}.rec nor a folder {part}/ with one "
-                            f"folder per class; {SPLIT}")
-    classes = [data.classes for data in parts]
-    if all(classes) and classes[0] != classes[1]:
-        odd = sorted(set(classes[0]) ^ set(classes[1]))
-        raise DataError(f"{root}: train and {part} differ in their classes"
-                        + (f": {odd[0]}" if odd else "' order"))
-    return tuple(parts)
-
-
-def cub200(root: Path) -> tuple[Files, Files]:
-    """Training and test images of CUB_200_2011/ (or a folder that holds it), with their boxes.
-
-    Read from its images.txt, image_class_labels.txt, train_test_split.txt and classes.txt, and
-    bounding_boxes.txt where it is there. Raises DataError naming the file that is missing or wrong.
-    """
-    root = inside(root, "CUB_200_2011")
-    names = table(root / "images.txt")
-    classes = table(root / "classes.txt")
-    label = table(root / "image_class_labels.txt", like=names)
-    is_train = table(root / "train_test_split.txt", like=names)
-    boxed = (root / "bounding_boxes.txt").is_file()
-    corners = table(root / "bounding_boxes.txt", like=names) if boxed else {}
-    number = {key: i for i, key in enumerate(classes)}
-    parts = [], []
-    for key, (name, *_) in names.items():
-        if label[key][0] not in number:
-            raise DataError(f"{root / 'image_class_labels.txt'}: image {key} has class "
-                            f"{label[key][0]}, which classes.txt lacks")
-        if is_train[key][0] not in ("0", "1"):
-            raise DataError(f"{root / 'train_test_split.txt'}: image {key} has "
-                            f"{is_train[key][0]}, neither 0 nor 1")
-        with reading(root / "bounding_boxes.txt", f"image {key} has no x, y, width and height"):
-            x, y, width, height = map(float, corners[key]) if boxed else (0, 0, 0, 0)
-        file = str(root / "images" / name)
-        parts[is_train[key][0] == "0"].append((file, number[label[key][0]], (x, y, width, height)))
-    titles = [row[0].split(".")[-1].replace("_", " ") for row in classes.values()]
-    return tuple(listed(root, rows, titles, part, boxed)
-                 for rows, part in zip(parts, ("training", "test"), strict=True))
+    if val_split or not any((root / f"train.{end}").exists() for end in ("rec", "idx")):
+        return open_folders(root, ("val", "test"), val_split, seed)
+    part = test_part(root, "val", "test")
+    train, test = (RecordFile(root / f"{name}.rec") for name in ("train", part))
+    if train.classes != test.classes and train.classes and test.classes:
+        raise DataError(f"{root}: train_classes.txt and {part}_classes.txt differ: pack again, "
+                        "with make_recordio.py --classes")
+    return train, test
 
 
 def inside(root: Path, name: str) -> Path:
-    """root/name where it is a folder, else root itself. DataError where neither is."""
-    if (root / name).is_dir():
-        return root / name
-    if not root.is_dir():
-        raise DataError(f"{root}: no such folder")
-    return root
+    """Return root/name where it is a folder, else root itself."""
+    return root / name if (root / name).is_dir() else root
 
 
-def listed(root: Path, rows: list[tuple], classes: list[str], part: str, boxed=False) -> Files:
-    """Files of (path, label, box) rows. DataError where there are none or the first is missing."""
-    if not rows:
-        raise DataError(f"{root}: lists no {part} images")
-    if not Path(rows[0][0]).is_file():
-        raise DataError(f"{rows[0][0]}: listed, but there is no such file")
-    files, labels, boxes = map(list, zip(*rows, strict=True))
-    return Files(root, files, labels, classes, boxes if boxed else None)
+def cub200(root: Path) -> tuple[Files, Files]:
+    """Return training and test images of CUB_200_2011/, with their boxes where these are there."""
+    names, classes, labels, is_train = (table(root / f"{name}.txt") for name in (
+        "images", "classes", "image_class_labels", "train_test_split"))
+    boxed = (root / "bounding_boxes.txt").is_file()
+    corners = table(root / "bounding_boxes.txt") if boxed else {}
+    number = {key: label for label, key in enumerate(classes)}
+    titles = [row[0].split(".")[-1].replace("_", " ") for row in classes.values()]
+    parts = {"1": [], "0": []}
+    with reading(root, "a whole CUB_200_2011: its tables do not fit one another"):
+        for key, (name, *_) in names.items():
+            box = [tuple(map(float, corners[key]))] if boxed else []
+            row = str(root / "images" / name), number[labels[key][0]], *box
+            parts[is_train[key][0]].append(row)
+        return tuple(Files(root, titles, *map(list, zip(*rows, strict=True)))
+                     for rows in parts.values())
 
 
 def stanford_dogs(root: Path) -> tuple[Files, Files]:
-    """Training and test images of Stanford Dogs: train_list.mat, test_list.mat and Images/."""
+    """Return training and test images by train_list.mat and test_list.mat, below Images/."""
     from scipy.io import loadmat
-    read = {}
+    read = []
     for part in ("train", "test"):
         file = inside(root, "lists") / f"{part}_list.mat"
-        if not file.is_file():
-            raise DataError(f"{file}: no such file (nor folders train/ and test/)")
         with reading(file, "a MATLAB file of file_list and labels"):
-            stored = loadmat(file)
+            stored = loadmat(str(file))
             names = [str(cell.item()) for cell in stored["file_list"].ravel()]
-            read[part] = list(zip(names, map(int, stored["labels"].ravel()), strict=True))
-    folders = {label: name.split("/")[0] for rows in read.values() for name, label in rows}
+            read.append(list(zip(names, map(int, stored["labels"].ravel()), strict=True)))
+    folders = {label: name.split("/")[0] for rows in read for name, label in rows}
     number = {label: i for i, label in enumerate(sorted(folders))}
     titles = [folders[label].split("-", 1)[-1].replace("_", " ") for label in number]
-    return tuple(listed(root, [(str(root / "Images" / name), number[label], None)
-                                for name, label in rows], titles, part)
-                 for part, rows in read.items())
+    return tuple(Files(root, titles, [str(root / "Images" / name) for name, _ in rows],
+                       [number[label] for _, label in rows]) for rows in read)

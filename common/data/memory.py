@@ -14,10 +14,10 @@ from common.precision import full_precision
 class MemoryBatches:
     """Iterates over (images (B, 3, H, W) float32 normalised, labels (B,) int64) on the device.
 
-    With a seed: training batches, each epoch a new permutation, crops and flips of `recipe`; every
-    draw is a function of (seed, epoch) and of the image's position in the permutation, so the
-    batches are the same on every device, with either loader, and however many ranks share them.
-    Without: every image once, in order. size: (height, width) of resized crops and test images.
+    seed given: training, each epoch a new permutation, crops and flips of `recipe`; every draw is a
+    function of (seed, epoch) and of the image's position in the permutation, so the batches are the
+    same on every device, with either loader, and however many ranks share them. seed None: every
+    image once, in stored order. size: (height, width) of resized images.
 
     Of each batch of `batch_size` images a rank takes every world-th. In training a last partial
     batch is filled up from its own images so that all ranks do equally many steps of equal size;
@@ -55,18 +55,17 @@ class MemoryBatches:
         return self.steps
 
     def set_epoch(self, epoch: int, start_step: int = 0):
-        """Chooses the epoch's draws; iteration begins at start_step (to resume inside an epoch)."""
+        """Choose the epoch's draws; iteration begins at start_step (to resume inside an epoch)."""
         self.epoch, self.start_step = epoch, start_step
         rows = torch.cat([self.rows(step) for step in range(self.steps)])
-        if self.seed is None:
-            self.order = rows.to(self.device)
-            return
+        order = torch.arange(self.count)
         generator = torch.Generator().manual_seed(distributed.seed_of(self.seed, "epoch", epoch))
-        order = torch.randperm(self.count, generator=generator)
+        if self.seed is not None:
+            order = torch.randperm(self.count, generator=generator)
         shifts = torch.randint(0, 2 * self.recipe.padding + 1, (2, self.count), generator=generator)
         flips = (torch.rand(self.count, generator=generator) < 0.5) & bool(self.recipe.flip)
-        boxes = torch.empty(4, self.count)
-        if self.recipe.crop == "resized":
+        boxes = torch.tensor([0, 0, *self.stored])[:, None].expand(4, self.count)
+        if self.seed is not None and self.recipe.crop == "resized":
             boxes = draw_boxes(self.count, self.stored, self.recipe.scale, self.recipe.ratio,
                                generator)
         self.drawn = order[rows], shifts[:, rows], flips[rows], boxes[:, rows]
@@ -74,7 +73,7 @@ class MemoryBatches:
             draw.to(self.device) for draw in self.drawn)
 
     def rows(self, step: int) -> torch.Tensor:
-        """Positions in the epoch's permutation that make up this rank's part of a batch."""
+        """Return the positions in the epoch's permutation of this rank's part of a batch."""
         rows = torch.arange(step * self.batch_size, min((step + 1) * self.batch_size, self.count))
         rank, world = distributed.rank(), distributed.world()
         if self.seed is not None and len(rows) % world:
@@ -87,13 +86,13 @@ class MemoryBatches:
         for step, images in zip(steps, cropped, strict=True):
             if not len(images):             # a rank without a share of the last test batch
                 return
-            if self.seed is not None and self.recipe.transform and not self.recipe.transform_first:
+            if self.recipe.transform and not self.recipe.transform_first:
                 images = self.recipe.transform(images, self.generator(step))
             yield normalise(images, self.recipe, self.channels_last), \
                 self.labels[self.order[self.part(step)]]
 
     def part(self, step: int) -> slice:
-        """This rank's images of a step, as a slice of its draws of the epoch."""
+        """Return this rank's images of a step, as a slice of its draws of the epoch."""
         size = self.batch_size // distributed.world()
         return slice(step * size, (step + 1) * size)
 
@@ -102,33 +101,25 @@ class MemoryBatches:
         return torch.Generator().manual_seed(seed)
 
     def torch_crops(self, step: int) -> torch.Tensor:
-        """Flipped and cropped uint8 images of one step, one gather on the device."""
-        part = self.part(step)
+        """Return flipped and cropped uint8 images of a step: one gather on the device."""
+        part, windows = self.part(step), self.windows
         index = self.order[part]
-        if self.seed is None:
-            images = self.windows[index, 0, 0]
-            if self.size == self.stored:
-                return images
-            whole = torch.tensor([0, 0, *self.stored], device=self.device)[:, None]
-            return resize_boxes(images, whole.expand(4, len(index)), self.size,
-                                self.recipe.interpolation)
-        shifts = tuple(self.shifts[:, part])
         if self.recipe.transform_first:
-            images = self.recipe.transform(self.windows[index, 0, 0], self.generator(step))
-            here = torch.arange(len(index), device=self.device)
+            images = self.recipe.transform(windows[index, 0, 0], self.generator(step))
             images = pad(images, self.recipe.padding, self.recipe.padding_mode)
-            images = crops(images, self.stored)[(here, *shifts)]
-        else:
-            images = self.windows[(index, *shifts)]
-        if self.recipe.crop == "resized":
+            windows = crops(images, self.stored)
+            index = torch.arange(len(index), device=self.device)
+        images = windows[(index, *self.shifts[:, part])]
+        if self.recipe.crop == "resized" or self.size != self.stored:
             images = resize_boxes(images, self.boxes[:, part], self.size, self.recipe.interpolation)
         if not self.recipe.flip:
             return images
         return torch.where(self.flips[part, None, None, None], images.flip(3), images)
 
     def dali_crops(self, steps):
-        """The same images made by DALI, fed with the same draws (resized ones within rounding)."""
+        """Yield the same images made by DALI of the same draws (resized ones within rounding)."""
         from nvidia.dali import fn, pipeline_def, types
+        recipe = self.recipe
 
         def source(info):
             if info.iteration >= len(steps):
@@ -136,21 +127,17 @@ class MemoryBatches:
             step = steps[info.iteration]
             order, shifts, flips, boxes = (draw[..., self.part(step)] for draw in self.drawn)
             images = self.images[order.numpy()]
-            if self.recipe.transform_first:
-                changed = self.recipe.transform(torch.from_numpy(images).permute(0, 3, 1, 2),
-                                         self.generator(step))
-                images = changed.permute(0, 2, 3, 1).contiguous().numpy()
-            border = (self.recipe.padding,) * 2
-            images = np.pad(images, ((0, 0), border, border, (0, 0)),
-                            self.recipe.padding_mode)
-            if self.recipe.crop == "padded":
-                boxes = torch.cat([shifts, torch.tensor(self.stored)[:, None].expand_as(shifts)])
-            corner, sides = boxes.int().view(2, 2, -1).mT.contiguous().numpy()
+            if recipe.transform_first:
+                images = torch.from_numpy(images).permute(0, 3, 1, 2)
+                images = recipe.transform(images, self.generator(step))
+                images = images.permute(0, 2, 3, 1).contiguous().numpy()
+            border = (recipe.padding,) * 2
+            images = np.pad(images, ((0, 0), border, border, (0, 0)), recipe.padding_mode)
+            corner, sides = (part.int().T.contiguous().numpy()
+                             for part in (boxes[:2] + shifts, boxes[2:]))   # one of them is 0
             return images, corner, sides, flips.int().numpy()
 
         on_gpu = self.device.type == "cuda"
-        filters = {"interp_type": types.INTERP_CUBIC if self.recipe.interpolation == "bicubic" else
-                   types.INTERP_LINEAR, "antialias": True}
 
         @pipeline_def(batch_size=-(-self.batch_size // distributed.world()),
                       num_threads=self.workers, exec_dynamic=True,
@@ -158,11 +145,11 @@ class MemoryBatches:
         def pipeline():
             images, corner, sides, mirror = fn.external_source(source, num_outputs=4,
                                                                batch_info=True)
-            if on_gpu:
-                images = images.gpu()
-            images = fn.slice(images, corner, sides, axes=(0, 1))
-            if self.recipe.crop == "resized":
-                images = fn.resize(images, size=self.size, **filters)
+            images = fn.slice(images.gpu() if on_gpu else images, corner, sides, axes=(0, 1))
+            if recipe.crop == "resized":
+                filter = types.INTERP_CUBIC if recipe.interpolation == "bicubic" else \
+                    types.INTERP_LINEAR
+                images = fn.resize(images, size=self.size, interp_type=filter, antialias=True)
             return fn.crop_mirror_normalize(images, crop=self.size, mirror=mirror,
                                             dtype=types.UINT8, output_layout="CHW")
 
@@ -172,23 +159,18 @@ class MemoryBatches:
 
 
 def run(pipe, device) -> torch.Tensor:
-    """Return the next batch of a DALI pipeline, in the order of the current stream on a GPU.
-
-    On a GPU DALI uses its buffer again when the stream has passed the copy; on a CPU the tensor
-    owns it.
-    """
+    """Return the next batch of a DALI pipeline, in the order of the current stream on a GPU."""
     stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
     images, = pipe.run(stream)
     images = torch.from_dlpack(images.as_tensor())
-    return images.clone() if stream else images
+    return images.clone() if stream else images     # DALI uses its GPU buffer again after the copy
 
 
 def pad(images: torch.Tensor, border: int, mode: str = "constant") -> torch.Tensor:
-    """(N, C, H, W) images with `border` pixels more on each side: zeros, or ("reflect")
-    their reflection."""
+    """Return images (N, C, H, W) with a border of zeros, or ("reflect") of their reflection."""
     if mode == "constant":
         return torch.nn.functional.pad(images, (border,) * 4)
-    for dim in (2, 3):
+    for dim in (2, 3):                      # torch reflects no bytes
         last = images.shape[dim] - 1
         position = torch.arange(-border, last + border + 1, device=images.device).abs()
         images = images.index_select(dim, last - (last - position).abs())
@@ -196,10 +178,10 @@ def pad(images: torch.Tensor, border: int, mode: str = "constant") -> torch.Tens
 
 
 def draw_boxes(count: int, size, scale, ratio, generator: torch.Generator) -> torch.Tensor:
-    """Crops (4, count) of (top, left, height, width) int64 in images of `size` (height, width).
+    """Return crops (4, count) of (top, left, height, width) in images of `size` (height, width).
 
-    Area and ratio are drawn ten times, the first that fits is taken, as torchvision's
-    RandomResizedCrop does; else the largest central crop within the range of ratios.
+    As torchvision's RandomResizedCrop: of ten draws of area and ratio the first that fits, else the
+    largest central crop within the range of ratios.
     """
     height, width = size
     share, turn = torch.rand(2, 10, count, generator=generator)
@@ -219,8 +201,10 @@ def draw_boxes(count: int, size, scale, ratio, generator: torch.Generator) -> to
 
 
 def resize_boxes(images: torch.Tensor, boxes: torch.Tensor, size, filter: str) -> torch.Tensor:
-    """Crops `boxes` (4, B) of (top, left, height, width) of (B, C, H, W) uint8 images, each resized
-    to `size` (height, width): antialiased, by two products with the filter's weights."""
+    """Return crops `boxes` (4, B) of images (B, C, H, W) uint8, each resized to `size` (H, W).
+
+    Boxes are (top, left, height, width). Antialiased, by two products with the filter's weights.
+    """
     crops = images.float()
     for dim, (begin, length) in ((2, boxes[0::2]), (3, boxes[1::2])):
         weights = taps(begin, length, images.shape[dim], size[dim - 2], filter)[:, None]
@@ -231,22 +215,21 @@ def resize_boxes(images: torch.Tensor, boxes: torch.Tensor, size, filter: str) -
 
 def taps(begin: torch.Tensor, length: torch.Tensor, before: int, after: int, filter: str
          ) -> torch.Tensor:
-    """Weights (B, after, before) that resize pixels [begin, begin + length) (B,) of a side."""
-    scale = (length / after)[:, None, None]
+    """Return weights (B, after, before) to resize pixels [begin, begin + length) (B,) of a side."""
+    begin, length = begin[:, None, None], length[:, None, None]
+    scale = length / after
     position = torch.arange(before, device=begin.device)
-    inside = (position >= begin[:, None]) & (position < (begin + length)[:, None])
-    centre = (torch.arange(after, device=begin.device)[:, None] + 0.5) * scale \
-        + begin[:, None, None]
+    centre = (torch.arange(after, device=begin.device)[:, None] + 0.5) * scale + begin
     x = ((position + 0.5 - centre) / scale.clamp(min=1)).abs()
     if filter == "bicubic":                     # Keys' cubic with a = -0.5
         near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
         weights = torch.where(x < 1, near, torch.where(x < 2, far, 0))
     else:
         weights = (1 - x).clamp(min=0)
-    weights = weights * inside[:, None]
+    weights = weights * ((position >= begin) & (position < begin + length))
     return weights / weights.sum(2, keepdim=True)
 
 
 def crops(images: torch.Tensor, size) -> torch.Tensor:
-    """All windows of `size` in (N, C, H, W) images as a view (N, rows, columns, C, *size)."""
+    """Return all windows of `size` in images (N, C, H, W): a view (N, rows, columns, C, *size)."""
     return images.unfold(2, size[0], 1).unfold(3, size[1], 1).permute(0, 2, 3, 1, 4, 5)

@@ -21,19 +21,18 @@ STATISTICS = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a main.py wants done to its images; memory.py and stream.py both read it.
+    """What is done to images; memory.py and stream.py both read it (None: the data set's usual).
 
-    Training images, in this order (None: what is usual for the data set):
+    resize, before the crop: "shorter" side to image_size * 256/224, or "square".
     crop: "padded", RandomCrop of the image with `padding` pixels around it, zeros ("constant") or
         its reflection ("reflect"); "resized", RandomResizedCrop of `scale` and `ratio`; "random",
         RandomCrop; "centre", the whole central square (streamed sets). Usual: padded for sets in
-        memory (by 2 up to 32 pixels a side, else 4), resized for streamed ones. resize, before
-        it: "shorter" side to image_size * 256/224, or "square".
-    flip: RandomHorizontalFlip. Usual: all sets but digits. color_jitter: ColorJitter of
-        brightness, contrast and saturation.
+        memory (by 2 up to 32 pixels a side, else 4), resized for streamed ones.
+    flip: RandomHorizontalFlip. Usual: all sets but digits.
+    color_jitter: ColorJitter of brightness, contrast and saturation.
     transform(images uint8 (B, 3, H, W), CPU generator) -> images uint8, after crop and flip
         (transform_first: before).
-    Test images: test_crop "centre", of the shorter side made image_size * 256/224, or "whole".
+    test_crop: "centre", of the shorter side made image_size * 256/224, or "whole".
     interpolation: "bilinear", "bicubic" or "lanczos" (bilinear to shrink), antialiased.
     mean, std: of pixels in [0, 1].
     """
@@ -78,7 +77,7 @@ def _on_device(mean: tuple, std: tuple, device):
 
 
 def mean_std(info, device) -> tuple[torch.Tensor, torch.Tensor]:
-    """info.mean and info.std as (3, 1, 1) tensors, made once: making them waits for a GPU."""
+    """Return info.mean and info.std as (3, 1, 1) tensors, made once: a GPU synchronises."""
     return _on_device(tuple(info.mean), tuple(info.std), device)[:2]
 
 

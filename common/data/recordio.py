@@ -24,8 +24,7 @@ UNNAMED = 1000                          # classes of a file without names: Image
 def pack(label: float, key: int, image: bytes, job: int = 0) -> bytes:
     """Return one record: the encoded image with its label, ready to be appended to a .rec file.
 
-    job: a number in id2, which readers pass over. Raises ValueError for an image too long for the
-    format (512 MB).
+    job: a number in id2, which readers pass over. Raises ValueError for images of 512 MB and more.
     """
     length = HEADER.size + len(image)
     if length >= 1 << 29:
@@ -38,43 +37,34 @@ class RecordFile:
     """Random access to a .rec file by the number of a record (not by key).
 
     len(file) records; file[i] -> (label, encoded image as bytes), of several labels the first;
-    classes: the names that make_recordio.py left beside the file, or none. Opening reads the
-    index, the last record and, where there are names, up to 256 records for their labels. Can be
-    pickled and shared by processes.
-
-    Raises DataError naming the file, or the file and the record, when one is missing, cut off,
-    not RecordIO, or has a label that is the number of no class.
+    classes: the names that make_recordio.py left beside the file, or none. Can be pickled and
+    shared by processes. Raises DataError naming the file, or the file and the record.
     """
     in_file_order = True                # is best read in about the order of the file
 
     def __init__(self, path):
-        self.path = Path(path)
-        self.index_path = self.path.with_suffix(".idx")
-        for file in (self.path, self.index_path):
-            if not file.is_file():
-                raise DataError(f"{file} is missing: RecordIO needs {self.path.name} and "
-                                f"{self.index_path.name} side by side")
-        self.offsets = read_index(self.index_path)
+        self.path, self.file = Path(path), None
+        index = self.path.with_suffix(".idx")
+        with reading(index, "a RecordIO index of lines `key <tab> offset`"):
+            self.offsets = np.sort(np.array(
+                [int(line.split("\t")[1]) for line in read_text(index).splitlines()], np.int64))
+            if not len(self.offsets):
+                raise ValueError("empty")
         names = self.path.with_name(self.path.stem + "_classes.txt")
         self.classes = read_text(names).splitlines() if names.exists() else []
-        self.file = None
-        self.parts(len(self) - 1)              # a file that was cut off lacks its last record
-        some = min(256, len(self)) if self.classes else 0
-        for i in np.linspace(0, len(self) - 1, some, dtype=int):
-            self[i]
+        some = min(256, len(self)) if self.classes else 1   # labels that names.txt lacks are seen
+        for i in np.linspace(len(self) - 1, 0, some, dtype=int):
+            self[i]                     # the last one first: a file that was cut off lacks it
 
     def __len__(self):
         return len(self.offsets)
 
     def __getitem__(self, i: int) -> tuple[int, bytes]:
-        payload = b"".join(self.parts(i))
-        if len(payload) < HEADER.size:
-            raise DataError(f"{self.name(i)} is too short to hold an image")
-        flag, label, _, _ = HEADER.unpack_from(payload)
-        if HEADER.size + 4 * flag > len(payload):
-            raise DataError(f"{self.name(i)} ends before the {flag} labels that it announces")
-        if flag:
-            label, = struct.unpack_from("<f", payload, HEADER.size)
+        with reading(self.name(i), "a RecordIO record of a label and an image"):
+            payload = b"".join(self.parts(i))
+            flag, label, _, _ = HEADER.unpack_from(payload)
+            if flag:
+                label, = struct.unpack_from("<f", payload, HEADER.size)
         classes = len(self.classes) or UNNAMED
         if not (0 <= label < classes and label % 1 == 0):
             raise DataError(f"{self.name(i)} has the label {label:g}, but there are {classes} "
@@ -93,35 +83,23 @@ class RecordFile:
         return self.offsets.tobytes() + str(self.path.stat().st_size).encode()
 
     def parts(self, i: int) -> list[bytes]:
-        """Payload of record i; split records get back the magic numbers they were split at."""
+        """Return the payload of record i, with the magic numbers that it was split at.
+
+        Raises ValueError or struct.error for what is no record.
+        """
         if self.file is None:
             self.file = open(self.path, "rb", buffering=0)
         parts, position = [], int(self.offsets[i])
         while True:
             frame = os.pread(self.file.fileno(), FRAME.size, position)
             if len(frame) < FRAME.size:
-                raise DataError(f"{self.name(i)} lies beyond the end of the file: truncated?")
+                raise ValueError("truncated")
             magic, length = FRAME.unpack(frame)
             part, length = length >> 29, length & (1 << 29) - 1
-            if magic != MAGIC:
-                raise DataError(f"{self.name(i)} does not begin with RecordIO's magic number")
             data = os.pread(self.file.fileno(), length, position + FRAME.size)
-            if len(data) < length:
-                raise DataError(f"{self.name(i)} needs {length} bytes but only {len(data)} are "
-                                "left: the file is truncated")
+            if magic != MAGIC or len(data) < length:
+                raise ValueError("truncated" if magic == MAGIC else "no magic number")
             parts += [struct.pack("<I", MAGIC), data] if part > 1 else [data]
             if part in (0, 3):
                 return parts
             position += FRAME.size + length + -length % 4
-
-
-def read_index(path: Path) -> np.ndarray:
-    """Return byte offsets of an .idx file, ascending; DataError when a line is no index line."""
-    with reading(path, "a RecordIO index of lines `key <tab> offset`"):
-        offsets = np.array([int(line.split("\t")[1]) for line in read_text(path).splitlines()],
-                           np.int64)
-        if (offsets < 0).any():
-            raise ValueError("negative offset")
-    if not len(offsets):
-        raise DataError(f"{path} is empty: no record in the index")
-    return np.sort(offsets)

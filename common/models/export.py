@@ -26,7 +26,7 @@ ONE = r"^(?:q\.)?one\."
 
 
 def with_torchvisions_names(state: dict, arch: str, classes: int) -> tuple[dict, str] | None:
-    """Return the state_dict that torchvision's model `arch` loads and what it is; None if none.
+    """Return the state_dict for torchvision's model `arch`, and a description; None if none fits.
 
     Without the classifier where that is wider, as SAFuse's.
     """
@@ -64,24 +64,22 @@ def write_onnx(state: dict, identity: dict, args: dict, classes: int, path: Path
 
 
 def main(argv=None):
-    """Write what the command line asks for; print what it is."""
+    """Write what the command line asks for, and print what it is."""
     parser = flags.Parser(__doc__)
     parser.add_argument("checkpoint", help="checkpoint.pt or best.pt of a run")
     parser.add_argument("out", type=Path, help="OUT.pth or OUT.onnx")
     words = parser.parse_args(argv)
-    out = words.out
-    if out.suffix not in (".pth", ".onnx"):
-        parser.error(f"{out}: the name ends in .pth or .onnx")
     saved = checkpoint.load(words.checkpoint)
     state, identity, args = saved["model"], saved["identity"], saved.get("args", {})
     classes = identity["classes"] + bool(args.get("other"))     # Soft Augmentation's
-    if out.suffix == ".onnx":
-        write_onnx(state, identity, args, classes, out)
-        return print(f"{out}: {identity['arch']} as ONNX")
-    state, what = with_torchvisions_names(state, identity["arch"], classes) or (
-        state, f"{identity['arch']} in this project's names (common.models.build)")
-    torch.save(state, out)
-    print(f"{out}: {what}, {len(state)} tensors")
+    what = f"{identity['arch']} in this project's names (common.models.build)"
+    if words.out.suffix == ".onnx":
+        write_onnx(state, identity, args, classes, words.out)
+        what = f"{identity['arch']} as ONNX"
+    else:
+        state, what = with_torchvisions_names(state, identity["arch"], classes) or (state, what)
+        torch.save(state, words.out)
+    print(f"{words.out}: {what}, {len(state)} tensors")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Feature maps of a network: behind a middle layer, and those that its classifier sees."""
+"""Feature maps of a network: after a middle stage, and those that its classifier sees."""
 import torch
 from torch import Tensor, nn
 from torchvision.models.convnext import ConvNeXt
@@ -14,10 +14,9 @@ from common.models.parts import Network
 class Backbone(nn.Module):
     """A network of `build` without its classifier: images (B, 3, H, W) -> (middle, pooled).
 
-    `middle` (B, channels, h, w): behind stage `layer`, counted from 1 (of Swin with the merging of
-    patches that follows it; of a ViT behind block `layer`, without the class token). `pooled`
-    (B, width): what the classifier sees. Raises RunError for a layer that is not there or is the
-    last.
+    middle (B, channels, h, w): feature map after stage `layer`, counted from 1 (Swin: after patch
+    merging; ViT: after block `layer`, patch tokens only). pooled (B, width): what the classifier
+    sees. Raises RunError unless `layer` is one before the last.
     """
 
     def __init__(self, network: nn.Module, layer: int, image_size: int):
@@ -28,7 +27,7 @@ class Backbone(nn.Module):
         if not 1 <= layer < stages:
             raise RunError(f"--layer {layer}: no layer {layer} before the last: there are {stages}")
         self.patches = image_size // 16 if vit else 0       # a side
-        self.tokens_last = isinstance(network, SwinTransformer)     # (B, h, w, C)
+        self.channels_last = isinstance(network, SwinTransformer)   # (B, h, w, C)
         if isinstance(network, Network):
             self.before = nn.Sequential(network.stem, *network.stages[:layer])
             self.after = nn.Sequential(*network.stages[layer:], network.tail)
@@ -40,11 +39,11 @@ class Backbone(nn.Module):
             }.get(type(network), (f"layer{layer}", "layer4"))
             self.before = create_feature_extractor(network, {middle: "middle", last: "last"})
             self.after = None
-        with torch.no_grad():       # sizes
+        with torch.no_grad():
             middle, pooled = self.eval()(torch.zeros(1, 3, image_size, image_size))
         self.train()
-        self.channels, self.width = middle.shape[1], pooled.shape[1]
-        self.side = middle.shape[2]             # of the middle features of such images
+        self.channels, self.side = middle.shape[1:3]        # for images of image_size pixels
+        self.width = pooled.shape[1]
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         if self.after is not None:
@@ -54,16 +53,14 @@ class Backbone(nn.Module):
         if self.patches:
             middle = middle[:, 1:].transpose(1, 2).unflatten(2, (self.patches, self.patches))
             return middle, last[:, 0]
-        if self.tokens_last:
-            middle = middle.permute(0, 3, 1, 2)
-        return middle, last.mean((2, 3))
+        return middle.permute(0, 3, 1, 2) if self.channels_last else middle, last.mean((2, 3))
 
 
 def build_backbone(name: str, image_size: int, layer: int, **options) -> Backbone:
-    """Return the network `name` without its classifier, for images of exactly `image_size` pixels.
+    """Return the network `name` without its classifier, for images of `image_size` pixels.
 
-    Up to 64 pixels the convolutional ones have a stem of stride 1. Raises RunError for what does
-    not exist or fit.
+    Up to 64 pixels the convolutional ones have a stem of stride 1. Raises RunError for sizes that
+    the network cannot have.
     """
     form = image_size if image_size > 64 or name in ("deit_s", "swin_t") else 32
     try:

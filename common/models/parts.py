@@ -6,20 +6,20 @@ from torch import Tensor, nn
 from common.mixing import mixup
 
 
-def stem_stride(image_size: int) -> int:
-    """Return 1 for 32-pixel images, 2 from 64 pixels on: the stages see the same sizes."""
-    return 1 if image_size < 64 else 2
-
-
 def conv(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, *,
          bias: bool = False, groups: int = 1) -> nn.Conv2d:
-    """Convolution that keeps the size at stride 1 (odd kernels)."""
+    """Return a convolution padded to keep the size at stride 1 (odd kernels)."""
     return nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2,
                      bias=bias, groups=groups)
 
 
+def stem(channels: int, image_size: int, bias: bool = False) -> nn.Conv2d:
+    """Return the first 3×3 convolution, of stride 2 from 64 pixels on: stages see equal sizes."""
+    return conv(3, channels, 3, 1 if image_size < 64 else 2, bias=bias)
+
+
 def norm_relu(channels: int, momentum: float = 0.1) -> list[nn.Module]:
-    """BatchNorm and ReLU."""
+    """Return BatchNorm and ReLU."""
     return [nn.BatchNorm2d(channels, momentum=momentum), nn.ReLU(inplace=True)]
 
 
@@ -28,22 +28,22 @@ def make_stages(block: Callable[[int, int, int], nn.Module], in_channels: int,
                 strides: Sequence[int] = (1, 2, 2, 2)) -> list[nn.Sequential]:
     """Return stages of `depths` blocks, made by block(in_channels, out_channels, stride).
 
-    `strides`: of each stage's first block.
+    strides: of each stage's first block.
     """
     stages = []
     for width, depth, stride in zip(widths, depths, strides, strict=False):
         blocks = [block(in_channels, width, stride)]
-        blocks += [block(width, width, 1) for _ in range(depth - 1)]
-        stages.append(nn.Sequential(*blocks))
+        stages.append(nn.Sequential(*blocks, *(block(width, width, 1) for _ in range(depth - 1))))
         in_channels = width
     return stages
 
 
 class Network(nn.Module):
-    """Stem, stages, tail, global average, dropout, linear classifier: logits (B, num_classes).
+    """Stem, stages, tail, global average pooling, dropout, linear classifier.
 
-    Called with a permutation `perm` (B,) it mixes activations (manifold mixup, Verma et al. 2019):
-    h·lam + h[perm]·(1 - lam) after stage `layer`, 0 for the input; `lam` a scalar or (B,).
+    Returns logits (B, num_classes). With a permutation `perm` (B,) it mixes activations (Manifold
+    Mixup, Verma et al. 2019): h·lam + h[perm]·(1 - lam) after stage `layer`, 0: the input; `lam` a
+    scalar or (B,).
     """
 
     def __init__(self, stem: nn.Module, stages: Sequence[nn.Module], tail: nn.Module,
@@ -55,9 +55,7 @@ class Network(nn.Module):
 
     def forward(self, images: Tensor, perm: Tensor | None = None, lam: float | Tensor = 1.0,
                 layer: int = 0) -> Tensor:
-        if perm is not None and layer == 0:
-            images = mixup(images, perm, lam)[0]
-        x = self.stem(images)
+        x = self.stem(images if perm is None or layer else mixup(images, perm, lam)[0])
         for number, stage in enumerate(self.stages, 1):
             x = stage(x)
             if perm is not None and layer == number:
@@ -68,8 +66,8 @@ class Network(nn.Module):
 class PreActBlock(nn.Module):
     """Pre-activation residual block (He et al. 2016): two 3×3 convolutions, or a bottleneck.
 
-    The first convolution wider than 1×1 has the stride; a 1×1 convolution of the activated input
-    is the shortcut where the shape changes.
+    The first 3×3 convolution has the stride; where the shape changes, the shortcut is a 1×1
+    convolution of the activated input.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, bottleneck: bool = False):
@@ -95,7 +93,7 @@ class PreActBlock(nn.Module):
 
 
 def post_act_block(kind, in_channels: int, out_channels: int, stride: int, **options) -> nn.Module:
-    """torchvision's BasicBlock or Bottleneck (`kind`), projected where the shape changes."""
+    """Return torchvision's BasicBlock or Bottleneck (`kind`), projected where the shape changes."""
     project = None
     if stride != 1 or in_channels != out_channels:
         project = nn.Sequential(conv(in_channels, out_channels, 1, stride),
@@ -104,7 +102,7 @@ def post_act_block(kind, in_channels: int, out_channels: int, stride: int, **opt
 
 
 def he_init(network: nn.Module) -> nn.Module:
-    """Convolutions from N(0, 2 / (k²·out_channels))."""
+    """Initialise convolutions from N(0, 2 / (k²·out_channels)); return the network."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

@@ -6,16 +6,8 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from common.errors import RunError
-from common.models.parts import (
-    Network,
-    PreActBlock,
-    conv,
-    he_init,
-    make_stages,
-    norm_relu,
-    post_act_block,
-    stem_stride,
-)
+from common.models import parts
+from common.models.parts import Network, PreActBlock, conv, he_init, make_stages, norm_relu
 
 PREACT = {                     # bottleneck blocks?, blocks per stage
     "preactresnet18": (False, (2, 2, 2, 2)),
@@ -52,7 +44,7 @@ def preact(name, num_classes, image_size, channels, dropout) -> Network:
     bottleneck, depths = PREACT[name]
     widths = [channels * 2 ** stage * (4 if bottleneck else 1) for stage in range(4)]
     return Network(
-        conv(3, channels, 3, stem_stride(image_size)),
+        parts.stem(channels, image_size),
         make_stages(partial(PreActBlock, bottleneck=bottleneck), channels, widths, depths),
         nn.Identity(), widths[-1], num_classes, dropout)
 
@@ -60,9 +52,8 @@ def preact(name, num_classes, image_size, channels, dropout) -> Network:
 def postact(name, num_classes, image_size, channels, dropout) -> nn.Module:
     """Return a ResNet or ResNeXt, stride on the 3×3 convolution.
 
-    Up to 64 pixels: torchvision's blocks behind a 3×3 stem, PyTorch's default initialisation. From
-    128 pixels on: torchvision's network, which takes its pretrained weights (without dropout).
-    ResNeXt-29 has the former at any size, with He's initialisation.
+    Below 128 pixels (ResNeXt-29: at any size, He initialisation): torchvision's blocks behind a 3×3
+    stem, PyTorch's default initialisation. From 128 pixels on: torchvision's network.
     """
     block, depths, groups, width = POSTACT[name]
     if image_size >= 128 and len(depths) == 4:
@@ -73,8 +64,8 @@ def postact(name, num_classes, image_size, channels, dropout) -> nn.Module:
             network.fc = nn.Sequential(nn.Dropout(dropout), network.fc)
         return network
     widths = [channels * 2 ** stage * block.expansion for stage in range(len(depths))]
-    stem = nn.Sequential(conv(3, channels, 3, stem_stride(image_size)), *norm_relu(channels))
-    block = partial(post_act_block, block, groups=groups, base_width=width)
+    stem = nn.Sequential(parts.stem(channels, image_size), *norm_relu(channels))
+    block = partial(parts.post_act_block, block, groups=groups, base_width=width)
     network = Network(stem, make_stages(block, channels, widths, depths), nn.Identity(),
                       widths[-1], num_classes, dropout)
     if len(depths) == 3:
@@ -85,7 +76,7 @@ def postact(name, num_classes, image_size, channels, dropout) -> nn.Module:
 
 
 class BiasedBlock(nn.Module):
-    """BN-ReLU-conv3 twice, with bias; the second convolution has the stride."""
+    """Pre-activation block, (BN, ReLU, 3×3 convolution with bias) twice; stride in the second."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int):
         super().__init__()
@@ -101,16 +92,16 @@ class BiasedBlock(nn.Module):
 
 
 def wide(name, num_classes, image_size, channels, dropout) -> Network:
-    """Return a Wide ResNet in one of the two forms that the papers trained.
+    """Return a Wide ResNet.
 
-    With biases (SAGE, ResizeMix): `BiasedBlock`, shortcut from the raw input, PyTorch's default
-    initialisation. Without (Soft Augmentation, SAMix): `PreActBlock`, He initialisation.
+    With biases (SAGE, ResizeMix): `BiasedBlock`, default initialisation. Without (Soft
+    Augmentation, SAMix): `PreActBlock`, He initialisation.
     """
     depth, factor, biased, momentum = WIDE[name]
     base = channels // 4                         # the paper's 16
     widths = [base * factor * 2 ** stage for stage in range(3)]
     network = Network(
-        conv(3, base, 3, stem_stride(image_size), bias=biased),
+        parts.stem(base, image_size, biased),
         make_stages(BiasedBlock if biased else PreActBlock, base, widths, [(depth - 4) // 6] * 3),
         nn.Sequential(*norm_relu(widths[-1], momentum)), widths[-1], num_classes, dropout)
     if not biased:

@@ -1,12 +1,12 @@
-"""Networks that draw random factors in training: PyramidNet-272, alpha 200 (Han et al. 2017) with
-ShakeDrop (Yamada et al. 2019), and Shake-Shake 26 (Gastaldi 2017), plain and ResNeXt."""
+"""PyramidNet-272 (Han et al. 2017) with ShakeDrop (Yamada et al. 2019); Shake-Shake 26 (Gastaldi
+2017), plain and ResNeXt."""
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.models.parts import Network, conv, he_init, make_stages, norm_relu, stem_stride
+from common.models.parts import Network, conv, he_init, make_stages, norm_relu, stem
 
 PYRAMID = {"pyramidnet272": (272, 200), "pyramid272": (272, 200)}   # depth; growth of the width
 SHAKE = {                      # width of the first stage's branches (64 initial channels), ResNeXt?
@@ -19,7 +19,7 @@ SHAKE = {                      # width of the first stage's branches (64 initial
 
 
 class Scale(torch.autograd.Function):
-    """Scale.apply(x, a, b): x·a, whose gradient is the incoming one times b instead of a."""
+    """Scale.apply(x, a, b) returns x·a; backward multiplies the gradient by b instead of a."""
 
     @staticmethod
     def forward(ctx, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -32,9 +32,9 @@ class Scale(torch.autograd.Function):
 
 
 class ShakeDrop(nn.Module):
-    """With probability `p`, for the whole batch, replaces x by x·a and its gradient g by g·b.
+    """Training: with probability p, of the whole batch, x·a forward and the gradient times b.
 
-    a ~ U(-1, 1) and b ~ U(0, 1) are drawn for every sample. Evaluation multiplies by 1 - p.
+    a ~ U(-1, 1) and b ~ U(0, 1) for each sample. Evaluation: x·(1 - p).
     """
 
     def __init__(self, p: float):
@@ -51,7 +51,7 @@ class ShakeDrop(nn.Module):
 
 
 class PyramidUnit(nn.Module):
-    """BN-1×1-BN-ReLU-3×3-BN-ReLU-1×1-BN; new channels of the shortcut are zero."""
+    """Bottleneck BN-1×1-BN-ReLU-3×3-BN-ReLU-1×1-BN with a zero-padded shortcut."""
 
     def __init__(self, in_channels: int, width: int, stride: int, p: float):
         super().__init__()
@@ -70,28 +70,25 @@ class PyramidUnit(nn.Module):
 
 
 def pyramid(name, num_classes, image_size, channels, dropout) -> Network:
-    """Return a PyramidNet."""
+    """Return a PyramidNet; the probabilities of ShakeDrop grow linearly to 0.5."""
     depth, alpha = PYRAMID[name]
     per_stage = (depth - 2) // 9
-    units = 3 * per_stage
     base = channels = channels // 4              # the paper's 16
-    stem = nn.Sequential(conv(3, base, 3, stem_stride(image_size)), nn.BatchNorm2d(base))
-    stages = []
-    for stage in range(3):
-        stages.append(nn.Sequential())
-        for number in range(per_stage):
-            unit = stage * per_stage + number + 1
-            width = round(base + alpha * base / 16 * unit / units)
-            stride = 2 if stage and not number else 1
-            # the probability grows linearly to 0.5
-            stages[-1].append(PyramidUnit(channels, width, stride, 0.5 * unit / units))
-            channels = 4 * width
-    return he_init(Network(stem, stages, nn.Sequential(*norm_relu(channels)), channels,
+    begin = nn.Sequential(stem(base, image_size), nn.BatchNorm2d(base))
+    stages = [nn.Sequential() for _ in range(3)]
+    for unit in range(3 * per_stage):
+        stage, number = divmod(unit, per_stage)
+        share = (unit + 1) / (3 * per_stage)
+        width = round(base + alpha * base / 16 * share)
+        stride = 2 if stage and not number else 1
+        stages[stage].append(PyramidUnit(channels, width, stride, 0.5 * share))
+        channels = 4 * width
+    return he_init(Network(begin, stages, nn.Sequential(*norm_relu(channels)), channels,
                            num_classes, dropout))
 
 
 class Shortcut(nn.Module):
-    """Two 1×1 convolutions, one of the input, one of the input shifted by a pixel, side by side."""
+    """Concatenated 1×1 convolutions of the input and of the input shifted by a pixel, then BN."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int):
         super().__init__()
@@ -108,23 +105,21 @@ class Shortcut(nn.Module):
 
 
 def make_branch(in_channels: int, out_channels: int, stride: int, resnext: bool) -> nn.Sequential:
-    """Return ReLU-conv3-BN twice; of ResNeXt conv1, conv3 in four groups, conv1, no ReLU before."""
+    """Return ReLU-3×3-BN-ReLU-3×3-BN, or ResNeXt's bottleneck of four groups without first ReLU."""
     if resnext:
-        return nn.Sequential(
-            conv(in_channels, out_channels, 1),
-            *norm_relu(out_channels), conv(out_channels, out_channels, 3, stride, groups=4),
-            *norm_relu(out_channels), conv(out_channels, out_channels, 1),
-            nn.BatchNorm2d(out_channels))
-    return nn.Sequential(
-        nn.ReLU(), conv(in_channels, out_channels, 3, stride),
-        *norm_relu(out_channels), conv(out_channels, out_channels, 3),
-        nn.BatchNorm2d(out_channels))
+        layers = [conv(in_channels, out_channels, 1), *norm_relu(out_channels),
+                  conv(out_channels, out_channels, 3, stride, groups=4)]
+    else:
+        layers = [nn.ReLU(), conv(in_channels, out_channels, 3, stride)]
+    return nn.Sequential(*layers, *norm_relu(out_channels),
+                         conv(out_channels, out_channels, 1 if resnext else 3),
+                         nn.BatchNorm2d(out_channels))
 
 
 class ShakeBlock(nn.Module):
-    """x + a·f(x) + (1 - a)·g(x): a is drawn for every sample, and another one for the gradient.
+    """x + a·f(x) + (1 - a)·g(x): a ~ U(0, 1) for each sample, drawn anew for the gradient.
 
-    Both are uniform on [0, 1] in training, 1/2 in evaluation.
+    Evaluation: a = 1/2.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, resnext: bool = False):
@@ -134,7 +129,7 @@ class ShakeBlock(nn.Module):
         self.same = stride == 1 and in_channels == out_channels
         self.shortcut = None
         if not (self.same and resnext):
-            # the plain original also holds idle shortcuts: frozen here, so that counts agree
+            # the plain original has unused shortcuts, too: frozen here, so that counts agree
             self.shortcut = Shortcut(in_channels, out_channels, stride)
             self.shortcut.requires_grad_(not self.same)
 
@@ -154,7 +149,7 @@ def shake(name, num_classes, image_size, channels, dropout) -> Network:
     stem_width = channels if resnext else channels // 4
     widths, depths = [width, 2 * width, 4 * width], [2 if resnext else 4] * 3
     network = he_init(Network(
-        conv(3, stem_width, 3, stem_stride(image_size), bias=True),
+        stem(stem_width, image_size, bias=True),
         make_stages(partial(ShakeBlock, resnext=resnext), stem_width, widths, depths),
         nn.ReLU(), widths[-1], num_classes, dropout))
     nn.init.zeros_(network.fc.bias)

@@ -1,9 +1,8 @@
-"""Torchvision's transformers and what competes with them: DeiT-S (Touvron et al. 2021), Swin-T
-(Liu et al. 2021), ConvNeXt-T (Liu et al. 2022), with drop path.
+"""torchvision's DeiT-S (Touvron et al. 2021), Swin-T (Liu et al. 2021) and ConvNeXt-T (Liu et al.
+2022), with drop path: `drop_path` is the last block's probability, growing linearly from 0.
 
-Patches have 16 pixels a side (DeiT) or 4; for images below 64 pixels ConvNeXt begins with a 3×3
-convolution of stride 1 instead. DeiT-S is torchvision's ViT in the published sizes, without the
-distillation token. `drop_path`: probability of the last block, growing linearly from 0.
+Patches of 16 (DeiT) or 4 pixels; below 64 pixels ConvNeXt's stem is a 3×3 convolution of stride 1.
+DeiT-S is torchvision's ViT in the published sizes, without the distillation token.
 """
 from torch import nn
 from torchvision.models.convnext import CNBlockConfig, ConvNeXt
@@ -30,7 +29,7 @@ def transformer(name, num_classes, image_size, channels, dropout, drop_path=0.0)
             raise RunError(f"deit_s takes images of a multiple of 16 pixels, not {image_size}")
         network = VisionTransformer(image_size, 16, depths, 6, width, 4 * width,
                                     num_classes=num_classes)
-        for number, block in enumerate(network.encoder.layers):      # behind both residual paths
+        for number, block in enumerate(network.encoder.layers):      # on both residual branches
             p = drop_path * number / (depths - 1)
             block.dropout = StochasticDepth(p, "row")
             block.mlp.append(StochasticDepth(p, "row"))
@@ -41,10 +40,9 @@ def transformer(name, num_classes, image_size, channels, dropout, drop_path=0.0)
                                   stochastic_depth_prob=drop_path, num_classes=num_classes)
         head = network, "head"
     else:
-        widths = [width * 2 ** stage for stage in range(4)]
-        network = ConvNeXt([CNBlockConfig(*stage) for stage in zip(
-            widths, [*widths[1:], None], depths, strict=True)], drop_path,
-            num_classes=num_classes)
+        outputs = [2 * width, 4 * width, 8 * width, None]
+        blocks = map(CNBlockConfig, [width, *outputs], outputs, depths)
+        network = ConvNeXt(list(blocks), drop_path, num_classes=num_classes)
         if image_size < 64:
             network.features[0][0] = conv(3, width, 3, bias=True)
             nn.init.trunc_normal_(network.features[0][0].weight, std=0.02)

@@ -16,7 +16,7 @@ CLASSIFIERS = ("fc.", "heads.", "head.", "classifier.2.")
 
 
 def load_pretrained(network, args):
-    """Begin with the weights that --pretrained names, if any; see `load_weights`."""
+    """Load the weights that --pretrained names, if any; see `load_weights`."""
     if args.pretrained:
         load_weights(network, args.pretrained, args.arch)
 
@@ -24,19 +24,19 @@ def load_pretrained(network, args):
 def load_weights(network, source: str, arch: str):
     """Load torchvision's ImageNet weights (source "torchvision") or a file's into a network.
 
-    What the network lacks is left out, and a classifier that does not fit stays as it is. Raises
-    DataError naming the source when it is missing, no file of weights, or does not fit.
+    What the network lacks is left out; a classifier that does not fit keeps its initial values.
+    Raises DataError naming the source when it is missing, no file of weights, or does not fit.
     """
     state = read(download(arch) if source == "torchvision" else Path(source).expanduser())
     own = network.state_dict()
     loaded = {name: state[name] for name, value in own.items()
               if getattr(state.get(name), "shape", None) == value.shape}
     new = [name for name in own if name not in loaded and not name.endswith("batches_tracked")]
-    for name in new:
-        if not name.startswith(CLASSIFIERS):
-            theirs = tuple(state[name].shape) if name in state else "missing"
-            raise DataError(f"{source} does not fit {arch} at this image size: {name}: {theirs}, "
-                            f"{tuple(own[name].shape)} needed")
+    odd = [name for name in new if not name.startswith(CLASSIFIERS)]
+    if odd:
+        theirs = tuple(state[odd[0]].shape) if odd[0] in state else "missing"
+        raise DataError(f"{source} does not fit {arch} at this image size: {odd[0]}: {theirs}, "
+                        f"{tuple(own[odd[0]].shape)} needed")
     network.load_state_dict(loaded, strict=False)
     log(f"weights: {source}'s" + f"; new: {', '.join(sorted(new))}" * bool(new))
 
@@ -44,8 +44,7 @@ def load_weights(network, source: str, arch: str):
 def read(path: Path) -> dict[str, torch.Tensor]:
     """Return the state_dict in a file, read with weights_only. Raises DataError.
 
-    It may lie under state_dict or model, its names begin with module. (of DDP) and _orig_mod. (of
-    torch.compile).
+    It may be under "state_dict" or "model", with DDP's or torch.compile's prefixes.
     """
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):    # of many trainers
@@ -60,18 +59,18 @@ def read(path: Path) -> dict[str, torch.Tensor]:
     for key in ("state_dict", "model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
+    pairs = state.items() if isinstance(state, dict) else ()
     state = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): value
-             for name, value in (state.items() if isinstance(state, dict) else ())
-             if isinstance(value, torch.Tensor)}
+             for name, value in pairs if isinstance(value, torch.Tensor)}
     if not state:
         raise DataError(f"{path}: not a readable file of weights (it holds no state_dict)")
     return state
 
 
 def download(arch: str) -> Path:
-    """Return torch.hub's file of torchvision's ImageNet weights, downloaded where it is missing.
+    """Return the file of torchvision's ImageNet weights in torch.hub's cache. Raises DataError.
 
-    Its SHA-256 is checked at every use. Raises DataError.
+    Downloaded where it is missing; its SHA-256 is checked at every use.
     """
     try:
         url = torchvision.models.get_model_weights(TORCHVISION.get(arch, arch)).IMAGENET1K_V1.url
@@ -87,6 +86,5 @@ def download(arch: str) -> Path:
         raise DataError(f"{url} could not be downloaded ({fault}); fetch it elsewhere and give the "
                         "file: --pretrained FILE") from None
     if not hashlib.sha256(path.read_bytes()).hexdigest().startswith(expected):
-        raise DataError(f"{path} is not torchvision's: its SHA-256 begins otherwise; delete it to "
-                        "have it downloaded again")
+        raise DataError(f"{path}: its SHA-256 begins otherwise; delete it to download it again")
     return path

@@ -27,7 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from pictures import photographs
 
 from common import flags, runtime
-from common.data import Recipe, lists, stream
+from common.data import Recipe, stream
+from common.data.lists import as_files, list_classes
 from resizemix.mixing import draw_corners, resize_mix
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -124,8 +125,9 @@ def loaders(args, device):
             kind = stream.DaliStream if loader == "dali" else stream.TorchStream
             usual = Recipe(crop="resized", test_crop="centre", flip=True, mean=MEAN, std=STD,
                            interpolation="lanczos")
-            return kind(lists.folder(root / "train")[0], usual, image_size=224, train=True,
-                        batch_size=args.batch_size, device=device, workers=args.workers)
+            files = as_files(root / "train", list_classes(root / "train"))
+            return kind(files, usual, image_size=224, train=True, batch_size=args.batch_size,
+                        device=device, workers=args.workers)
 
         candidates = {"torchvision recipe": recipe(root, args, device),
                       "ours, torch": ours("torch"), "ours, DALI": ours("dali")}
