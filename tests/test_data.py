@@ -428,12 +428,6 @@ def test_dali_makes_these_crops_too(tmp_path, options):
         assert (one - two).abs().max() <= (2.01 if "crop" in options else 0)
 
 
-def test_reflection_must_fit(tmp_path):
-    save_npz(tmp_path / "a.npz")
-    with pytest.raises(DataError, match="cannot be padded by 32 of their reflection"):
-        load("npz", tmp_path / "a.npz", padding=32, padding_mode="reflect")
-
-
 def test_normalisation_round_trip():
     images, labels = make_arrays(4, 2)
     mean, std = STATISTICS["cifar100"]

@@ -2,12 +2,10 @@
 import dataclasses
 import math
 
-import numpy as np
 import torch
 
 from common import distributed
 from common.data.recipe import Recipe, normalise
-from common.errors import DataError
 from common.precision import full_precision
 
 
@@ -35,20 +33,15 @@ class MemoryBatches:
         self.batch_size, self.device, self.seed = batch_size, device, seed
         self.channels_last, self.workers = channels_last, workers
         self.count, self.stored, self.size = len(labels), images.shape[1:3], size
-        if recipe.padding_mode == "reflect" and recipe.padding >= min(self.stored):
-            raise DataError(f"images of {self.stored[0]}×{self.stored[1]} pixels cannot be padded "
-                            f"by {recipe.padding} of their reflection")
         self.steps = -(-self.count // batch_size)
         if drop_last and self.count > batch_size:
             self.steps = self.count // batch_size
         self.dali = loader == "dali"        # auto: gathering in memory measures faster than DALI
-        self.labels = torch.as_tensor(labels, device=device)
-        if self.dali:
-            self.images = images
-        else:
-            stored = torch.from_numpy(images).to(device).permute(0, 3, 1, 2)
-            border = 0 if recipe.transform_first else recipe.padding
-            self.windows = crops(pad(stored, border, recipe.padding_mode), self.stored)
+        self.home = torch.device("cpu") if self.dali else device
+        self.labels = torch.as_tensor(labels, device=self.home)
+        stored = torch.from_numpy(images).to(self.home).permute(0, 3, 1, 2)
+        border = 0 if recipe.transform_first else recipe.padding
+        self.windows = sliding_windows(pad(stored, border, recipe.padding_mode), self.stored)
         self.set_epoch(0)
 
     def __len__(self):
@@ -68,9 +61,8 @@ class MemoryBatches:
         if self.seed is not None and self.recipe.crop == "resized":
             boxes = draw_boxes(self.count, self.stored, self.recipe.scale, self.recipe.ratio,
                                generator)
-        self.drawn = order[rows], shifts[:, rows], flips[rows], boxes[:, rows]
         self.order, self.shifts, self.flips, self.boxes = (
-            draw.to(self.device) for draw in self.drawn)
+            draw[..., rows].to(self.home) for draw in (order, shifts, flips, boxes))
 
     def rows(self, step: int) -> torch.Tensor:
         """Return the positions in the epoch's permutation of this rank's part of a batch."""
@@ -82,14 +74,14 @@ class MemoryBatches:
 
     def __iter__(self):
         steps = range(self.start_step, self.steps)
-        cropped = self.dali_crops(steps) if self.dali else map(self.torch_crops, steps)
-        for step, images in zip(steps, cropped, strict=True):
+        made = self.by_dali(steps) if self.dali else map(self.by_torch, steps)
+        for step, images in zip(steps, made, strict=True):
             if not len(images):             # a rank without a share of the last test batch
                 return
             if self.recipe.transform and not self.recipe.transform_first:
                 images = self.recipe.transform(images, self.generator(step))
-            yield normalise(images, self.recipe, self.channels_last), \
-                self.labels[self.order[self.part(step)]]
+            labels = self.labels[self.order[self.part(step)]].to(self.device, non_blocking=True)
+            yield normalise(images, self.recipe, self.channels_last), labels
 
     def part(self, step: int) -> slice:
         """Return this rank's images of a step, as a slice of its draws of the epoch."""
@@ -100,44 +92,41 @@ class MemoryBatches:
         seed = distributed.seed_of(self.seed, "transform", self.epoch, step, distributed.rank())
         return torch.Generator().manual_seed(seed)
 
-    def torch_crops(self, step: int) -> torch.Tensor:
-        """Return flipped and cropped uint8 images of a step: one gather on the device."""
+    def crop(self, step: int) -> torch.Tensor:
+        """Return uint8 images of a step, cropped to the size they are stored in by one gather."""
         part, windows = self.part(step), self.windows
         index = self.order[part]
         if self.recipe.transform_first:
             images = self.recipe.transform(windows[index, 0, 0], self.generator(step))
             images = pad(images, self.recipe.padding, self.recipe.padding_mode)
-            windows = crops(images, self.stored)
-            index = torch.arange(len(index), device=self.device)
-        images = windows[(index, *self.shifts[:, part])]
+            windows = sliding_windows(images, self.stored)
+            index = torch.arange(len(index), device=self.home)
+        return windows[(index, *self.shifts[:, part])]
+
+    def by_torch(self, step: int) -> torch.Tensor:
+        """Return cropped, resized and flipped uint8 images of a step."""
+        images, part = self.crop(step), self.part(step)
         if self.recipe.crop == "resized" or self.size != self.stored:
             images = resize_boxes(images, self.boxes[:, part], self.size, self.recipe.interpolation)
         if not self.recipe.flip:
             return images
         return torch.where(self.flips[part, None, None, None], images.flip(3), images)
 
-    def dali_crops(self, steps):
-        """Yield the same images made by DALI of the same draws (resized ones within rounding)."""
+    def by_dali(self, steps):
+        """Yield the same images, resized and flipped by DALI (resized ones within rounding)."""
         from nvidia.dali import fn, pipeline_def, types
-        recipe = self.recipe
+        filter = types.INTERP_CUBIC if self.recipe.interpolation == "bicubic" else \
+            types.INTERP_LINEAR
+        on_gpu = self.device.type == "cuda"
 
         def source(info):
             if info.iteration >= len(steps):
                 raise StopIteration
             step = steps[info.iteration]
-            order, shifts, flips, boxes = (draw[..., self.part(step)] for draw in self.drawn)
-            images = self.images[order.numpy()]
-            if recipe.transform_first:
-                images = torch.from_numpy(images).permute(0, 3, 1, 2)
-                images = recipe.transform(images, self.generator(step))
-                images = images.permute(0, 2, 3, 1).contiguous().numpy()
-            border = (recipe.padding,) * 2
-            images = np.pad(images, ((0, 0), border, border, (0, 0)), recipe.padding_mode)
-            corner, sides = (part.int().T.contiguous().numpy()
-                             for part in (boxes[:2] + shifts, boxes[2:]))   # one of them is 0
-            return images, corner, sides, flips.int().numpy()
-
-        on_gpu = self.device.type == "cuda"
+            part = self.part(step)
+            images = self.crop(step).permute(0, 2, 3, 1).contiguous().numpy()
+            corner, sides = self.boxes[:, part].int().view(2, 2, -1).mT.contiguous().numpy()
+            return images, corner, sides, self.flips[part].int().numpy()
 
         @pipeline_def(batch_size=-(-self.batch_size // distributed.world()),
                       num_threads=self.workers, exec_dynamic=True,
@@ -146,9 +135,7 @@ class MemoryBatches:
             images, corner, sides, mirror = fn.external_source(source, num_outputs=4,
                                                                batch_info=True)
             images = fn.slice(images.gpu() if on_gpu else images, corner, sides, axes=(0, 1))
-            if recipe.crop == "resized":
-                filter = types.INTERP_CUBIC if recipe.interpolation == "bicubic" else \
-                    types.INTERP_LINEAR
+            if self.recipe.crop == "resized":
                 images = fn.resize(images, size=self.size, interp_type=filter, antialias=True)
             return fn.crop_mirror_normalize(images, crop=self.size, mirror=mirror,
                                             dtype=types.UINT8, output_layout="CHW")
@@ -230,6 +217,6 @@ def taps(begin: torch.Tensor, length: torch.Tensor, before: int, after: int, fil
     return weights / weights.sum(2, keepdim=True)
 
 
-def crops(images: torch.Tensor, size) -> torch.Tensor:
+def sliding_windows(images: torch.Tensor, size) -> torch.Tensor:
     """Return all windows of `size` in images (N, C, H, W): a view (N, rows, columns, C, *size)."""
     return images.unfold(2, size[0], 1).unfold(3, size[1], 1).permute(0, 2, 3, 1, 4, 5)

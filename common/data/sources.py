@@ -14,6 +14,7 @@ from tqdm import tqdm
 from common import distributed
 from common.data.images import decode, read_text, reading, table
 from common.data.lists import as_files, list_classes, open_folders
+from common.data.recordio import UNNAMED
 from common.distributed import log, warn
 from common.errors import DataError
 
@@ -21,7 +22,6 @@ IN_MEMORY = ("digits", "cifar10", "cifar100", "tiny-imagenet-200", "folder", "np
 STREAMED = ("imagenet", "cub200", "stanford_dogs")
 NAMES = (*IN_MEMORY, *STREAMED)
 CIFAR = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}
-UNNAMED = 1000                          # labels up to here need no names
 ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 
 

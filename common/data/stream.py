@@ -55,8 +55,6 @@ class Stream:
         self.device, self.batch_size = torch.device(device), batch_size // world
         self.seed, self.rank, self.world, self.workers = seed, rank, world, workers
         self.train, self.channels_last, self.count = train, channels_last, len(data)
-        if self.count < world:
-            raise DataError(f"{data.path}: {self.count} images are too few for {world} processes")
         self.shard = range(self.count * rank // world, self.count * (rank + 1) // world)
         self.images = -(-self.count // world) if train else len(self.shard)     # of this rank
         if drop_last and train and self.images > self.batch_size:
@@ -238,7 +236,7 @@ class TorchStream(Stream):
             yield from loader
         except DataError as fault:                          # below the worker's traceback
             message = str(fault).strip().splitlines()[-1]
-            raise DataError(message.removeprefix("common.errors.DataError: ")) from None
+            raise DataError(message.split("DataError: ", 1)[-1]) from None
 
 
 class Images(Dataset):
