@@ -52,10 +52,11 @@ def list_images(args) -> tuple[list[tuple[str, int]], list[str]]:
     folders = list_classes(Path(args.images), allow_empty=True)
     names = printable(folders)
     classes = read_text(args.classes).splitlines() if args.classes else names
-    odd = sorted(set(names) - set(classes))
+    labels = {name: label for label, name in enumerate(classes)}
+    odd = [name for name in names if name not in labels]
     if odd:
         raise DataError(f"{Path(args.images, odd[0])}: no such class in {args.classes}")
-    items = [(os.path.relpath(path, args.images), classes.index(name))
+    items = [(os.path.relpath(path, args.images), labels[name])
              for name, files in zip(names, folders.values(), strict=True) for path in files]
     order = torch.randperm(len(items), generator=torch.Generator().manual_seed(0))
     return [items[i] for i in order.tolist()], classes
