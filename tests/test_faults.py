@@ -175,7 +175,7 @@ def test_cifar_pickles_are_opened_after_their_checksum_only(tmp_path):
     folder.mkdir()
     for name in ("train", "test", "meta"):
         (folder / name).write_bytes(pickle.dumps(Harm(tmp_path / "harmed")))
-    with pytest.raises(DataError, match="missing or damaged: train, test"):
+    with pytest.raises(DataError, match="cifar-100-python: missing or damaged"):
         data.load("cifar100", str(tmp_path), batch_size=10, device=torch.device("cpu"))
     assert not (tmp_path / "harmed").exists()
 
@@ -190,7 +190,7 @@ def test_foreign_archives_are_not_unpacked(tmp_path, monkeypatch):
     with tarfile.open(place / "cifar-100-python.tar.gz", "w:gz") as archive:
         archive.add(__file__, "../outside.py")
         archive.add(__file__, "cifar-100-python/train")
-    with pytest.raises(DataError, match="the download failed"):
+    with pytest.raises(DataError, match="missing or damaged.*no network"):
         data.load("cifar100", str(place), batch_size=10, device=torch.device("cpu"))
     assert not (tmp_path / "outside.py").exists() and not (place / "cifar-100-python").exists()
 
