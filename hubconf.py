@@ -120,10 +120,10 @@ class _Activations(nn.Module):
                 maps.append(out)
 
         with nn.modules.module.register_module_forward_hook(note):
-            logits = self.net(images)
+            self.net(images)
         if not maps:
             raise ValueError("occamix needs a network whose last feature map a Linear layer reads")
-        return logits, _ours("safuse.network").activation_maps(maps[-1], heads[-1].weight)
+        return _ours("safuse.network").activation_maps(maps[-1], heads[-1].weight)
 
 
 @contextlib.contextmanager
@@ -185,11 +185,8 @@ class Mixer:
             return mixed.images, program.implied_targets(labels, mixed, args, info.num_classes)
         if self.room == "safuse":
             mixed = program.mix_batch(_Activations(net), images, args, info, draws)
-            ratio = mixed.ratio
-            if ratio is None:                           # by area; attention is of SAFuse's network
-                pasted = mixed.from_b.gather(1, mixed.fused.flatten(1).long())
-                ratio = 1 - pasted.float().mean(1)
-            return mixed.images, program.soft_targets(labels, mixed.perm, ratio, info.num_classes)
+            # shares by area; attention is of SAFuse's network
+            return mixed.images, program.targets_of(labels, mixed, args, info.num_classes)
         if self.room == "sage":
             scaler = torch.amp.GradScaler(images.device.type, enabled=args.amp == "fp16")
             mixed = program.mix_batch(net, images, labels, args, info, draws, scaler)

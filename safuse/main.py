@@ -12,10 +12,8 @@ two machines      torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d \\
 
 --batch_size counts the images of a step over all processes.
 """
-import argparse
-import copy
+import dataclasses
 import os
-import re
 import signal
 import sys
 from functools import partial
@@ -30,23 +28,15 @@ import torch
 import torch.nn.functional as F
 
 from common import data, distributed, evaluation, flags, plots, runtime
-from common.data import Recipe
-from common.data.recipe import unnormalise
+from common.data.recipe import Recipe, unnormalise
 from common.distributed import log
 from common.errors import RunError
 from common.flags import add_boolean, amount, count, number, positive, share
-from common.mixing import (
-    cutmix,
-    draw_centre,
-    draw_lambda,
-    draw_perm,
-    soft_cross_entropy,
-    soft_targets,
-)
+from common.mixing import cutmix, draw_centre, draw_lambda, draw_perm, probabilities, soft_targets
 from common.models.weights import load_pretrained
 from common.run import Run, about
 from common.sums import StepSums
-from safuse import losses, mixing, network, picture, superpixels
+from safuse import losses, mixing, network, superpixels
 from safuse.localisation import localise
 from safuse.recipes import CROPS, SCHEDULES, defaults, learning_rate
 
@@ -57,61 +47,45 @@ DECODERS = {"safuse": "joint", "lgcoamix": "local"}         # none: a plain clas
 
 # ------------------------------------------------------------------------------------------ flags
 
-def gpu_list(text: str) -> list[int]:
-    """argparse type: '0', '0,1' or '[0, 1]'."""
-    if not re.fullmatch(r"\[?\s*\d+(\s*,\s*\d+)*\s*\]?", text):
-        raise argparse.ArgumentTypeError(f"'{text}' is no list of GPUs such as 0,1")
-    return [int(n) for n in re.findall(r"\d+", text)]
-
-
 def parse_args(argv=None):
-    """Return the flags; usage errors end the program with exit code 2."""
+    """Return the flags; usage errors exit with code 2."""
     parser = flags.Parser(__doc__)
     add = parser.add_argument_group("data and schedule").add_argument
     add("--method", choices=METHODS, default="safuse")
-    add("--NUM_CLASS", type=positive, default=None, help="if given, the data must have so many")
-    add("--padding", type=count, default=4, help="pixels around an image before its random crop "
-        "(of sets in memory)")
-    add_boolean(add, "--normalise", False,
-                "images in units of the data set's deviation instead of in [0, 1]")
-    add("--start_epoch", "--START_EPOCH", type=count, default=None,
-        help="first epoch, counted from 0")
-    add("--RESUME", type=flags.boolean, nargs="?", const=True, default=False, metavar="BOOL",
-        help="the same as --resume auto")
-    add("--schedule", choices=[*SCHEDULES, "step"], help="of the learning rate; A, B and C are the "
-        "papers' and count epochs to 600 (C: 300)")
+    add("--NUM_CLASS", type=positive, help="if given, the data must have so many")
+    add("--padding", type=count, default=4, help="pixels around an image before its random crop")
+    add_boolean(add, "--normalise", False, "images in units of the data set's standard deviation")
+    add("--start_epoch", "--START_EPOCH", type=count, help="first epoch, counted from 0")
+    add("--RESUME", dest="resume", type=lambda text: "auto" * flags.boolean(text), nargs="?",
+        const="auto", metavar="BOOL", help="the same as --resume auto")
+    add("--schedule", choices=[*SCHEDULES, "step"], help="of the rate; A, B, C are the papers'")
     add("--milestones", type=count, nargs="*", default=[], help="step: epochs of the LR changes")
     add("--gamma", type=amount, default=0.1, help="step: LR factor at these epochs")
     add_boolean(add, "--nesterov", False, "Nesterov's momentum")
-    add("--gpu_ids", type=gpu_list, default=None, metavar="N[,N…]",
-        help="GPUs to use; with several the program restarts itself under torchrun")
+    add("--gpu_ids", type=lambda text: [int(n) for n in text.strip("[]").split(",")],
+        metavar="N[,N…]", help="GPUs to use, a process on each")
 
     add = parser.add_argument_group("mixing").add_argument
     add("--cutmix_prob", type=share, default=0.5, help="share of the batches that are mixed")
     add("--p_binom", "--Burn_prob", type=share, default=0.5,
-        help="probability of pasting a superpixel; 0: nothing is mixed")
-    add("--N_min", type=number(float, low=1, high=1e6), help="superpixels wanted of an image, "
-        "at least")
-    add("--N_max", type=number(float, low=1, high=1e6), help="and at most")
+        help="probability of pasting a superpixel")
+    add("--N_min", type=positive, help="least number of superpixels asked of an image")
+    add("--N_max", type=positive, help="and the most")
     add("--compactness", type=number(above=0), help="of the superpixels, against colour")
     add("--superpixels", choices=["slic", "skimage"], default="slic",
-        help="slic: ours, batched on the device; skimage: scikit-image's, on the CPU")
+        help="batched on the device, or scikit-image's on the CPU")
     add("--cells", type=positive, default=3, help="occamix: most attentive cells of an image")
-    add("--beta", type=amount, default=1.0, help="cutmix: Beta parameter")
 
     add = parser.add_argument_group("safuse and lgcoamix").add_argument
     add("--topN_local_ratio", type=number(low=1e-3, high=1),
-        help="share of an image's superpixels, by attention, that is classified one by one")
+        help="share of an image's superpixels, by attention, that are classified one by one")
     add("--loss_gamma_CE", type=amount, help="weight of the superpixels' cross entropy")
     add("--loss_gamma_SCL", type=amount, help="weight of their contrastive loss")
     add("--temp", type=number(above=0), default=0.7, help="temperature of the contrastive loss")
-    add("--base_temp", type=number(above=0), default=0.07, help="its base temperature")
-    add_boolean(add, "--gather", True, "contrast the superpixels of all processes, not of each")
-    add("--attention_score", choices=network.SCORES, default="post_norm",
+    add("--attention_score", choices=["post_norm", "pre_norm"], default="post_norm",
         help="sum over a superpixel's channels after LayerNorm (as published) or before it")
     add("--label_share", choices=["both", "attention"],
-        help="the label's share of image b is its share of attention, or the mean of this and of "
-             "the area; with attention alone at least one superpixel is classified")
+        help="the label's share of an image is that of attention, or the mean of it and of area")
     flags.add_flags(
         parser, data.NAMES, network.ARCHS,
         {"data_dir": ["--data_path"], "epochs": ["--NB_EPOCH"], "lr": ["--LR"],
@@ -121,20 +95,10 @@ def parse_args(argv=None):
     first = parser.peek(argv)
     parser.set_defaults(**defaults(first.method, first.dataset, first.arch, first.image_size))
     args = parser.parse_args(argv)
-    args.resume = args.resume or ("auto" if args.RESUME else "")
-    del args.RESUME                             # said by --resume, now and in the checkpoint
-    for name in ("N_min", "N_max"):
-        if getattr(args, name) % 1:
-            parser.error(f"--{name} {getattr(args, name)} is not a whole number")
-        setattr(args, name, int(getattr(args, name)))
     if args.N_min > args.N_max:
         parser.error(f"--N_min {args.N_min} is more than --N_max {args.N_max}")
     if args.milestones and args.schedule != "step":
         parser.error("--milestones are for --schedule step")
-    if args.nesterov and not args.momentum:
-        parser.error("--nesterov needs --momentum")
-    if args.start_epoch is not None and args.start_epoch >= args.epochs:
-        parser.error(f"--start_epoch {args.start_epoch}: the last epoch is {args.epochs - 1}")
     return args
 
 
@@ -144,9 +108,8 @@ class Mixed(NamedTuple):
     """A batch for the network, with what the loss and the preview need."""
     images: torch.Tensor                        # (B, 3, H, W)
     perm: torch.Tensor | None = None            # (B,) partners
-    ratio: torch.Tensor | None = None           # (B,) share of the first image's label
+    ratio: torch.Tensor | None = None           # (B,) share of the first image, by area
     labels: torch.Tensor | None = None          # (B, H, W) superpixels of the images
-    mask: torch.Tensor | None = None            # (B, H, W) occamix: what is pasted
     fused: torch.Tensor | None = None           # (B, H, W) superpixels of the mixed images,
     from_b: torch.Tensor | None = None          # (B, S) and which of these are pasted
 
@@ -163,9 +126,11 @@ def mix_batch(net, images, args, info, generator) -> Mixed:
     """Mix a batch by --method; every random number comes from `generator`."""
     n, (height, width) = len(images), images.shape[-2:]
     compiled = partial(runtime.compiled, args=args)
+    if args.method == "baseline":
+        return Mixed(images)
     perm = draw_perm(n, generator).to(images.device, non_blocking=True)
     if args.method == "cutmix":
-        lam = draw_lambda(args.beta, generator)
+        lam = draw_lambda(1.0, generator)
         mixed, ratio = compiled(cutmix)(images, perm, draw_centre(height, width, generator), lam)
         return Mixed(mixed, perm, ratio)
 
@@ -175,70 +140,68 @@ def mix_batch(net, images, args, info, generator) -> Mixed:
     labels = slic(unnormalise(images, info), segments, args.compactness)
     most = superpixels.most_superpixels(torch.arange(args.N_min, args.N_max + 1), height, width)
     if args.method == "occamix":
-        with runtime.autocast(args, images.device):
-            scores = network.attention_scores(net, images).float()
-        mask = compiled(mixing.attentive_mask)(scores[perm], labels[perm], args.cells, num_b=most)
-        return Mixed(mixing.paste(images, perm, mask), perm, 1 - mask.float().mean((1, 2)),
-                     labels, mask)
-
-    chosen = mixing.draw_chosen(n, most, args.p_binom, generator)
-    trim = False if args.gather and distributed.world() > 1 else None   # ranks: equal shapes
+        training = net.training
+        net.eval()
+        with torch.no_grad(), runtime.autocast(args, images.device):
+            scores = net.activation_maps(images).amax(1).float()     # of the classes
+        net.train(training)
+        chosen = compiled(mixing.attentive_superpixels)(scores[perm], labels[perm], args.cells,
+                                                        num_b=most)
+    else:
+        chosen = mixing.draw_chosen(n, most, args.p_binom, generator)
+    trim = False if distributed.world() > 1 else None       # the loss gathers equal shapes
     mixed, fused, from_b = compiled(mixing.superpixel_mix)(
         images, perm, labels, labels[perm], chosen, num_a=most, trim=trim)
-    return Mixed(mixed, perm, labels=labels, fused=fused, from_b=from_b)
-
-
-def label_shares(scores, counts, from_b):
-    """Return the second image's share (B,) of the label by area and by attention."""
-    return mixing.area_ratio(counts, from_b), mixing.attention_ratio(scores.sigmoid(), counts,
-                                                                     from_b)
+    ratio = 1 - from_b.gather(1, fused.flatten(1)).float().mean(1)
+    return Mixed(mixed, perm, ratio, labels, fused, from_b)
 
 
 # --------------------------------------------------------------------------------------- training
 
+def targets_of(labels, mixed, args, num_classes, scores=None, counts=None):
+    """Return soft targets (B, num_classes), with attention if superpixels' scores are given."""
+    if mixed.perm is None:
+        return probabilities(labels, num_classes)
+    ratio = mixed.ratio
+    if scores is not None:
+        attention = 1 - mixing.attention_ratio(scores.sigmoid(), counts, mixed.from_b)
+        ratio = attention if args.label_share == "attention" else (ratio + attention) / 2
+    return soft_targets(labels, mixed.perm, ratio, num_classes)
+
+
 def superpixel_loss(outputs, labels, mixed, args):
     """Return the loss of a mixed batch of SAFuse or LGCOAMix."""
     logits, local, scores, counts = outputs
-    area, attention = label_shares(scores, counts, mixed.from_b)
-    lam = attention if args.label_share == "attention" else (area + attention) / 2
-    loss = soft_cross_entropy(logits, soft_targets(labels, mixed.perm, 1 - lam, logits.shape[1]))
-
+    targets = targets_of(labels, mixed, args, logits.shape[1], scores, counts)
     # The most attentive superpixels are classified and contrasted, each with its own label
-    index, kept = mixing.top_superpixels(scores, counts, args.topN_local_ratio,
-                                         at_least_one=args.label_share == "attention")
+    index, selected = mixing.top_superpixels(scores, counts, args.topN_local_ratio,
+                                             at_least_one=args.label_share == "attention")
     local = local.gather(1, index[..., None].expand(-1, -1, local.shape[2]))
-    own = losses.superpixel_labels(labels, mixed.perm, mixed.from_b).gather(1, index)
+    own = torch.where(mixed.from_b, labels[mixed.perm][:, None], labels[:, None]).gather(1, index)
     weights = scores.sigmoid().gather(1, index) if args.method == "safuse" else None
-    return loss + args.loss_gamma_CE * losses.local_cross_entropy(local, own, kept, weights) \
-        + args.loss_gamma_SCL * losses.superpixel_contrastive(
-            local, own, kept, weights, temperature=args.temp, base_temperature=args.base_temp,
-            gather=args.gather)
+    contrast = losses.superpixel_contrastive(local, own, selected, weights, temperature=args.temp)
+    return F.cross_entropy(logits.float(), targets) + args.loss_gamma_SCL * contrast \
+        + args.loss_gamma_CE * losses.local_cross_entropy(local, own, selected, weights)
 
 
 def training_step(net, model, images, labels, args, info, mixed_step, generator, scaler):
-    """Compute the gradients of one step; return the loss and the logits."""
+    """Leave the gradients of one step in the parameters; return the loss and the logits."""
     mixed = mix_batch(net, images, args, info, generator) if mixed_step else Mixed(images)
-    idle = []                                   # parameters that this step does not use
+    idle = []                                       # parameters that this step does not use
     with runtime.autocast(args, images.device):
-        if mixed.fused is not None:
-            outputs = model(mixed.images, mixed.fused, mixed.from_b.shape[1])
+        if mixed_step and args.method in DECODERS:
+            logits, *_ = outputs = model(mixed.images, mixed.fused, mixed.from_b.shape[1])
+            loss = superpixel_loss(outputs, labels, mixed, args)
         else:
-            outputs = model(mixed.images),
-            idle = net.local_parameters()
-    if mixed.fused is not None:
-        loss = superpixel_loss(outputs, labels, mixed, args)
-    elif mixed.perm is not None:
-        loss = soft_cross_entropy(outputs[0], soft_targets(labels, mixed.perm, mixed.ratio,
-                                                           info.num_classes))
-    else:
-        loss = F.cross_entropy(outputs[0].float(), labels)
-    total = loss
-    if distributed.world() > 1:                     # ranks wait for the gradient of every parameter
-        total = loss + sum(0 * p.sum() for p in idle)
+            logits, idle = model(mixed.images), net.local_parameters()
+            targets = targets_of(labels, mixed, args, info.num_classes)
+            loss = F.cross_entropy(logits.float(), targets)
+    # ranks wait for the gradient of every parameter
+    total = loss + sum(0 * p.sum() for p in idle) if distributed.world() > 1 else loss
     scaler.scale(total).backward()
-    for parameter in idle:                      # no gradient: weight decay leaves it alone, too
+    for parameter in idle:                          # neither weight decay nor momentum moves it
         parameter.grad = None
-    return loss, outputs[0]
+    return loss, logits
 
 
 def train_one_epoch(net, model, loader, optimizer, scaler, args, info, run):
@@ -264,56 +227,41 @@ def report(net, test, args, info, run, checkpoint=None):
     evaluation.report(net, test, args, info, run, checkpoint)
     if not args.cam and args.dataset == "cub200" and test.data.boxes:
         log("localisation (IoU at least 0.5): {:.2f} % with the right class, {:.2f} % "
-                    "with the class given".format(*localise(net, test, args)))
+            "with the class given".format(*localise(net, test, args)))
 
 
 @torch.no_grad()
 def draw_preview(path, net, train, args, info):
-    """Draw the first training batch, mixed by the method; return the path."""
+    """Draw training images mixed by the method, with their superpixels; return the path."""
     train.set_epoch(0)
-    images, labels = next(iter(train))
-    first = {label: i for i, label in reversed(list(enumerate(labels.tolist())))}
-    chosen = sorted(first.values())[:8]                     # of eight classes
-    images, labels, args = images[chosen], labels[chosen], copy.copy(args)
-    args.beta, title = 32.0, f"{METHODS[args.method]} on {info.name}"       # lambda near a half
-    generators = (distributed.step_generator(args.seed, 0, step) for step in range(99))
-    own = torch.arange(len(chosen))
-    step = next((step for step, generator in enumerate(generators)
-                 if (draw_perm(len(chosen), generator) != own).all()), 0)   # no image with itself
-    generator = distributed.step_generator(args.seed, 0, step)
-    if args.method == "baseline":
-        return plots.preview(path, title, {"image": images},
-                            F.one_hot(labels, info.num_classes).float(), info)
+    images, labels = (part[:64] for part in next(iter(train)))
     net.eval()
-    mixed = mix_batch(net, images, args, info, generator)
-    perm, shares, mask = mixed.perm, {"area": mixed.ratio}, mixed.mask
-    if mixed.labels is None:
-        rows = {"image": images, "partner": images[perm], "mixed": mixed.images}
-        return plots.preview(path, title, rows, soft_targets(labels, perm, mixed.ratio,
-                                                            info.num_classes), info)
-    if mixed.fused is not None:
-        _, _, scores, counts = net(mixed.images, mixed.fused, mixed.from_b.shape[1])
-        area, attention = label_shares(scores, counts, mixed.from_b)
-        shares = {"area": 1 - area, "attention": 1 - attention}
-        mask = mixed.from_b.gather(1, mixed.fused.flatten(1)).view(mixed.fused.shape)
-    seen, shown = unnormalise(images, info), unnormalise(mixed.images, info)
-    names = [info.classes[label][:12] for label in labels.tolist()]
-    return picture.draw_mixed(path, title, seen, shown, perm, mixed.labels, mask, names, shares)
+    mixed = mix_batch(net, images, args, info, distributed.step_generator(args.seed, 0, 0))
+    attention = net(mixed.images, mixed.fused, mixed.from_b.shape[1])[2:] \
+        if args.method in DECODERS else ()
+    targets = targets_of(labels, mixed, args, info.num_classes, *attention)
+    rows = {"image": images, "partner": None if mixed.perm is None else images[mixed.perm],
+            "mask": None, "mixed": mixed.images}
+    if mixed.labels is not None:
+        of = {"image": mixed.labels, "partner": mixed.labels[mixed.perm], "mixed": mixed.fused}
+        rows |= {name: superpixels.borders(unnormalise(rows[name], info), of[name]) for name in of}
+        rows["mask"] = mixed.from_b.gather(1, mixed.fused.flatten(1)).view(mixed.fused.shape)
+        info = dataclasses.replace(info, mean=(0.0,) * 3, std=(1.0,) * 3)
+    return plots.preview(path, f"{METHODS[args.method]} on {info.name}", rows, targets, info)
 
 
 def choose_gpus(numbers: list[int]):
-    """Show torch these GPUs (of those that a scheduler gave); one process for each."""
-    seen = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(
-        seen[n] if len(seen) > n and seen[n] else str(n) for n in numbers)
+    """Show torch these GPUs of those that a scheduler gave; torchrun's processes choose alike."""
+    given = os.environ.setdefault("GIVEN_GPUS", os.environ.get("CUDA_VISIBLE_DEVICES", ""))
+    names = given.split(",") if given else [str(n) for n in range(max(numbers) + 1)]
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(names[n] for n in numbers if n < len(names))
     if not torch.cuda.is_available():
-        raise RunError(f"--gpu_ids {numbers}: torch sees no such GPU; without the flag the program "
-                       "finds what there is")
+        raise RunError(f"--gpu_ids {numbers}: torch sees no such GPU")
     runtime.use_gpus(len(numbers))
 
 
 def main(argv=None):
-    """Train, evaluate or draw a preview, as the flags say; return the network."""
+    """Train, evaluate or draw as the flags say; return the network."""
     args = parse_args(argv)
     if args.gpu_ids and args.device != "cpu":
         choose_gpus(args.gpu_ids)
@@ -329,20 +277,18 @@ def main(argv=None):
     if args.NUM_CLASS not in (None, info.num_classes):
         raise RunError(f"--NUM_CLASS {args.NUM_CLASS}: {info.name} has {info.num_classes} classes")
     torch.manual_seed(args.seed)
-    decoder = DECODERS.get(args.method, "none")
-    net, model = runtime.prepare(
-        network.build(args.arch, info.num_classes, info.image_size, decoder=decoder,
-                      initial_channels=args.initial_channels, score=args.attention_score,
-                      width=info.width),
-        args, device)
+    net, model = runtime.prepare(network.Network(
+        args.arch, info.num_classes, info.image_size, width=info.width,
+        decoder=DECODERS.get(args.method, "none"), initial_channels=args.initial_channels,
+        score=args.attention_score), args, device)
     optimizer = torch.optim.SGD(net.parameters(), lr=args.lr, momentum=args.momentum,
                                 weight_decay=args.weight_decay, nesterov=args.nesterov)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     log(f"{about(info, net, train, args)}; method {args.method}")
 
     # The run: its folder, what it holds already, and the place to go on from
-    run = Run(args, device, info, [args.method], {"method": args.method},
-                     model=net, optimizer=optimizer, scaler=scaler)
+    run = Run(args, device, info, [args.method], {"method": args.method}, model=net,
+              optimizer=optimizer, scaler=scaler)
     if args.evaluate or args.preview:
         checkpoint = run.load_weights()
         if not checkpoint:

@@ -7,8 +7,7 @@ ROWS = [
     ("safuse", None, "resnet18", {"loss_gamma_CE": 0.03, "loss_gamma_SCL": 0.05}),
     ("safuse", "small", "resnext50", {"topN_local_ratio": 0.764}),
     ("safuse", None, None, {"loss_gamma_CE": 0.8, "loss_gamma_SCL": 0.08}),
-    ("lgcoamix", "cub200", "resnet18", {
-        "loss_gamma_CE": 0.05, "epochs": 300, "schedule": "C"}),
+    ("lgcoamix", "cub200", "resnet18", {"loss_gamma_CE": 0.05, "epochs": 300, "schedule": "C"}),
     ("lgcoamix", "cub200", "deit_b16", {"N_max": 38}),
     (None, None, "deit_b16", {"schedule": "A"}),
     ("lgcoamix", "stanford_dogs", None, {"loss_gamma_CE": 0.03, "schedule": "B"}),
@@ -19,8 +18,7 @@ ROWS = [
     ("occamix", "large", None, {"N_min": 30, "N_max": 60}),
     ("occamix", None, None, {"compactness": 10.0}),
     (None, "cub200", None, {"lr": 0.001, "batch_size": 8, "pretrained": "torchvision"}),
-    (None, "stanford_dogs", None, {
-        "lr": 0.01, "batch_size": 16, "N_min": 40, "N_max": 60}),
+    (None, "stanford_dogs", None, {"lr": 0.01, "batch_size": 16, "N_min": 40, "N_max": 60}),
     ("lgcoamix", "tiny-imagenet-200", None, {"schedule": "B"}),
     ("occamix", "tiny-imagenet-200", None, {"schedule": "B"}),
     (None, "tiny-imagenet-200", None, {"batch_size": 100}),
@@ -53,15 +51,13 @@ def defaults(method: str, dataset: str, arch: str, image_size: int | None = None
     """Return the paper's settings for a method, data set and architecture."""
     size = "large" if dataset in LARGE or (image_size or 0) >= 64 else "small"
     chosen = {}
-    for for_method, for_data, for_arch, values in ROWS:
-        if for_method in (None, method) and for_data in (None, dataset, size) and \
-                for_arch in (None, arch):
-            chosen = values | chosen
+    for *conditions, values in reversed(ROWS):
+        if {None, method, dataset, size, arch}.issuperset(conditions):
+            chosen |= values
     return chosen
 
 
-def learning_rate(epoch: int, base: float, schedule: str, milestones=(), gamma: float = 0.1
-                  ) -> float:
+def learning_rate(epoch: int, base: float, schedule: str, milestones=(), gamma=0.1) -> float:
     """Return the learning rate of an epoch, from 0, by SCHEDULES or "step"."""
     if schedule == "step":
         return base * gamma ** sum(epoch >= start for start in milestones)

@@ -1,4 +1,4 @@
-"""A paper's main.py run as users run it, made small by a few flags."""
+"""A paper's main.py run as users run it, made small by a few flags; comparisons."""
 import os
 import signal
 import subprocess
@@ -124,3 +124,17 @@ def weights(folder, name="checkpoint.pt"):
 
 def same(first, second):
     return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
+def close(actual, expected, rtol=1e-4, atol=1e-5):
+    torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol, check_dtype=False)
+
+
+def relabelled(maps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Labels of each image replaced by their rank, and from_b (B, S) of labels above 9999."""
+    values = [m.unique() for m in maps]
+    from_b = torch.zeros(len(maps), max(map(len, values)), dtype=torch.bool)
+    for i, value in enumerate(values):
+        from_b[i, :len(value)] = value > 9999
+    ranks = torch.stack([torch.searchsorted(v, m) for v, m in zip(values, maps, strict=True)])
+    return ranks, from_b

@@ -24,7 +24,7 @@ SAFUSE = "--initial_channels 16 --schedule step --cutmix_prob 1 --N_min 6 --N_ma
     ("soft_aug", "--da 2 --loss st --noise 0.5 --mixup", "mixup soft_crop soft_noise"),
     ("resizemix", RESIZEMIX, "cutmix cutout"),
     ("safuse", SAFUSE + "cutmix", "cutmix"),
-    ("safuse", SAFUSE + "occamix", "attentive_mask slic"),
+    ("safuse", SAFUSE + "occamix", "attentive_superpixels slic superpixel_mix"),
     ("safuse", SAFUSE + "safuse", "slic superpixel_mix"),
     ("samix", "--lr 0.05 --block_lr 0.05 --method cutmix", "cutmix"),
     ("samix", "--lr 0.05 --block_lr 0.05 --method mixup", "mixup")])

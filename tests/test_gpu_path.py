@@ -206,7 +206,7 @@ def mixings():
         "slic": lambda: superpixels.slic(images, segments, 8.0),
         "superpixel_mix": lambda: safuse.superpixel_mix(
             images, perm, kept, kept[perm], chosen, num_a=most),
-        "attentive_mask": lambda: safuse.attentive_mask(scores, kept, num_b=most),
+        "attentive_superpixels": lambda: safuse.attentive_superpixels(scores, kept, num_b=most),
         "superpixel_pool": lambda: network.superpixel_pool(features, kept, most),
         "mixblock": lambda: mixblock.mix(
             images, mixblock.adjust_mask(block(small, lam, perm, 4), lam), perm),

@@ -94,7 +94,7 @@ def test_a_loop_of_ones_own_trains_the_program_s_network(method, room, words):
     args = module.parse_args(words.split())
     loader, _, info = data.load("digits", "", batch_size=16, device=torch.device("cpu"), seed=1,
                                 labels_per_class=8)
-    build = network.build if room == "safuse" else models.build
+    build = network.Network if room == "safuse" else models.build
     more = {"decoder": "none"} if room == "safuse" else {}
     nets = []
     for _ in range(2):

@@ -89,11 +89,12 @@ def test_files_that_are_none(content, line):
 def test_files_that_do_not_fit():
     torch.save(theirs().state_dict(), "w.pth")
     Path("text.pth").write_text("nothing")
-    encoder = {size: network.build("resnet18", 5, size).encoder for size in (32, 224)}
+    encoder = {size: network.Network("resnet18", 5, size).encoder for size in (32, 224)}
     load_weights(encoder[224], "w.pth", "resnet18")
     for net, source, line in [
             (encoder[32], "w.pth", r"conv1.weight: \(64, 3, 7, 7\), \(64, 3, 3, 3\) needed"),
-            (network.build("resnet50", 5, 224).encoder, "w.pth", r"conv1.weight: \(64, 64, 3, 3\)"),
+            (network.Network("resnet50", 5, 224).encoder, "w.pth",
+             r"conv1.weight: \(64, 64, 3, 3\)"),
             (encoder[224], "absent.pth", "no such file"),
             (encoder[224], "text.pth", "text.pth: not a readable")]:
         with pytest.raises(DataError, match=line):
@@ -153,7 +154,7 @@ def test_a_run_begins_with_the_file(program):
     small = program in ("sage", "soft_aug", "resizemix")    # a ResNet of our own names
     arch = "wrn28_2" if program == "sage" else "resnet18"
     options = {"initial_channels": 16}
-    net = models.build(arch, 10, 32, **options) if small else network.build(
+    net = models.build(arch, 10, 32, **options) if small else network.Network(
         arch, 10, 16, decoder="joint", **options).encoder
     if program == "samix":
         net = torch.nn.Sequential(*(lambda m: (m.stem, *m.stages[:3]))(
@@ -208,7 +209,7 @@ def test_export_in_torchvisions_names(tmp_path, capsys):
 
     for arch, decoder, what in (("resnet18", "local", "resnet18 in torchvision's names, 122"),
                                 ("resnext50", "joint", "50_32x4d in torchvision's names, without")):
-        net = network.build(arch, 7, 224, decoder=decoder)
+        net = network.Network(arch, 7, 224, decoder=decoder)
         export.main([checkpoint_of(net, arch, tmp_path), "out.pth"])
         assert what in capsys.readouterr().out
         out = torch.load("out.pth", weights_only=True)
@@ -238,7 +239,7 @@ def test_export_as_onnx(tmp_path, monkeypatch):
     images = torch.rand(2, 3, 32, 32)
     torch.testing.assert_close(seen[0](images), ours(images))
     with pytest.raises(RunError, match="ONNX is for the networks of sage"):
-        export.main([checkpoint_of(network.build("resnet18", 7), "resnet18", tmp_path), "o.onnx"])
+        export.main([checkpoint_of(network.Network("resnet18", 7), "resnet18", tmp_path), "o.onnx"])
 
 
 def test_export_runs_as_a_program():

@@ -26,7 +26,7 @@ from common import mixing, plots
 from common.plots import INK, new_figure, save_figure
 from resizemix.mixing import resize_mix
 from safuse import superpixels
-from safuse.mixing import attentive_mask, draw_chosen, paste, superpixel_mix
+from safuse.mixing import attentive_superpixels, draw_chosen, superpixel_mix
 from safuse.network import activation_maps
 from sage import comixup, puzzlemix, saliencymix
 from sage.rearrange import draw_offsets, gradient_saliency, sage_mix
@@ -96,15 +96,14 @@ def mixtures(images, net) -> dict:
     wanted = torch.full((n,), 40)
     segments = superpixels.slic(images * 0.25 + 0.5, wanted, 10.0)
     chosen = draw_chosen(n, int(segments.max()) + 1, 0.5, generator)
-    mixed, fused, from_b = superpixel_mix(images, perm, segments, segments[perm], chosen)
-    count = torch.stack([(fused == i).sum((1, 2)) for i in range(from_b.shape[1])], 1)
-    found["SAFuse"] = mixed, 1 - (count * from_b).sum(1) / count.sum(1)
     with torch.no_grad():
         backbone = net.q.backbone
         maps = activation_maps(backbone.after(backbone.before(images)), net.q.one.weight)
         attention = maps.amax(1)
-    mask = attentive_mask(attention[perm], segments[perm], 24)
-    found["OcCaMix"] = paste(images, perm, mask), 1 - mask.float().mean((1, 2))
+    attentive = attentive_superpixels(attention[perm], segments[perm], 24)
+    for name, which in (("SAFuse", chosen), ("OcCaMix", attentive)):
+        mixed, fused, from_b = superpixel_mix(images, perm, segments, segments[perm], which)
+        found[name] = mixed, 1 - from_b.gather(1, fused.flatten(1)).float().mean(1)
     with torch.no_grad():
         features = net.k.features(images)
         masks = net.block(features, half, perm, SIDE // features.shape[-1], mode="bilinear")

@@ -91,7 +91,7 @@ def difference(method, words) -> float:
     for _ in range(2):
         torch.manual_seed(0)
         more = {"initial_channels": words.initial_channels}
-        nets.append(network.build("resnet18", info.num_classes, 32, decoder="none", **more)
+        nets.append(network.Network("resnet18", info.num_classes, 32, decoder="none", **more)
                     if room == "safuse" else
                     models.build("preactresnet18", info.num_classes, 32, **more))
     optimizers = [torch.optim.SGD(net.parameters(), 0.05, momentum=0.9) for net in nets]

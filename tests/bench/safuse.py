@@ -27,7 +27,6 @@ from torchvision.transforms.v2.functional import resize
 from common import plots, runtime
 from safuse import main as safuse
 from safuse import mixing, network, superpixels
-from safuse import picture as pictures
 
 CLOCK = [time.perf_counter]
 # image size: batch, segments from, to
@@ -123,7 +122,7 @@ def steps(images: torch.Tensor, size: int, args, device):
     ours, theirs = (safuse.parse_args([*flags, "--superpixels", kind])
                     for kind in ("slic", "skimage"))
     info = argparse.Namespace(num_classes=100, mean=(0, 0, 0), std=(1, 1, 1))
-    net = network.build(ours.arch, 100, size, initial_channels=args.initial_channels,
+    net = network.Network(ours.arch, 100, size, initial_channels=args.initial_channels,
                         decoder=safuse.DECODERS.get(args.method, "none")).to(device)
     net = net.to(memory_format=torch.channels_last) if args.channels_last else net
     scaler = torch.amp.GradScaler(device.type, enabled=False)
@@ -158,7 +157,7 @@ def picture(path: str):
     rows, captions = {}, {}
     for name, slic in (("ours", superpixels.slic), ("scikit-image", superpixels.slic_skimage)):
         labels = slic(images, 35, 8.0)
-        rows[name] = pictures.borders(images, labels)
+        rows[name] = superpixels.borders(images, labels).permute(0, 2, 3, 1).numpy()
         captions[name] = [f"{one.max() + 1} superpixels" for one in labels]
     plots.grid(path, "35 superpixels wanted, compactness 8", rows, captions, side=1.5)
 
