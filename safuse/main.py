@@ -286,7 +286,7 @@ def main(argv=None):
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     log(f"{about(info, net, train, args)}; method {args.method}")
 
-    # The run: its folder, what it holds already, and the place to go on from
+    # The run: its folder, its history, and where it goes on
     run = Run(args, device, info, [args.method], {"method": args.method}, model=net,
               optimizer=optimizer, scaler=scaler)
     if args.evaluate or args.preview:

@@ -385,8 +385,8 @@ def plain_occamix(net, images, labels, segments, perm):
         maps = torch.relu(torch.einsum("kc,chw->khw", net.fc.weight.detach(), features[other]))
         scores, cell = maps.amax(0), size // maps.shape[-1]
         pasted = torch.zeros(size, size, dtype=torch.bool)
-        for place in scores.flatten().topk(3).indices.tolist():
-            y, x = (cell * part for part in divmod(place, maps.shape[-1]))
+        for index in scores.flatten().topk(3).indices.tolist():
+            y, x = (cell * part for part in divmod(index, maps.shape[-1]))
             inside = segments[other][y:y + cell, x:x + cell]
             best = max(inside.unique().tolist(),            # the first, lowest, of equals
                        key=lambda s: (inside == s).sum().item() / (segments[other] == s).sum())
