@@ -31,7 +31,7 @@ from common import data, distributed, evaluation, flags, plots, runtime
 from common.data.recipe import Recipe, unnormalise
 from common.distributed import log
 from common.errors import RunError
-from common.flags import add_boolean, amount, count, number, positive, share
+from common.flags import add_boolean, amount, chosen, count, number, positive, share
 from common.mixing import cutmix, draw_centre, draw_lambda, draw_perm, probabilities, soft_targets
 from common.models.weights import load_pretrained
 from common.run import Run, about
@@ -58,7 +58,8 @@ def parse_args(argv=None):
     add("--start_epoch", "--START_EPOCH", type=count, help="first epoch, counted from 0")
     add("--RESUME", dest="resume", type=lambda text: "auto" * flags.boolean(text), nargs="?",
         const="auto", metavar="BOOL", help="the same as --resume auto")
-    add("--schedule", choices=[*SCHEDULES, "step"], help="of the rate; A, B, C are the papers'")
+    add("--schedule", choices=[*SCHEDULES, "step"],
+        help="of the learning rate; A, B, C: the papers', of 600 epochs (C: 300)")
     add("--milestones", type=count, nargs="*", default=[], help="step: epochs of the LR changes")
     add("--gamma", type=amount, default=0.1, help="step: LR factor at these epochs")
     add_boolean(add, "--nesterov", False, "Nesterov's momentum")
@@ -145,13 +146,13 @@ def mix_batch(net, images, args, info, generator) -> Mixed:
         with torch.no_grad(), runtime.autocast(args, images.device):
             scores = net.activation_maps(images).amax(1).float()     # of the classes
         net.train(training)
-        chosen = compiled(mixing.attentive_superpixels)(scores[perm], labels[perm], args.cells,
+        pasted = compiled(mixing.attentive_superpixels)(scores[perm], labels[perm], args.cells,
                                                         num_b=most)
     else:
-        chosen = mixing.draw_chosen(n, most, args.p_binom, generator)
+        pasted = mixing.draw_chosen(n, most, args.p_binom, generator)
     trim = False if distributed.world() > 1 else None       # the loss gathers equal shapes
     mixed, fused, from_b = compiled(mixing.superpixel_mix)(
-        images, perm, labels, labels[perm], chosen, num_a=most, trim=trim)
+        images, perm, labels, labels[perm], pasted, num_a=most, trim=trim)
     ratio = 1 - from_b.gather(1, fused.flatten(1)).float().mean(1)
     return Mixed(mixed, perm, ratio, labels, fused, from_b)
 
@@ -270,10 +271,8 @@ def main(argv=None):
     # Data, network, optimizer
     pixels = {} if args.normalise else {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
     recipe = Recipe(padding=args.padding, **CROPS.get(args.dataset, {}), **pixels)
-    train, test, info = data.load(
-        args.dataset, args.data_dir, recipe, batch_size=args.batch_size, device=device,
-        seed=args.seed, loader=args.loader, image_size=args.image_size, val_split=args.val_split,
-        labels_per_class=args.labels_per_class, workers=args.workers)
+    train, test, info = data.load(args.dataset, args.data_dir, recipe, device=device,
+                                  **chosen(args, flags.LOADING))
     if args.NUM_CLASS not in (None, info.num_classes):
         raise RunError(f"--NUM_CLASS {args.NUM_CLASS}: {info.name} has {info.num_classes} classes")
     torch.manual_seed(args.seed)
