@@ -627,7 +627,7 @@ def test_start_epoch_repeats_from_there(tmp_path, capsys):
     train(tmp_path, *words, "--RESUME", "True", "--START_EPOCH", 1)
     assert re.findall(r"^epoch (\d)/3  loss", capsys.readouterr().out, re.M) == ["2", "3"]
     rows = (folder / "log.csv").read_text().splitlines()
-    assert [row.split(",")[0] for row in rows[1:]] == ["0", "1", "2"]
+    assert [row.split(",")[0] for row in rows[1:]] == ["1", "2", "3"]
 
 
 RANKS = """
