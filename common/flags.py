@@ -134,7 +134,8 @@ def add_flags(parser, datasets, archs, names: dict, **defaults):
     add("lr", "learning rate", type=amount)
     add("momentum", "of SGD", type=share)
     add("weight_decay", "L2 penalty of the optimizer", type=amount)
-    add("seed", "random seed (-1: pick one)", type=number(int, low=-2**63, high=2**63 - 1))
+    add("seed", "random seed" + " (-1: pick one)" * (defaults["seed"] == -1),
+        type=number(int, low=-2**63, high=2**63 - 1))
     add("workers", "threads that decode image files or run DALI", type=count)
     add("print_freq", "steps between log lines", type=positive)
     add_run_time_flags(parser.add_argument_group("run time (the same in every main.py)"),

@@ -109,6 +109,8 @@ def parse_args(argv=None):
         parser.error(f"--warmup_epochs {args.warmup_epochs} are not below the {args.epochs} epochs")
     if args.milestones and args.lr_schedule != "step":
         parser.error("--milestones are for --lr_schedule step")
+    if args.lr_schedule == "step" and (args.restart_epochs or args.min_lr != config["min_lr"]):
+        parser.error("--restart_epochs and --min_lr are for --lr_schedule cosine")
     if args.lr_schedule == "cosine" and args.lr < args.min_lr:
         parser.error(f"--lr {args.lr} is below --min_lr {args.min_lr}: give both")
     return args

@@ -122,6 +122,12 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     args.block_lr = args.lr if args.block_lr is None else args.block_lr
     args.block_min_lr = args.min_lr if args.block_min_lr is None else args.block_min_lr
+    if bool(args.mean) != bool(args.std):
+        parser.error("--mean and --std: give both or neither")
+    if args.optimizer == "adamw" and (args.nesterov or first.momentum is not None):
+        parser.error("--nesterov and --momentum are of --optimizer sgd")
+    if args.head == "bce" and args.label_smoothing:
+        parser.error("--label_smoothing is of --head ce: give --label_smoothing 0")
     for own, least in (("lr", "min_lr"), ("block_lr", "block_min_lr")):
         if args.milestones is None and getattr(args, own) < getattr(args, least):
             parser.error(f"--{own} {getattr(args, own)} is below --{least} {getattr(args, least)}, "

@@ -103,6 +103,10 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     del args.method                                         # its flags say it
     args.epochs = args.epochs or max(1, int(200 * args.sch))
+    if args.milestones is not None and args.decay != "s":
+        parser.error("--milestones are for --decay s")
+    if args.other and args.loss != "st":
+        parser.error("--other is for --loss st")
     if args.milestones is None:
         args.milestones = [int(part * args.epochs) for part in (1 / 2, 3 / 4, 9 / 10)]
     soft = args.loss == "st" and (args.da == 2 or args.noise)

@@ -410,6 +410,7 @@ def test_killed_and_resumed_is_the_run_never_killed(tmp_path):
     ("--seed 99999999999999999999", 2, "--seed: '99999999999999999999' is not an integer"),
     ("--milestones 3", 2, "--milestones are for --lr_schedule step"),
     ("--lr_schedule step --milestones -3", 2, "--milestones: '-3'"),
+    ("--lr_schedule step --min_lr 0.01", 2, "--min_lr are for --lr_schedule cosine"),
     ("--lr_schedule step --gamma -1", 2, "--gamma: '-1'"),
     ("--launcher pytorch", 1, "--launcher pytorch: RANK is not set"),
     ("--launcher slurm", 1, "SLURM_PROCID is not set"),

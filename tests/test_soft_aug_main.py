@@ -504,6 +504,8 @@ def test_preview_shows_the_targets_of_the_loss(info_and_batch):
     ("--lr -1", 2, "--learning_rate: '-1'"), ("--momentum -1", 2, "--momentum: '-1'"),
     ("--wd -1", 2, "--wd: '-1'"), ("--gamma -1", 2, "--gamma: '-1'"),
     ("--decay s --milestones -3", 2, "--milestones: '-3'"),
+    ("--decay c --milestones 3", 2, "--milestones are for --decay s"),
+    ("--loss ce --other", 2, "--other is for --loss st"),
     ("--seed 99999999999999999999", 2, "--seed: '99999999999999999999' is not an integer"),
     ("--initial_channels 1", 2, "'1' is not an integer of at least 4"),
     ("--resume none.pt --seed -1", 1, "none.pt: no such checkpoint"),
