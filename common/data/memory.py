@@ -6,6 +6,7 @@ import torch
 
 from common import distributed
 from common.data.recipe import Recipe, normalise
+from common.errors import DataError
 from common.precision import full_precision
 
 
@@ -33,6 +34,9 @@ class MemoryBatches:
         self.batch_size, self.device, self.seed = batch_size, device, seed
         self.channels_last, self.workers = channels_last, workers
         self.count, self.stored, self.size = len(labels), images.shape[1:3], size
+        if recipe.padding_mode == "reflect" and recipe.padding >= min(self.stored):
+            raise DataError(f"images of {self.stored[0]}×{self.stored[1]} pixels cannot be padded "
+                            f"by {recipe.padding} of their reflection")
         self.steps = -(-self.count // batch_size)
         if drop_last and self.count > batch_size:
             self.steps = self.count // batch_size
