@@ -10,10 +10,10 @@ from soft_aug.softcrop import confidence
 def draw_softening(path: Path, args, num_classes: int) -> Path:
     """Write a PNG of the confidence in the label of a SoftCrop over its visible fraction."""
     visible = torch.linspace(0, 1, 101)
-    sure = confidence(visible, num_classes, power=args.pcrop, max_p=args.max_p)
+    softened = confidence(visible, num_classes, power=args.pcrop, max_p=args.max_p)
     figure = plots.new_figure(4.8, 4.0)
     axes = figure.subplots()
-    axes.plot(visible, sure, color=plots.BLUE, linewidth=2, label=f"k = {args.pcrop:g}")
+    axes.plot(visible, softened, color=plots.BLUE, linewidth=2, label=f"k = {args.pcrop:g}")
     axes.axhline(1 / num_classes, color=plots.MUTED, linewidth=1, linestyle="--", label="chance")
     plots.frame(axes, title="Confidence in the label of a crop", ylabel="confidence",
                 xlabel="visible fraction of the image", xlim=(0, 1), ylim=(0, 1))
