@@ -124,8 +124,8 @@ def parse_args(argv=None):
     args.block_min_lr = args.min_lr if args.block_min_lr is None else args.block_min_lr
     if bool(args.mean) != bool(args.std):
         parser.error("--mean and --std: give both or neither")
-    if args.optimizer == "adamw" and (args.nesterov or first.momentum is not None):
-        parser.error("--nesterov and --momentum are of --optimizer sgd")
+    if args.optimizer == "adamw" and args.nesterov:
+        parser.error("--nesterov is of --optimizer sgd")
     if args.head == "bce" and args.label_smoothing:
         parser.error("--label_smoothing is of --head ce: give --label_smoothing 0")
     for own, least in (("lr", "min_lr"), ("block_lr", "block_min_lr")):

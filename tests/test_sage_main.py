@@ -303,7 +303,7 @@ def test_log_off_writes_nothing(tmp_path):
     ("--method puzzle --image_size 15", 1, "15×15 pixels cannot be halved"),
     ("--max_steps 0", 2, "not an integer of at least 1"),
     ("--valid_labels_per_class 500", 1, "--valid_labels_per_class 500 leaves no image"),
-    ("--dataset npz --data_dir none.npz", 1, "none.npz: no such"),
+    ("--dataset npz --data_dir none.npz", 1, "none.npz: No such file"),
     ("--dataset cifar100 --data_dir /proc/none", 1, "/proc/none"),
     ("--root_dir /proc/none", 1, "/proc/none"),
     ("--learning_rate 1e30 --print_freq 1", 1, "the loss became nan at epoch 1, step 2"),

@@ -524,7 +524,7 @@ def test_script_trains_on_two_ranks(sets, tmp_path):
     ("--dropout 2", "at most 1"),
     ("--head bce --label_smoothing 0.1", "--label_smoothing is of --head ce"),
     ("--mean 0.5 0.5 0.5", "--mean and --std: give both"),
-    ("--optimizer adamw --nesterov", "--nesterov and --momentum are of --optimizer sgd"),
+    ("--optimizer adamw --nesterov", "--nesterov is of --optimizer sgd"),
     ("--layer 4", "no layer 4 before the last: there are 4"),
     ("--arch deit_s --image_size 20", "deit_s takes images of a multiple of 16 pixels, not 20"),
     ("--resume none.pt", "none.pt: no such checkpoint"),
