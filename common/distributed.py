@@ -46,9 +46,9 @@ def warn(message: str):
 
 
 def progress(batches, total: int, title: str, **options) -> tqdm:
-    """Return `batches` behind a progress bar on rank 0, which a log file sees once a minute."""
-    return tqdm(batches, total=total, desc=title, leave=False, disable=rank() != 0,
-                mininterval=0.2 if sys.stderr.isatty() else 60, **options)
+    """Return `batches` behind a progress bar, on rank 0 and in a terminal alone."""
+    return tqdm(batches, total=total, desc=title, leave=False,
+                disable=None if rank() == 0 else True, **options)
 
 
 def print_once(line: str):
@@ -57,7 +57,7 @@ def print_once(line: str):
         if dist.is_initialized():
             told = dist.distributed_c10d._get_default_store().add(line, 1) > 1
         else:                                               # not joined yet: one a machine
-            told = os.environ.get("LOCAL_RANK", "0") != "0"
+            told = os.environ.get("LOCAL_RANK", "0").strip("0").isdecimal()
             time.sleep(5 * told)                            # torchrun ends all when one has ended
     except RuntimeError:                                    # the store's process is gone
         told = False

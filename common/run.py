@@ -9,7 +9,9 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from common import checkpoint, distributed, files, plots, runtime
@@ -285,6 +287,9 @@ class Run:
         if not self.writes:
             return
         plots.curves(self.folder / "curves.png", title, self.history)
-        if draw:
-            draw(self.folder / "mixed.png", *what)
+        picture = draw and draw(self.folder / "mixed.png", *what)
+        if self.events and picture:
+            pixels = np.asarray(Image.open(picture).convert("RGB"))
+            self.events.add_image("mixed images", pixels, dataformats="HWC")
+            self.events.flush()
         log(f"curves, pictures and checkpoints: {self.folder}")

@@ -251,9 +251,7 @@ def load_data(args, device):
         transform_first=transform is not None and not streamed,
         **CIFAR if args.dataset in ("cifar10", "cifar100") else {})
     return data.load(
-        args.dataset, args.data_dir, recipe, batch_size=args.batch_size, device=device,
-        seed=args.seed, loader=args.loader, image_size=args.image_size, val_split=args.val_split,
-        labels_per_class=args.labels_per_class, workers=args.workers,
+        args.dataset, args.data_dir, recipe, device=device, **flags.chosen(args, flags.LOADING),
         drop_last=args.dataset != "imagenet")
 
 

@@ -11,11 +11,14 @@ even killed; the index is written last, and no program reads PREFIX.rec without 
 """
 import io
 import os
+import signal
 import struct
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)        # no traceback of Ctrl-C while importing
 
 import torch
 from PIL import Image

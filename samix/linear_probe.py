@@ -36,11 +36,14 @@ def parse_args(argv=None):
     parser.add_argument("--weights", required=True, type=flags.path, metavar="CHECKPOINT|random",
                         help="of pretrain.py, or of main.py's SAMix")
     flags.add_flags(parser, data.NAMES, models.ALL, {}, initial_channels=None, momentum=None,
-                    batch_size=256, weight_decay=1e-4)
+                    print_freq=None, batch_size=256, weight_decay=1e-4)
     args = parser.parse_args(argv)
-    if any(getattr(args, name) is not None for name in
-           ("epochs", "lr", "momentum", "resume", "preview")):
-        parser.error("the regression takes no --epochs, --lr, --momentum, --resume or --preview")
+    unused = [name for name in ("epochs", "lr", "momentum", "resume", "preview", "print_freq")
+              if getattr(args, name) is not None]
+    unused += ["tensorboard"] * args.tensorboard + ["evaluate"] * bool(
+        args.evaluate and not args.cam)                     # which sets it
+    if unused:
+        parser.error(f"the regression takes no --{unused[0]}")
     if args.weights == "random" and not (args.dataset and args.arch):
         parser.error("--weights random needs --dataset and --arch")
     return args
@@ -86,9 +89,7 @@ def main(argv=None):
     recipe = Recipe(crop="centre" if args.dataset in STREAMED else "padded", padding=0, flip=False,
                     interpolation="bicubic", mean=known.get("mean"), std=known.get("std"))
     train, test, info = data.load(
-        args.dataset, args.data_dir, recipe, batch_size=args.batch_size, device=device,
-        seed=args.seed, loader=args.loader, image_size=args.image_size, val_split=args.val_split,
-        labels_per_class=args.labels_per_class, workers=args.workers)
+        args.dataset, args.data_dir, recipe, device=device, **flags.chosen(args, flags.LOADING))
     torch.manual_seed(args.seed)
     backbone = build_backbone(args.arch, info.image_size, known["layer"],
                               initial_channels=args.initial_channels)

@@ -298,9 +298,8 @@ def load_data(args, device):
         transform=partial(randaugment, level=21, std=1.5) if args.randaugment else None,
         mean=args.mean, std=args.std)
     return data.load(
-        args.dataset, args.data_dir, recipe, batch_size=args.batch_size, device=device,
-        seed=args.seed, loader=args.loader, image_size=args.image_size, val_split=args.val_split,
-        labels_per_class=args.labels_per_class, workers=args.workers, drop_last=args.drop_last)
+        args.dataset, args.data_dir, recipe, device=device, **flags.chosen(args, flags.LOADING),
+        drop_last=args.drop_last)
 
 
 def main(argv=None):

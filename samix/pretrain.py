@@ -213,9 +213,8 @@ def main(argv=None):
     recipe = Recipe(crop="random" if args.dataset in STREAMED else "padded", padding=0, flip=False,
                     interpolation="bicubic")
     train, test, info = data.load(
-        args.dataset, args.data_dir, recipe, batch_size=args.batch_size, device=device,
-        seed=args.seed, loader=args.loader, image_size=args.image_size,
-        labels_per_class=args.labels_per_class, workers=args.workers, drop_last=True)
+        args.dataset, args.data_dir, recipe, device=device, **flags.chosen(args, flags.LOADING),
+        drop_last=True)
     if isinstance(train, DaliStream):
         train = DaliViews(train, (args.crop_scale, 1.0))
     torch.manual_seed(args.seed)

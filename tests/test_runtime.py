@@ -2,6 +2,7 @@
 import argparse
 import importlib.util
 import os
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ import torch
 
 from common import distributed, flags, models, runtime
 from common.errors import DataError, RunError
+from tests.conftest import ROOT
 
 
 def test_step_randomness_depends_on_its_number_alone():
@@ -70,6 +72,19 @@ def settings(**changed):
 
 
 CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("environment, line", [
+    ({"SLURM_STEP_NUM_TASKS": "2"}, "SLURM_PROCID"), ({"RANK": "0"}, "WORLD_SIZE"),
+    ({"LOCAL_RANK": "abc"}, "'abc'")])
+def test_a_launcher_s_broken_environment_is_one_line(tmp_path, environment, line):
+    code = ("import sys; sys.path.insert(0, sys.argv[1])\nfrom types import SimpleNamespace\n"
+            "from common import runtime\nruntime.launch(lambda: runtime.setup(SimpleNamespace("
+            "device='cpu', amp='off', compile=False, seed=0, loader='torch')))")
+    result = subprocess.run([sys.executable, "-c", code, str(ROOT)], cwd=tmp_path,
+                            capture_output=True, text=True, env=os.environ | environment)
+    assert result.returncode == 1 and result.stderr.count("\n") == 1, result.stderr
+    assert result.stderr.startswith("error: ") and line in result.stderr
 
 
 def test_a_shell_under_slurm_is_one_process(monkeypatch):

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from programs import Program, same, weights
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from common import checkpoint, distributed, evaluation
 from common.data import Recipe
@@ -89,6 +90,8 @@ def test_recipes_train_and_close(tmp_path, words, capsys):
              "evaluation.csv", "evaluation.png"}
     if "--da 2" in words:
         names |= {"softening.png", "tensorboard"}
+        events = EventAccumulator(str(folder / "tensorboard")).Reload()
+        assert events.Tags()["images"] == ["mixed images"]
     assert files == names
     assert checkpoint.load(folder / "checkpoint.pt")["step"] == 2
     row, = table(folder / "log.csv")
@@ -125,7 +128,6 @@ def test_the_logs_follow_the_schedule(tmp_path, no_pictures):
     assert [int(row["epoch"]) for row in rows if "test_ece" in row] == [1, 6, 7]
     rates = [0.025 * (1 + math.cos(math.pi * 2 * epoch / 15)) for epoch in range(1, 8)]
     assert [row["lr"] for row in rows] == pytest.approx(rates, rel=1e-4)    # of their last steps
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     events = EventAccumulator(str(folder / "tensorboard")).Reload()
     logged = {tag: [event.value for event in events.Scalars(tag)]
               for tag in ("learning/lr", "Train/loss", "Test/Average loss", "Test/Accuracy",
