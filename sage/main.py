@@ -316,7 +316,7 @@ def main(argv=None):
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     log(f"{about(info, net, train, args)}; method {args.method}")
 
-    # The run: its folder, what it holds already, and the place to go on from
+    # The run: its folder, what it holds already, and where to go on
     run = Run(args, device, info, [args.method, f"job{args.job_id}" * (args.job_id > 0)],
               model=net, optimizer=optimizer, scaler=scaler)
     if args.evaluate or args.preview:

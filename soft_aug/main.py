@@ -304,7 +304,7 @@ def main(argv=None):
         distributed.warn(f"--ft {args.ft} leaves {strong} of {args.epochs} epochs with "
                          "the augmentation asked for; --ft 0 augments in all")
 
-    # The run: its folder, what it holds already, and the place to go on from
+    # The run: its folder, what it holds already, and where to go on
     run = Run(args, device, info, run_name(args), {"other": args.other}, model=net,
               optimizer=optimizer, scaler=scaler)
     if args.evaluate or args.preview:
