@@ -63,7 +63,22 @@ class Done(BaseException):
     """Two steps were seen."""
 
 
-def watch(module: str, flags: str, monkeypatch) -> dict:
+class RealGPU:
+    """Stands in for `Seen` where there is a GPU: after `reset` a wait of the host is an error."""
+
+    waits = {}
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *fault):
+        torch.cuda.set_sync_debug_mode("default")
+
+    def reset(self):
+        torch.cuda.set_sync_debug_mode("error")
+
+
+def watch(module: str, flags: str, monkeypatch, device=pretend_cuda) -> dict:
     """Waits of a program's second training step, its batch from the loader included."""
     found = []
     real, begin = Run.steps, Run.start
@@ -82,7 +97,7 @@ def watch(module: str, flags: str, monkeypatch) -> dict:
 
     monkeypatch.setattr(Run, "steps", steps)
     monkeypatch.setattr(Run, "start", start)
-    with pretend_cuda() as seen, pytest.raises(Done):
+    with device() as seen, pytest.raises(Done):
         importlib.import_module(module).main([*SMALL.split(), *flags.split()])
     return found[0]
 
@@ -97,6 +112,13 @@ def test_no_step_waits_or_mixes_devices(module, base, flags, monkeypatch):
     allowed = [place for word, place in ALLOWED.items() if word in flags]
     assert not {wait: n for wait, n in waits.items() if not any(p in wait for p in allowed)}
     assert sum(n for wait, n in waits.items() if ALLOWED["fp16"] in wait) == ("fp16" in flags)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="asks the CUDA runtime")
+@pytest.mark.parametrize("module, base, flags", [
+    case for case in STEPS if not any(word in case[2] for word in ALLOWED)])
+def test_no_step_waits_for_the_gpu(module, base, flags, monkeypatch):
+    watch(module, base + flags, monkeypatch, RealGPU)
 
 
 @pytest.mark.parametrize("fault, what", [
