@@ -103,7 +103,7 @@ def _apply(images, table, counts):
         TF.equalize(equalized)])
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=64)
 def _sources(height, width, warps, device):
     """Return each pixel's source under each warp, (len(warps), H * W) int64 from 1; 0: outside."""
     # torchvision's own functions, of a picture of pixel numbers
@@ -116,7 +116,7 @@ def _sources(height, width, warps, device):
             TF.rotate(numbers, magnitude) if name == "Rotate" else
             TF.affine(numbers, 0.0, [0, 0], 1.0, shear, center=[0, 0]) if name[0] == "S" else
             TF.affine(numbers, 0.0, [int(shift) for shift in along], 1.0, [0.0, 0.0]))
-    return torch.cat(maps).long().flatten(1).to(device)
+    return send(torch.cat(maps).long().flatten(1), device)
 
 
 def _blend(images, changes, counts):

@@ -1,5 +1,7 @@
-"""Paths of the golden vectors and of the trial data, and the devices that tests run on."""
+"""Paths of the golden vectors and of the trial data, the devices that tests run on, and skips."""
+import importlib.util
 import os
+import re
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")      # small work; also in the programs tests start
 
@@ -8,12 +10,29 @@ from pathlib import Path  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from pictures import HAS_DALI  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"            # CIFAR images live here, never in the project
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 
-torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+ABSENT = [name for name, there in (("gco", importlib.util.find_spec("gco")), ("dali", HAS_DALI))
+          if not there]
+
+
+def pytest_collection_modifyitems(items):
+    """Skip the cases whose parameters name a library that is not installed."""
+    for item in items:
+        words = re.findall(r"\b[a-z]+\b", item.nodeid.partition("[")[2])
+        for name in set(ABSENT) & set(words):
+            item.add_marker(pytest.mark.skip(reason=f"{name} is not installed"))
+
+
+@pytest.fixture(autouse=True)
+def full_precision():
+    """Exact fp32: programs that ran in this process before may have allowed TF32."""
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = False
 
 
 def golden_cases(paper: str, prefix: str) -> list:

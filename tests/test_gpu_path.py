@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from common import data, evaluation, mixing
-from common.data.recipe import to_uint8
-from common.randaugment import draw_randaugment, rand_augment
+from common.data.recipe import _on_device, to_uint8
+from common.randaugment import _sources, draw_randaugment, rand_augment
 from common.run import Run
 from common.sums import StepSums
 from resizemix import mixing as resizemix
@@ -20,6 +20,7 @@ from resizemix import randaugment
 from safuse import mixing as safuse
 from safuse import network, superpixels
 from sage import comixup, puzzlemix, rearrange, saliencymix
+from sage.graphcut import _lifted_grid
 from samix import mixblock, views
 from soft_aug import softcrop
 from tests.pretend_cuda import CUDA, Mismatch, pretend_cuda
@@ -57,6 +58,13 @@ STEPS = [
         "moco", "samix --amp bf16", "samix --block_loss bce --extend_weight 1 --blur 1")),
 ]
 ALLOWED = {"fp16": "_local_scalar_dense", "gco": " sage/", "skimage": " safuse/superpixels.py"}
+
+
+@pytest.fixture(autouse=True)
+def empty_caches():
+    """Constants of the pretended GPU are none of a real one's."""
+    for cached in (_on_device, _sources, _lifted_grid):
+        cached.cache_clear()
 
 
 class Done(BaseException):

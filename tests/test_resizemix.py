@@ -156,7 +156,7 @@ def test_crop_test_golden(path, device):
 def test_batch_operations_golden(path, device):
     """Where the original left [0, 1] ours is clipped; its sharpness darkened the border."""
     case = Golden(path)
-    pixels = case.tensor("images_u8", device).permute(0, 3, 1, 2).float() / 255
+    pixels = (case.tensor("images_u8").permute(0, 3, 1, 2) / 255).to(device)
     operations = {"contrast": 0, "brightness": 0, "sharpness": 1}
     for name, border in operations.items():
         for setting in ("0.1", "0.94", "1.9"):

@@ -1,5 +1,4 @@
 """ResizeMix's program as users run it: every row of its table, ImageNet on two ranks, faults."""
-import importlib.util
 import json
 import math
 import os
@@ -15,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT
-from pictures import make_photos, pack
+from pictures import HAS_DALI, make_photos, pack
 from PIL import Image
 from programs import Program, same, weights
 from torchvision.transforms import v2
@@ -39,7 +38,6 @@ ROWS = {"baseline": "--resizemix False", "cutout": "--resizemix False --cutout 8
         "autoaugment": "--resizemix False --autoaugment True",
         "resizemix": "", "randaugment-resizemix": "--randaugment True",
         "randaugment-resizemix-batch_aug": "--randaugment True --batch_aug True"}
-HAS_DALI = importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali")
 needs_dali = pytest.mark.skipif(not HAS_DALI, reason="DALI is not installed")
 
 

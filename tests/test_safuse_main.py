@@ -578,6 +578,7 @@ def test_previews_begin_with_pretrained_weights(tmp_path):
 
 def test_gpu_ids_are_of_those_that_a_scheduler_gave(monkeypatch):
     monkeypatch.setattr(os, "environ", os.environ | {"CUDA_VISIBLE_DEVICES": "4,5"})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(RunError, match="torch sees no such GPU"):
         safuse.main(["--gpu_ids", "1"])
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "5"

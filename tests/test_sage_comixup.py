@@ -57,6 +57,7 @@ def random_parts(parts, n, side, seed=0, device="cpu"):
 
 @pytest.mark.parametrize("path", golden_cases("sage", "comix_"))
 def test_graph_cuts_give_the_original_masks(path, device):
+    pytest.importorskip("gco")
     case = Golden(path)
     cost, compatibility = cost_and_compatibility(case.tensor("sc", device), int(case["block_num"]),
                                                  float(case["omega"]))
@@ -98,6 +99,7 @@ def test_parts_do_not_interact(solver):
 @pytest.mark.parametrize("side", [2, 4, 8])
 @pytest.mark.parametrize("thres_type", ["hard", "soft"])
 def test_mean_field_is_as_good_as_graph_cuts(side, thres_type, device):
+    pytest.importorskip("gco")
     problem = random_parts(20, 20, side, device=device)
     cost = prior_cost(problem[0], problem[2], 0.05)
     value, spread = {}, {}

@@ -359,7 +359,7 @@ def test_start_epoch_repeats_from_there(tmp_path):
 
 @pytest.mark.parametrize("solver, code, line", [
     ("auto", 0, "curves, pictures and checkpoints:"),
-    ("gco", 1, "error: the solver gco needs gco-wrapper")])
+    ("gco", 1, "error: the solver gco needs gco-wrapper")], ids=["auto", "named"])
 def test_starts_without_gco(tmp_path, solver, code, line):
     script = ("import sys; sys.modules['gco'] = None; from sage import main; "
               "from common import runtime; runtime.launch(main.main)")

@@ -85,6 +85,7 @@ def test_golden_mask_applied(path, device):
 def test_golden_graphcut(path, solver, device):
     """gco: the recorded labels. device: the optimum, but for 0.02 % on average and 0.2 % at worst
     (a solver is acceptable at 0.2 % and 1.5 %)."""
+    pytest.importorskip("gco")
     case = Golden(path)
     gaps, same = [], 0
     for i, n in enumerate(case["block_num"]):
@@ -213,6 +214,7 @@ def test_lam_per_image(solver, device):
 
 
 def test_threads_give_the_same(device):
+    pytest.importorskip("gco")
     images, saliency, perm = batch(count=20, device=device)
     arguments = images, saliency, perm, 0.5, 8
     keywords = {"std": CIFAR100["std"], "solver": "gco"}

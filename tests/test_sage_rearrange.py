@@ -83,7 +83,7 @@ def test_shift_direction(device):
     saliency = torch.full((2, 1, 4, 6), 1e-6, device=device)
     saliency[1, 0, 0, 0] = 1.0
     mixed, ratio = sage_mix(images, saliency, torch.tensor([1, 0]), torch.tensor([[1, 2]]), 0.5)
-    assert mixed[0, 0, 1, 2] == pytest.approx(7, abs=1)
+    assert mixed[0, 0, 1, 2].item() == pytest.approx(7, abs=1)
     assert (mixed[0, 0, 0] == 3).all() and (mixed[0, 0, :, :2] == 3).all()
     assert ratio[0] >= 9 / 24
 

@@ -138,7 +138,7 @@ def test_other_draws_have_their_distributions():
 @pytest.mark.parametrize("path", golden_cases("soft_aug", "cutout_"))
 def test_cutout_equals_the_original(path, device):
     case = Golden(path)
-    images = case.tensor("x_u8", device).permute(0, 3, 1, 2) / 255
+    images = (case.tensor("x_u8").permute(0, 3, 1, 2) / 255).to(device)
     for length in np.unique(case["length"]):                  # one length in a batch
         ours = cutout(images, case.tensor("center_yx"), float(length)).cpu()
         chosen = torch.from_numpy(case["length"] == length)

@@ -40,7 +40,8 @@ class Backbone(nn.Module):
             self.before = create_feature_extractor(network, {middle: "middle", last: "last"})
             self.after = None
         with torch.no_grad():
-            middle, pooled = self.eval()(torch.zeros(1, 3, image_size, image_size))
+            weight = next(network.parameters())
+            middle, pooled = self.eval()(weight.new_zeros(1, 3, image_size, image_size))
         self.train()
         self.channels, self.side = middle.shape[1:3]        # for images of image_size pixels
         self.width = pooled.shape[1]

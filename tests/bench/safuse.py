@@ -195,7 +195,7 @@ def main():
         f"CPU, {torch.get_num_threads()} threads"
     print(f"{name}, torch {torch.__version__}")
     for size in args.sizes:
-        images = photographs(size, 64 if size == 32 else 24)
+        images = photographs(size, max(64 if size == 32 else 24, args.batch or 0))
         if size == 32 and args.data:
             with np.load(args.data) as arrays:
                 chosen = arrays["train_images"][::len(arrays["train_images"]) // 128]
