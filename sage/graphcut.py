@@ -165,5 +165,5 @@ def _lifted_grid(height: int, width: int, steps: int, device) -> tuple[Tensor, .
     step[-1, -1] = 0
     np.fill_diagonal(step, step.diagonal() - RELAXATION / 2)
     slope = np.diff(np.arange(steps + 1) * (np.arange(steps + 1) - steps)) / steps**2
-    return tuple(torch.from_numpy(m).float().to(device)
+    return tuple(torch.from_numpy(m).float().to(device, non_blocking=True)
                  for m in (matrix, offset, step, inverse, slope))

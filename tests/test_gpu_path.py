@@ -62,9 +62,13 @@ ALLOWED = {"fp16": "_local_scalar_dense", "gco": " sage/", "skimage": " safuse/s
 
 @pytest.fixture(autouse=True)
 def empty_caches():
-    """Constants of the pretended GPU are none of a real one's."""
-    for cached in (_on_device, _sources, _lifted_grid):
-        cached.cache_clear()
+    """Constants of the pretended GPU are none of a real one's, here and in the tests after."""
+    clear = [cached.cache_clear for cached in (_on_device, _sources, _lifted_grid)]
+    for function in clear:
+        function()
+    yield
+    for function in clear:
+        function()
 
 
 class Done(BaseException):
