@@ -14,6 +14,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
 from common.mixing import send
+from common.precision import full_precision
 
 WARPS = ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate")
 BLENDS = ("Brightness", "Color", "Contrast", "Sharpness")
@@ -109,13 +110,14 @@ def _sources(height, width, warps, device):
     # torchvision's own functions, of a picture of pixel numbers
     numbers = torch.arange(1.0, height * width + 1).view(1, height, width)
     maps = [torch.empty(0, height, width)]
-    for name, magnitude in warps:
-        along = [magnitude, 0.0] if name.endswith("X") else [0.0, magnitude]
-        shear = [math.degrees(math.atan(tangent)) for tangent in along]
-        maps.append(
-            TF.rotate(numbers, magnitude) if name == "Rotate" else
-            TF.affine(numbers, 0.0, [0, 0], 1.0, shear, center=[0, 0]) if name[0] == "S" else
-            TF.affine(numbers, 0.0, [int(shift) for shift in along], 1.0, [0.0, 0.0]))
+    with full_precision("cpu"):                             # low precision moves some pixels
+        for name, magnitude in warps:
+            along = [magnitude, 0.0] if name.endswith("X") else [0.0, magnitude]
+            shear = [math.degrees(math.atan(tangent)) for tangent in along]
+            maps.append(
+                TF.rotate(numbers, magnitude) if name == "Rotate" else
+                TF.affine(numbers, 0.0, [0, 0], 1.0, shear, center=[0, 0]) if name[0] == "S" else
+                TF.affine(numbers, 0.0, [int(shift) for shift in along], 1.0, [0.0, 0.0]))
     return send(torch.cat(maps).long().flatten(1), device)
 
 
