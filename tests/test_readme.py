@@ -1,6 +1,7 @@
 """What the READMEs show: the code runs, and all commands are understood."""
 import ast
 import importlib
+import itertools
 import math
 import re
 import shlex
@@ -14,13 +15,11 @@ from conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
 CODE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-COMMANDS = sorted({line for file in ROOT.glob("**/README.md") if ".venv" not in file.parts
-                   for line in file.read_text().splitlines()
-                   if re.match(r"(python3?|torchrun) .*\.py", line)})
-for file in sorted([*ROOT.glob("*/main.py"), *ROOT.glob("samix/*.py")]):     # and their docstrings
-    text = ast.get_docstring(ast.parse(file.read_text())) or ""
-    COMMANDS += re.findall(r"(?:python3?|torchrun) .*\.py.*", re.sub(r"\\\n *", " ", text))
-COMMANDS = [line for line in COMMANDS if "…" not in line]
+TEXTS = [file.read_text() for file in ROOT.glob("**/README.md") if ".venv" not in file.parts]
+TEXTS += [ast.get_docstring(ast.parse(file.read_text())) or ""
+          for file in [*ROOT.glob("*/main.py"), *ROOT.glob("samix/*.py")]]
+COMMANDS = sorted({line for text in TEXTS for line in re.findall(
+    r"(?:python3?|torchrun) [^`\n]*?\.py[^`\n]*", re.sub(r"\\\n *", " ", text).replace("…", "x"))})
 
 
 def test_the_mixer_in_ones_own_loop():
@@ -64,9 +63,11 @@ def test_commands_are_understood(line, tmp_path):
     words = shlex.split(line, comments=True)
     place = next(word for word in words if word.endswith(".py"))
     assert (ROOT / place).is_file()
-    if re.search("bench|make_recordio|export", place):      # these look for their files at once
+    if re.search("bench|make_recordio|export|compare", place):      # these look for their files
         return
     program = importlib.import_module(place[:-3].replace("/", "."))
+    words = [word for before, word in itertools.pairwise(words)        # "…": further flags
+             if word != "x" or before.startswith("--")]
     args = program.parse_args(words[words.index(place) + 1:])
     processes = [int(n) for n in re.findall(r"--n(?:nodes|proc_per_node)=(\d+)", line)]
-    assert getattr(args, "batch_size", 0) % math.prod(processes) == 0
+    assert " x" in line or getattr(args, "batch_size", 0) % math.prod(processes) == 0

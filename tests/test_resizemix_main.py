@@ -3,7 +3,6 @@ import json
 import math
 import os
 import re
-import shlex
 import shutil
 import signal
 import subprocess
@@ -229,15 +228,6 @@ def test_methods_are_short_for_flags(method, words):
         resizemix.parse_args(words.split())
 
 
-def test_every_command_of_the_readme_is_understood():
-    readme = (ROOT / "resizemix" / "README.md").read_text().replace("\\\n", " ").replace("…", "")
-    commands = [shlex.split(line, comments=True) for line in readme.splitlines()
-                if re.match(r"(python|torchrun).* resizemix/main.py", line)]
-    assert len(commands) > 10
-    for words in commands:
-        resizemix.parse_args(words[words.index("resizemix/main.py") + 1:])
-
-
 def test_learning_rates():
     args = arguments("--lr_schedule step --milestones 10 15 --init_lr 0.05")
     assert [resizemix.step_rate(args, epoch * 7, 7) for epoch in (0, 9, 10, 15, 19)] == \
@@ -392,24 +382,11 @@ def test_killed_and_resumed_is_the_run_never_killed(tmp_path):
     ("--config nothing", 2, "--config: invalid choice: 'nothing'"),
     ("--method nothing", 2, "--method: invalid choice: 'nothing'"),
     ("--net_name nonet", 2, "invalid choice: 'nonet'"),
-    ("--initial_channels 1", 2, "'1' is not an integer of at least 4"),
     ("--randaugment True --autoaugment True", 2, "choose one of them"),
     ("--resizemix_low 0.9", 2, "--resizemix_low is above --resizemix_high 0.8"),
-    ("--resizemix_high 2", 2, "--resizemix_high: '2'"), ("--cutmix_prob 2", 2, "cutmix_prob: '2'"),
-    ("--cutmix_beta 0", 2, "--cutmix_beta: '0' is not a number above 0"),
-    ("--padding -1", 2, "--padding: '-1' is not an integer of at least 0"),
-    ("--min_scale -1", 2, "--min_scale: '-1'"), ("--min_scale 5", 2, "--min_scale: '5'"),
-    ("--init_lr -1", 2, "--init_lr: '-1'"), ("--min_lr -1", 2, "--min_lr: '-1'"),
-    ("--warmup_start_lr -1", 2, "--warmup_start_lr: '-1'"),
-    ("--momentum -1", 2, "--momentum: '-1'"), ("--weight_decay -1", 2, "--weight_decay: '-1'"),
-    ("--restart_epochs 0", 2, "--restart_epochs: '0'"),
-    ("--restart_epochs -3", 2, "--restart_epochs: '-3'"),
     ("--epochs 2 --warmup_epochs 2", 2, "--warmup_epochs 2 are not below the 2 epochs"),
-    ("--seed 99999999999999999999", 2, "--seed: '99999999999999999999' is not an integer"),
     ("--milestones 3", 2, "--milestones are for --lr_schedule step"),
-    ("--lr_schedule step --milestones -3", 2, "--milestones: '-3'"),
     ("--lr_schedule step --min_lr 0.01", 2, "--min_lr are for --lr_schedule cosine"),
-    ("--lr_schedule step --gamma -1", 2, "--gamma: '-1'"),
     ("--launcher pytorch", 1, "--launcher pytorch: RANK is not set"),
     ("--launcher slurm", 1, "SLURM_PROCID is not set"),
     ("--dataset imagenet", 1, "is for sets that fit in memory"),

@@ -2,6 +2,7 @@
 import argparse
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -224,3 +225,42 @@ def test_unforeseen_faults_are_one_line_and_a_file(capsys, tmp_path, monkeypatch
     monkeypatch.setattr(sys, "argv", ["main.py", "--debug"])
     with pytest.raises(IndexError):
         runtime.launch(lambda: [][1])
+
+
+# --------------------------------------------------------------------------- bounds of the flags
+
+BOUNDS = {                              # values that a program's flags refuse
+    "sage.main":
+        "--rand_pos 1.5; --blur_sigma 0; --mix_scheduled_epoch 0; --learning_rate -1; "
+        "--decay nan; --max_steps 0",
+    "resizemix.main":
+        "--initial_channels 1; --resizemix_high 2; --cutmix_prob 2; --cutmix_beta 0; "
+        "--padding -1; --min_scale -1; --min_scale 5; --init_lr -1; --min_lr -1; "
+        "--warmup_start_lr -1; --momentum -1; --weight_decay -1; --restart_epochs 0; "
+        "--restart_epochs -3; --seed 99999999999999999999; --lr_schedule step "
+        "--milestones -3; --lr_schedule step --gamma -1",
+    "safuse.main":
+        "--N_min 25.5; --topN_local_ratio 0; --topN_local_ratio 1.5; --temp 0; --p_binom "
+        "2",
+    "soft_aug.main":
+        "--max_p 0; --max_p 1.1; --sch inf; --sch nan; --sch 1e300; --r 0; --r nan; "
+        "--crop -1; --crop inf; --mixup --a nan; --pcrop -1; --bgcrop -1; --l -1; --noise "
+        "-1; --g -1; --learning_rate -1; --momentum -1; --wd -1; --gamma -1; --decay s "
+        "--milestones -3; --seed 99999999999999999999; --initial_channels 1",
+    "samix.main":
+        "--alpha -1; --dropout 2",
+    "samix.pretrain":
+        "--temperature 0; --queue 0; --ema 2",
+}
+
+
+@pytest.mark.parametrize("program", BOUNDS)
+def test_values_out_of_bounds_are_named(program, capsys):
+    for words in BOUNDS[program].split("; "):
+        *_, flag, value = words.split()
+        with pytest.raises(SystemExit) as stop:
+            importlib.import_module(program).parse_args(words.split())
+        error = capsys.readouterr().err
+        assert stop.value.code == 2, words
+        wanted = rf"argument .*{flag}\b.*: '{re.escape(value)}' is not an? (number|integer)"
+        assert re.search(wanted, error), error
