@@ -1,11 +1,4 @@
-"""Co-Mixup (Kim et al., ICLR 2021): each output is put together from several images of its part.
-
-A batch is cut into parts of `m_part` images. Within a part N outputs are labelled over N inputs on
-an n × n grid of blocks: blocks prefer salient inputs and their neighbours' input (beta), outputs
-prefer inputs that the other outputs leave alone (gamma: the supermodular diversity term, through
-the compatibility matrix A, once an input has more than tau blocks elsewhere). A block holds one
-input, or half and half of two; labels are therefore pairs of inputs, equal ones for a whole block.
-"""
+"""Co-Mixup (Kim et al., ICLR 2021): N outputs are put together from N images, block by block."""
 import itertools
 import math
 from collections import namedtuple
@@ -45,10 +38,8 @@ def draw_comix(batch: int, generator: torch.Generator | None = None, *, m_part: 
 def cost_and_compatibility(saliency: Tensor, block_num: int, omega: float = 0.001
                            ) -> tuple[Tensor, Tensor]:
     """Return cost (..., N, n, n) and compatibility A (..., N, N) of parts of N images each.
-
     A block costs minus its share of `saliency` (..., N, H, W) >= 0. A = (1 - omega)·I + omega·N·D /
-    sum(D), D the L1 distances, in pixels, between the images' most salient 8 × 8 windows.
-    """
+    sum(D), D the L1 distances, in pixels, between the images' most salient 8 × 8 windows."""
     *parts, height, width = saliency.shape
     maps = saliency.float().reshape(-1, 1, height, width)
     blocks = F.adaptive_avg_pool2d(maps, block_num).view(*parts, block_num, block_num)
@@ -58,7 +49,7 @@ def cost_and_compatibility(saliency: Tensor, block_num: int, omega: float = 0.00
     windows = F.avg_pool2d(windows, (1, min(8, width)), stride=1)
     top = windows.flatten(1).argmax(1).view(parts)
     positions = torch.stack([top // windows.shape[-1], top % windows.shape[-1]], -1).float()
-    distance = (positions[..., :, None, :] - positions[..., None, :, :]).abs().sum(-1)
+    distance = torch.cdist(positions, positions, p=1)
     share = distance * parts[-1] / distance.sum((-2, -1), keepdim=True).clamp(min=1)
     return cost, (1 - omega) * torch.eye(parts[-1], device=saliency.device) + omega * share
 
@@ -145,12 +136,10 @@ def _label_gco(cost: Tensor, compatibility: Tensor, labels0: Tensor, *, beta: fl
 # ---- labelling on the device, all parts at once
 
 def _sweep_terms(counts: Tensor, cost: Tensor, eye: Tensor, limit: float):
-    """Return terms of a sweep with L labels: N whole ones, halves of the three most used inputs.
-
-    `counts` (P, N, N), `cost` (P, n², N), `limit` bars halves of unused inputs. Returns the halves'
+    """Return, for N whole labels and halves of the three most used inputs (L in all), the halves'
     inputs (P, N, 3, 2), the inputs' shares (P, N, L, N), how alike two labels are (P, N, L, L), and
-    the labels' costs (P, N, n², L).
-    """
+    the labels' costs (P, N, n², L). `counts` (P, N, N), `cost` (P, n², N); `limit` bars halves of
+    unused inputs."""
     parts, size, n = cost.shape
     blocks, top = counts.topk(min(3, n))
     usable = blocks.minimum(blocks.roll(1, -1)) > 0.25
@@ -223,19 +212,20 @@ def label_parts(cost: Tensor, compatibility: Tensor, prior: Tensor, labels0: Ten
                 beta: float = 0.32, gamma: float = 1.0, eta: float = 0.05, thres: float = 0.83,
                 thres_type: str = "hard", set_resolve: bool = True, niter: int = 4,
                 solver: str = "auto") -> Tensor:
-    """Return the inputs that the blocks of each output show: labels (P, N, n, n, 2).
+    """Return the inputs that the blocks of each output show: labels (P, N, n, n, 2), two inputs
+    half and half, or twice the same.
 
-    Of P parts of N images: `cost` (P, N, n, n) and `compatibility` (P, N, N) of
-    `cost_and_compatibility`, `prior` (P, N), `labels0` (P, N, n, n) integers in [0, N). beta, gamma
-    and eta are divided by n², tau = thres·n²; before the last of niter sweeps `set_resolve` parts
-    outputs made of the same inputs. `solver`: "device" or "auto" (mean field), "gco" (alpha-beta
-    swaps on the CPU, the paper's own, slower).
+    Of P parts of N images: `cost` (P, N, n, n) and `compatibility` A (P, N, N) of
+    `cost_and_compatibility`, `prior` (P, N), `labels0` (P, N, n, n) integers in [0, N). Blocks
+    prefer salient inputs and their neighbours' (beta/n²), outputs prefer inputs that the others
+    leave alone (gamma/n², once A times their blocks exceeds thres·n²); before the last of niter
+    sweeps `set_resolve` parts outputs made of the same inputs. `solver`: "device" or "auto" (mean
+    field), "gco" (alpha-beta swaps on the CPU, the paper's own, slower).
     """
     size = cost.shape[-1] ** 2
     cost = prior_cost(cost, prior, eta)
-    hard = {"hard": True, "soft": False}[thres_type]
-    terms = {"beta": beta / size, "gamma": gamma / size, "tau": thres * size, "hard": hard,
-             "set_resolve": set_resolve, "niter": niter}
+    terms = {"beta": beta / size, "gamma": gamma / size, "tau": thres * size,
+             "hard": thres_type == "hard", "set_resolve": set_resolve, "niter": niter}
     labels0, compatibility = labels0.to(cost.device, non_blocking=True), compatibility.float()
     if solver == "gco":
         return _label_gco(cost, compatibility, labels0, **terms)
@@ -270,11 +260,9 @@ def co_mix(images: Tensor, targets: Tensor, cost: Tensor, compatibility: Tensor,
 def co_mix_batch(images: Tensor, targets: Tensor, saliency: Tensor, draws: CoMixDraws, *,
                  m_part: int = 20, omega: float = 0.001, parallel: bool = True, **options
                  ) -> tuple[Tensor, Tensor]:
-    """Return images (B, C, H, W) and targets (B, classes) mixed in parts of `m_part` images.
-
-    `saliency` (B, H, W) of `puzzlemix.gradient_magnitude`; `draws` of `draw_comix` with the same
-    m_part; `parallel`: all parts of one size at once; options as in `label_parts`.
-    """
+    """Return images (B, C, H, W) and targets (B, classes) mixed in parts of `m_part` images, all
+    parts of one size at once if `parallel`. `saliency` (B, H, W); `draws` of `draw_comix` with the
+    same m_part; options as in `label_parts`."""
     at_once = len(images) // m_part * m_part if parallel else m_part
     batch = [t.to(images.device, non_blocking=True).split(at_once or len(images))
              for t in (images, targets, saliency, draws.prior, draws.labels0)]

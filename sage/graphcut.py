@@ -1,13 +1,5 @@
-"""Minimum-energy labellings of grids: Puzzle Mix gives every block a label l of 0 .. L-1 so that
-
-    sum over blocks of unary[l] + sum over neighbours of weight * ((l - l') / (L-1))**2
-
-is least. gco: alpha-beta swap by gco-wrapper on the CPU, as the paper does; a batch is one graph,
-or one for each thread. device: the cost of two labels is convex, so the problem is a minimum cut
-with a binary variable for each block and threshold (Ishikawa, 2003); a cut is a linear program,
-which ADMM solves, and the best of a few thresholds of its solution is taken. 24 iterations end
-0.001 % above the optimum, gco 0.08 % above it.
-"""
+"""Minimum-energy labellings of grids, for Puzzle Mix: by gco-wrapper on the CPU, as the paper does
+(0.08 % above the optimum), or batched on the device (0.001 %)."""
 import functools
 from concurrent.futures import ThreadPoolExecutor
 
@@ -29,13 +21,14 @@ MAX_TERM = 10**7               # gco ends the process at larger ones
 
 def solve(unary: Tensor, weight_x: Tensor, weight_y: Tensor, *, solver: str = "auto",
           threads: int = 0) -> Tensor:
-    """Return labels (B, h, w) int64 of grids of blocks with (nearly) the least energy.
+    """Return labels l (B, h, w) int64 of 0 .. L-1 that (nearly) minimize the sum over blocks of
+    unary[l] plus the sum over neighbours of weight * ((l - l') / (L-1))**2.
 
-    unary (B, h, w, L): cost of every label; weight_x (B, h-1, w), weight_y (B, h, w-1): weights of
-    vertical and horizontal neighbours, negative ones count as 0. solver: 'gco', 'device' or 'auto'
-    (gco on the CPU where it is installed). threads: of gco, 0 is none beside the caller's.
+    unary (B, h, w, L); weight_x (B, h-1, w) and weight_y (B, h, w-1) of vertical and horizontal
+    neighbours, negative ones count as 0. solver: 'gco' (of so many threads), 'device' or 'auto'
+    (gco on the CPU where it is installed).
     """
-    terms = unary.detach().float(), weight_x.detach().float(), weight_y.detach().float()
+    terms = unary.float(), weight_x.float(), weight_y.float()
     if solver == "auto":
         solver = "gco" if GCO and unary.device.type == "cpu" else "device"
     if solver == "gco":
@@ -59,8 +52,8 @@ def neighbours(site: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def build_graph(unary: np.ndarray, site: np.ndarray, weights: np.ndarray, table: np.ndarray):
-    """Return gco's graph of unary (sites, L), weights of `neighbours(site)` and a table (L, L); by
-    one thread at a time, as gco keeps its graphs in one unguarded table."""
+    """Return gco's graph of unary (sites, L), weights of `neighbours(site)` and a table (L, L).
+    One thread at a time: gco keeps its graphs in one unguarded table."""
     if GCO is None:
         raise RunError("the solver gco needs gco-wrapper, which is not installed here (pip install "
                        "gco-wrapper; Python 3.12 at most); --solver device does without it")
@@ -72,16 +65,11 @@ def build_graph(unary: np.ndarray, site: np.ndarray, weights: np.ndarray, table:
     return graph
 
 
-_pool = functools.cache(ThreadPoolExecutor)
-
-
 @torch.compiler.disable
 def _solve_by_gco(unary: Tensor, weight_x: Tensor, weight_y: Tensor, *, threads: int) -> Tensor:
     """Alpha-beta swap (Boykov et al. 2001) to convergence from all-zero labels, on 1000 h w times
-    the terms, truncated as in the paper's code; (L-1)² makes label costs whole.
-
-    What would overflow is cut off: such a block's label is beyond doubt.
-    """
+    the terms, truncated as in the paper's code; (L-1)² makes label costs whole. What would overflow
+    is cut off: such a block's label is beyond doubt."""
     images, height, width, num_labels = unary.shape
     squared, level = (num_labels - 1) ** 2, np.arange(num_labels)
     scale, most = 1000 * height * width, MAX_TERM // squared
@@ -94,8 +82,8 @@ def _solve_by_gco(unary: Tensor, weight_x: Tensor, weight_y: Tensor, *, threads:
         graphs.append(build_graph(squared * costs.reshape(-1, num_labels), site,
                                   np.concatenate([weight.ravel() for weight in weights]),
                                   (level[:, None] - level) ** 2))
-    run = map if len(graphs) < 2 else _pool(threads).map
-    list(run(GCO.swap, graphs))                                 # releases the GIL
+    with ThreadPoolExecutor(len(graphs)) as pool:
+        list(pool.map(GCO.swap, graphs))                        # releases the GIL
     labels = np.concatenate([graph.get_labels() for graph in graphs])
     for graph in graphs:
         graph.destroy_graph()
@@ -107,7 +95,8 @@ RELAXATION, PENALTY = 1.9, 0.3          # of ADMM
 
 def _solve_on_device(unary: Tensor, weight_x: Tensor, weight_y: Tensor, iterations: int = 24
                      ) -> Tensor:
-    """ADMM on  min over x of  sum_e bound_e |A x - offset|_e, whose x is 0 or 1 at the optimum.
+    """A minimum cut, as the cost of two labels is convex (Ishikawa 2003); that is a linear program:
+    ADMM on  min over x of  sum_e bound_e |A x - offset|_e, whose x is 0 or 1 at the optimum.
 
     x (B, h*w*(L-1)): is the label of this block above k? Neighbours cost the sum of |x_k - x'_m|
     over all pairs of thresholds k, m, plus unary terms: distances from 0 where they favour 0, from
@@ -138,8 +127,8 @@ def _solve_on_device(unary: Tensor, weight_x: Tensor, weight_y: Tensor, iteratio
     # a cut at some threshold is at least as good as x itself (coarea formula)
     thresholds = torch.linspace(0.05, 0.95, 10, device=x.device).view(-1, 1, 1, 1)
     labels = (x.view(images, 1, height, width, steps) > thresholds).sum(-1)     # (B, 10, h, w)
-    best = energy(labels, unary[:, None].expand(-1, 10, -1, -1, -1), weight_x[:, None],
-                  weight_y[:, None]).argmin(1)
+    unary = unary[:, None].expand(-1, 10, -1, -1, -1)
+    best = energy(labels, unary, weight_x[:, None], weight_y[:, None]).argmin(1)
     return labels[torch.arange(images, device=x.device), best]
 
 
@@ -147,11 +136,8 @@ def _solve_on_device(unary: Tensor, weight_x: Tensor, weight_y: Tensor, iteratio
 @torch.compiler.assume_constant_result
 def _lifted_grid(height: int, width: int, steps: int, device) -> tuple[Tensor, ...]:
     """Return A, the offset, an iteration's matrix, A's pseudo-inverse, and what a neighbour's
-    weight adds to the cost of each threshold.
-
-    Rows of A: x along edges, x between thresholds, x twice (distances from 0 and from 1), and zeros
-    whose constant carries the iteration's constant term.
-    """
+    weight adds to the cost of each threshold. Rows of A: x along edges, x between thresholds, x
+    twice (distances from 0 and from 1), and zeros that carry the iteration's constant term."""
     site = np.arange(height * width).reshape(height, width)
     first, second = neighbours(site)
     x = np.eye(height * width * steps).reshape(height * width, steps, -1)

@@ -1,7 +1,5 @@
-"""Puzzle Mix (Kim, Choo & Song, ICML 2020): blocks go to the image that is salient there, and
-neighbours like the same owner (`puzzle_mask`, a graph cut); then each image moves its salient
-blocks into what it owns (`apply_mask`, by masked optimal transport).
-"""
+"""Puzzle Mix (Kim, Choo & Song, ICML 2020): blocks go to the image that is salient there
+(`puzzle_mask`), and each image moves its salient blocks into what it owns (`apply_mask`)."""
 import math
 from collections.abc import Callable
 
@@ -49,7 +47,6 @@ def draw_noise(images: Tensor, adv_p: float, adv_eps: float,
         step = (adv_eps + 2) / 255 * grad.sign()
         noise = (attacked - pixels + step).clamp(-radius, radius) * length
         return {"noise": noise, "noisy": noisy}
-
     return (attacked - mean) / std, adversary
 
 
@@ -60,10 +57,10 @@ def puzzle_mix(images: Tensor, saliency: Tensor, perm: Tensor, lam: Tensor | flo
     """Return image i mixed with image perm[i] (B, C, H, W), and ratio (B,), the mask's mean.
 
     images normalised by mean and std (C values each); saliency (B, H, W) >= 0; lam: share of the
-    first image that the prior favours, one or (B,); block_num: blocks a side. transport: move
-    blocks of t_size pixels (-1: the mask's) at a cost of t_eps times the squared distance. noise
-    (B, C, H, W) is added to [0, 1] pixels of the first and / or second images (`noisy`). options:
-    of `puzzle_mask`.
+    first image that the prior favours, one or (B,); block_num: blocks a side, divides both sides.
+    transport: move blocks of t_size pixels (-1: the mask's) at a cost of t_eps times the squared
+    distance. noise (B, C, H, W) is added to [0, 1] pixels of the first and / or second images
+    (`noisy`). options: of `puzzle_mask`.
     """
     mask = puzzle_mask(images, saliency, perm, lam, block_num, std=std, **options)
     return apply_mask(images, saliency, perm, mask, transport=transport, t_eps=t_eps,
@@ -76,10 +73,8 @@ def puzzle_mask(images: Tensor, saliency: Tensor, perm: Tensor, lam: Tensor | fl
                 n_labels: int = 3, neigh_size: int = 4, std, solver: str = "auto",
                 threads: int = 0) -> Tensor:
     """Return the mask (B, n, n) in [0, 1], 1 for the first image; arguments as in `puzzle_mix`.
-
     beta, gamma, eta: weights of label smoothness, of colour steps and of the prior; n_labels: mask
-    levels; neigh_size: side of the colour cells in pixels; solver, threads: of `graphcut.solve`.
-    """
+    levels; neigh_size: side of the colour cells in pixels; solver, threads: of `graphcut.solve`."""
     terms = graph_terms(images, saliency, perm, block_num, beta=beta, gamma=gamma,
                         neigh_size=neigh_size, std=std)
     terms = label_terms(*terms, lam, beta=beta, eta=eta, n_labels=n_labels)
@@ -113,17 +108,12 @@ def apply_mask(images: Tensor, saliency: Tensor, perm: Tensor, mask: Tensor, *,
 def graph_terms(images: Tensor, saliency: Tensor, perm: Tensor, block_num: int, *, beta: float,
                 gamma: float, neigh_size: int, std) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the cost (B, n, n) of giving a block to the first and to the second image, and what
-    the colours add to the weight of vertical (B, n-1, n) and horizontal (B, n, n-1) neighbours.
-
-    A colour step along the border of two blocks depends on both owners: it is split into costs of
-    the blocks and a weight of their disagreement.
-    """
+    the colours add to the weight of vertical (B, n-1, n) and horizontal (B, n, n-1) neighbours. A
+    colour step along the border of two blocks depends on both owners: it is split into costs of the
+    blocks and a weight of their disagreement."""
     check_floats(images)
-    height, width = images.shape[-2:]
-    if block_num < 2 or height % block_num or width % block_num:
-        raise ValueError(f"block_num {block_num} does not divide images of {height}x{width} pixels")
     perm = perm.to(images.device, non_blocking=True)
-    blocks = height // block_num, width // block_num
+    blocks = [side // block_num for side in images.shape[-2:]]
     cells = [_gcd(min(neigh_size, block), block) for block in blocks]
     mass = shares(F.avg_pool2d(saliency.float(), blocks))
     costs = torch.stack([mass[perm], mass])              # taking one image loses the other's mass
@@ -173,37 +163,35 @@ def shares(maps: Tensor) -> Tensor:
 
 @torch.no_grad()
 def transport_plan(mask: Tensor, saliency: Tensor, t_eps: float = 0.8) -> Tensor:
-    """Return the block (B, h*w) that each place of an image gets by masked transport.
+    """Return the block (B, h*w) that each position of an image gets by masked transport.
 
     mask (B, h, w): positive where the image is seen; saliency (B, h, w), sums to 1 per image.
-    Each block prefers the seen place where t_eps * distance**2 (the grid's sides being 1) minus its
-    saliency is least, if negative. max(h, w) rounds: every block proposes to the best place that
-    has not refused it, every place keeps its best proposer, or else its own block.
+    Each block prefers the seen position where t_eps * distance**2 (the grid's sides being 1) minus
+    its saliency is least, if negative. max(h, w) rounds: every block proposes to the best position
+    that has not refused it, every position keeps its best proposer, or else its own block.
     """
     height, width = mask.shape[1:]
-    places = height * width
+    size = height * width
     down, right = (torch.arange(side, device=mask.device) for side in (height, width))
     down, right = ((d[:, None] - d).square() * (t_eps / max(len(d) - 1, 1) ** 2)
                    for d in (down, right))
-    distance = (down[:, None, :, None] + right[None, :, None, :]).reshape(places, places)
+    distance = (down[:, None, :, None] + right[None, :, None, :]).reshape(size, size)
     plans = []
-    limit = max(1, 2**26 // places**2)                  # images at once: 256 MiB of costs
+    limit = max(1, 2**26 // size**2)                  # images at once: 256 MiB of costs
     for seen, gain in zip((mask > 0).split(limit), saliency.split(limit), strict=True):
         if mask.device.type == "cpu":
             image, block = _bidders(seen, gain, down, right).nonzero(as_tuple=True)
         else:       # all, as their number would halt the device
             block = torch.arange(gain.numel(), device=mask.device)
-            image, block = block // places, block % places
+            image, block = block // size, block % size
         plans.append(_propose(seen.flatten(1), gain.flatten(1), distance, image, block,
                               max(height, width)))
     return torch.cat(plans)
 
 
 def _bidders(seen: Tensor, gain: Tensor, down: Tensor, right: Tensor) -> Tensor:
-    """Blocks (B, h*w) that could win a place from its own block; mostly none, and few otherwise.
-
-    Nothing moves in an image unless a block from a place not seen does.
-    """
+    """Return which blocks (B, h*w) could win a position from its own block; mostly none, and few
+    otherwise: nothing moves in an image unless a block from a position not seen does."""
     def cheapest(price, step):          # min over i of price (B, i, .) + step (i, j): (B, j, .)
         return (price.unsqueeze(2) + step.unsqueeze(2)).amin(1)
 
@@ -220,32 +208,30 @@ def _bidders(seen: Tensor, gain: Tensor, down: Tensor, right: Tensor) -> Tensor:
 def _propose(seen: Tensor, gain: Tensor, distance: Tensor, image: Tensor, block: Tensor,
              rounds: int) -> Tensor:
     """Rounds of `transport_plan`, of the bidders block[k] of image[k]. (B, N), (B, N), (N, N).
-
     A bid and its bidder are one integer: the bits of a float above 0 grow with it, and the lesser
-    block wins among equals.
-    """
-    places = gain.shape[1]
+    block wins among equals."""
+    size = gain.shape[1]
     bids = gain[image, block].unsqueeze(1) - distance[block]
     unwanted = ~seen[image] | (bids <= 0)
 
     def key(bid, block):
-        return bid.view(torch.int32).long() * places + (places - 1 - block)
+        return bid.view(torch.int32).long() * size + (size - 1 - block)
 
     bids = key(bids, block.unsqueeze(1)).masked_fill_(unwanted, -1)
-    own = torch.arange(places, device=gain.device)
-    best = key(gain.contiguous(), own).flatten()                # a place's own block bids as well
-    start = image * places
+    own = torch.arange(size, device=gain.device)
+    best = key(gain.contiguous(), own).flatten()                # a position's own block bids, too
+    start = image * size
     for _ in range(rounds):
         bid, choice = bids.max(1)
-        place = choice + start
-        best = best.scatter_reduce(0, place, bid, "amax")
-        accepted = bid.masked_fill(best[place] != bid, -1)
+        target = choice + start
+        best = best.scatter_reduce(0, target, bid, "amax")
+        accepted = bid.masked_fill(best[target] != bid, -1)
         bids.scatter_(1, choice.unsqueeze(1), accepted.unsqueeze(1))
-    return (places - 1 - best % places).view_as(gain)
+    return (size - 1 - best % size).view_as(gain)
 
 
 def _move(images: Tensor, plan: Tensor, cells) -> Tensor:
-    """Images with the block of `cells` pixels at every place replaced by block plan[place]."""
+    """Return the images with the i-th block of `cells` pixels replaced by block plan[i]."""
     height, width = images.shape[-2:]
     pixels = torch.arange(height * width, device=images.device).view(height, width)
     corners, inside = pixels[::cells[0], ::cells[1]], pixels[:cells[0], :cells[1]]

@@ -1,13 +1,9 @@
-"""SAGE (Ma et al., BMVC 2022): saliency-guided mixup with optimal rearrangements.
-
-The second image is shifted to where its salient regions cover the first one's least, then both are
-blended pixel by pixel by their shares of the saliency.
-"""
+"""SAGE (Ma et al., BMVC 2022): the second image is shifted to where its salient regions cover the
+first one's least, then both are blended pixel by pixel by their shares of the saliency."""
 import torch
 from torch import Tensor
 from torchvision.transforms.v2.functional import gaussian_blur
 
-from common.errors import RunError
 from common.mixing import check_floats, per_image, send
 
 # Elements (candidates × images × pixels) compared at once: what a CPU's cache, a GPU's memory holds
@@ -15,24 +11,15 @@ CPU_CHUNK, GPU_CHUNK = 2 ** 19, 2 ** 26
 
 
 def gradient_saliency(grad: Tensor, kernel_size: int = 5, sigma: float = 1.0) -> Tensor:
-    """Saliency (B, 1, H, W) of a loss's gradient (B, C, H, W) with respect to the images.
-
-    Mean of the absolute values over the channels, blurred with a Gaussian of `kernel_size` (odd)
-    and standard deviation `sigma`, both in pixels, over a reflected border. Raises RunError where
-    the kernel is too wide for that.
-    """
-    if kernel_size // 2 >= min(grad.shape[-2:]):
-        raise RunError(f"a saliency blur of {kernel_size} pixels is too wide for images of "
-                       f"{min(grad.shape[-2:])} pixels")
+    """Return the mean (B, 1, H, W) over channels of |grad| (B, C, H, W), blurred by a Gaussian of
+    `kernel_size` (odd) and standard deviation `sigma`, in pixels, over a reflected border."""
     return gaussian_blur(grad.detach().abs().mean(1, keepdim=True), [kernel_size] * 2, [sigma] * 2)
 
 
 def draw_offsets(height: int, width: int, fraction: float,
                  generator: torch.Generator | None = None) -> Tensor:
-    """Candidate shifts (K, 2) of (dy, dx) in pixels, on the CPU, without repetition.
-
-    K = int((2·height - 1)(2·width - 1)·fraction), at least 1, of all shifts that leave an overlap.
-    """
+    """Return K candidate shifts (K, 2) of (dy, dx) in pixels, on the CPU, without repetition: a
+    `fraction` of the (2·height - 1)(2·width - 1) that leave an overlap, at least 1."""
     rows, columns = 2 * height - 1, 2 * width - 1
     count = max(1, int(rows * columns * fraction))
     flat = torch.randperm(rows * columns, generator=generator)[:count]
@@ -41,7 +28,7 @@ def draw_offsets(height: int, width: int, fraction: float,
 
 @torch.no_grad()
 def best_offsets(first: Tensor, second: Tensor, offsets: Tensor) -> Tensor:
-    """The shift (B, 2) of `second` at which the blend shows most saliency.
+    """Return the shift (B, 2) of `second` at which the blend shows most saliency.
 
     `first`, `second` (B, H, W) >= 0 are the weighted saliencies g1 and g2, `offsets` (K, 2)
     integers. With t the shifted g2 (zero where it does not reach) and the blend's mask
@@ -71,13 +58,12 @@ def best_offsets(first: Tensor, second: Tensor, offsets: Tensor) -> Tensor:
 @torch.no_grad()
 def sage_mix(images: Tensor, saliency: Tensor, perm: Tensor, offsets: Tensor,
              alpha: float | Tensor) -> tuple[Tensor, Tensor]:
-    """SAGE's mixing of each image with its shifted partner.
+    """Return each image mixed with its shifted partner, and ratio (B,), the mean of the mask.
 
     `images` (B, C, H, W), normalised so that 0 is the mean colour, which fills what the shifted
     partner leaves free; `saliency` (B, 1, H, W) >= 0, all zero counts as uniform; `perm` (B,);
     `offsets` (K, 2) integer candidates (dy, dx), positive moves the partner down and right; `alpha`
-    in [0, 1], a scalar or (B,), weighs the first image's saliency. Returns the mixed images and
-    ratio (B,), the mean of the mask.
+    in [0, 1], a scalar or (B,), weighs the first image's saliency.
     """
     batch, _, height, width = images.shape
     check_floats(images)

@@ -1,8 +1,4 @@
-"""SaliencyMix (Uddin et al., ICLR 2021): a box around the most salient point is pasted.
-
-Saliency is the static fine-grained kind (Montabone & Soto 2010): how much a pixel's brightness
-differs from the means of windows around it, at six sizes.
-"""
+"""SaliencyMix (Uddin et al., ICLR 2021): a box around the most salient point is pasted."""
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,7 +19,8 @@ def blur(grey: Tensor) -> Tensor:
 
 @torch.no_grad()
 def fine_grained_saliency(images: Tensor, channel_order: str = "RGB") -> Tensor:
-    """Return the saliency (B, H, W) in [0, 1], multiples of 1/255, of uint8 images (B, 3, H, W).
+    """Return how much the brightness of uint8 images (B, 3, H, W) differs from the means of windows
+    of six sizes (Montabone & Soto 2010): (B, H, W) in [0, 1], multiples of 1/255.
 
     channel_order: 'RGB' or 'BGR'. Both the excess over the window's mean ("on") and the lack
     ("off") are summed over the scales and stretched to 255; an image of one colour has no saliency.
@@ -57,11 +54,11 @@ def fine_grained_saliency(images: Tensor, channel_order: str = "RGB") -> Tensor:
 @torch.no_grad()
 def saliency_mix(images: Tensor, perm: Tensor, lam: Tensor | float, saliency: Tensor
                  ) -> tuple[Tensor, Tensor]:
-    """Paste the same box, sqrt(1 - lam) of each side, of every image's partner into it.
+    """Return images (B, C, H, W) with the same box, sqrt(1 - lam) of each side, pasted from
+    images[perm], and ratio (B,), the share of pixels that stay.
 
-    `images` (B, C, H, W); `perm` (B,); `lam` in [0, 1]; `saliency` (H, W), by the published
-    program of image perm[0] for the whole batch: the box is centred on its first maximum and
-    clipped to the image. Returns mixed images and ratio (B,), the share of pixels that stay.
+    `saliency` (H, W), by the published program of image perm[0] for the whole batch: the box is
+    centred on its first maximum and clipped to the image.
     """
     height, width = images.shape[-2:]
     peak = (saliency * 255).int().flatten().argmax()
