@@ -115,7 +115,7 @@ def lines(groups: list[list], names: list[str]) -> list[dict]:
             base = {run.seed: run.numbers["accuracy"] for run in first}
             pairs = [run.numbers["accuracy"] - base[run.seed] for run in group if run.seed in base]
             row |= summary("gain", pairs if len(pairs) == len(group) == len(first) else
-                           [row["accuracy"] - mean(base.values())])
+                           [row["accuracy"] - mean(run.numbers["accuracy"] for run in first)])
         rows.append(row)
     return rows
 
