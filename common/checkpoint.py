@@ -11,7 +11,6 @@ from common.errors import RunError
 from common.files import whole
 
 NEWEST, PREVIOUS, BEST = "checkpoint.pt", "checkpoint.prev.pt", "best.pt"
-DAMAGED = "checkpoint.damaged.pt"
 DIGEST = 32                             # bytes at the end of a file, of all before them
 
 
@@ -27,12 +26,11 @@ def save(folder: Path, state: dict, name: str = NEWEST):
     """
     path, buffer = folder / name, io.BytesIO()
     torch.save(state, buffer)
-    with whole(path) as new:
-        with open(new, "wb") as file:
-            file.write(buffer.getbuffer())
-            file.write(digest(buffer.getbuffer()))          # torch itself checks no CRC
-            file.flush()
-            os.fsync(file.fileno())
+    buffer.write(digest(buffer.getbuffer()))                 # torch itself checks no CRC
+    with whole(path) as new, open(new, "wb") as file:
+        file.write(buffer.getbuffer())
+        file.flush()
+        os.fsync(file.fileno())
         if name == NEWEST and path.exists():
             os.replace(path, folder / PREVIOUS)
 
@@ -49,23 +47,23 @@ def load(path) -> dict:
 
 
 def resume(source: str, folder: Path) -> dict | None:
-    """Return the state to go on from, None for a fresh start.
+    """Return the state to go on from, None for a fresh start. Never overwrites another run.
 
-    source '': start fresh (RunError if the folder holds a run). 'auto': newest valid checkpoint of
-    the folder, if any; a damaged newer one is named and put aside. A path: that file (RunError if
-    the folder holds another run).
+    source '': start fresh. 'auto': newest valid checkpoint of the folder, if any; a damaged newer
+    one is named and put aside. A path: that file.
     """
     newest, previous = folder / NEWEST, folder / PREVIOUS
-    if not newest.exists() and not previous.exists():
-        return load(source) if source and source != "auto" else None
-    if not source:
-        raise RunError(f"{folder} already holds a run: go on with --resume auto, or choose another "
-                       "--root_dir")
-    if source != "auto":
-        if Path(source).resolve().parent != folder.resolve():
+    empty = not newest.exists() and not previous.exists()
+    if source and source != "auto":
+        if not empty and Path(source).resolve().parent != folder.resolve():
             raise RunError(f"--resume {source}: {folder} already holds another run, which would be "
                            "overwritten; choose another --root_dir")
         return load(source)
+    if empty:
+        return None
+    if not source:
+        raise RunError(f"{folder} already holds a run: go on with --resume auto, or choose another "
+                       "--root_dir")
     try:
         return load(newest)
     except RunError as fault:
@@ -73,7 +71,7 @@ def resume(source: str, folder: Path) -> dict | None:
             raise
         state = load(previous)
         if rank() == 0 and newest.exists():                 # else it would become the previous one
-            os.replace(newest, folder / DAMAGED)
+            os.replace(newest, folder / "checkpoint.damaged.pt")
         warn(f"{fault}; going on from {previous}")
         return state
 
@@ -88,17 +86,15 @@ def check_identity(state: dict, identity: dict):
 
 
 def load_part(name: str, part, state: dict):
-    """Load one part's state; an optimizer keeps the settings of this run's flags (but for the
-    learning rate, which the loop sets). Raises RunError when it is of another shape.
-    """
+    """Load one part's state; an optimizer keeps the settings of this run's flags, but for the
+    learning rate, which the loop sets. Raises RunError when it is of another shape."""
     settings = [{key: value for key, value in group.items() if key not in ("params", "lr")}
                 for group in getattr(part, "param_groups", [])]
     try:
         if state[name]:                                     # a scaler that is off has no state
             part.load_state_dict(state[name])
-        for group, own in zip(getattr(part, "param_groups", []), settings, strict=True):
-            group.update(own)
     except (KeyError, ValueError, RuntimeError) as fault:
-        reason = str(fault).strip().rpartition("\n")[2].strip()
-        raise RunError(f"the checkpoint's {name} does not fit this run's ({reason[:120]})"
-                       ) from None
+        reason = str(fault).strip().rpartition("\n")[2].strip()[:120]
+        raise RunError(f"the checkpoint's {name} does not fit this run's ({reason})") from None
+    for group, own in zip(getattr(part, "param_groups", []), settings, strict=True):
+        group.update(own)

@@ -10,21 +10,16 @@ from common.data.recipe import Recipe
 from common.data.sources import decode_files
 from common.errors import DataError
 
-SEVERITIES = 5
-
 
 def kind(condition: str) -> str:
     """Return 'fog' of 'fog 3', '' of a condition that is no corruption."""
-    found = re.fullmatch(rf"(.+) [1-{SEVERITIES}]", condition)
-    return found[1] if found else ""
+    return condition[:-2] if re.fullmatch(".+ [1-5]", condition) else ""
 
 
 def read(folder, info, batch_size: int, device):
-    """Yield ('fog 1', its MemoryBatches) for each corruption and severity in `folder`.
-
-    It holds <corruption>.npy, severities 1 to 5 after one another, beside labels.npy; or
-    <corruption>/<severity>/<class>/*. Raises DataError naming the file that does not fit.
-    """
+    """Yield ('fog 1', its MemoryBatches) for each corruption and severity in `folder`: of
+    <corruption>.npy, severities 1 to 5 after one another, beside labels.npy; or of
+    <corruption>/<severity>/<class>/*. Raises DataError naming the file that does not fit."""
     recipe = Recipe(crop="padded", padding=0, mean=info.mean, std=info.std)
     size = info.image_size, info.width
 
@@ -43,30 +38,28 @@ def read(folder, info, batch_size: int, device):
                         "folders are there")
     for file in arrays:
         images = np.load(file, mmap_mode="r")
-        count = len(images) // SEVERITIES
+        count = len(images) // 5
         labels = np.load(root / "labels.npy").astype(np.int64)      # once, or for each severity
-        if (len(labels) not in (count, len(images)) or len(images) % SEVERITIES
+        if (len(labels) not in (count, len(images)) or len(images) % 5
                 or labels.max() >= info.num_classes):
             raise DataError(f"{file}: {len(images)} images do not fit {len(labels)} labels up to "
                             f"{labels.max()} in labels.npy, or these {info.num_classes} classes")
-        for severity in range(SEVERITIES):
-            part = np.array(images[severity * count:(severity + 1) * count])
+        for severity in range(5):
+            part = np.array(images[severity * count:][:count])
             yield f"{file.stem} {severity + 1}", batches(file, part, labels[:count])
-    for folder in folders:
-        for severity in range(1, SEVERITIES + 1):
-            classes = list_classes(folder / str(severity))
-            index = class_index(folder / str(severity), classes, info)
-            found = as_files(folder, classes)
-            labels = np.array([index[name] for name in classes])[found.labels]
-            yield f"{folder.name} {severity}", batches(
-                folder, decode_files(found.files, None, 4), labels)
+    for part in (folder / severity for folder in folders for severity in "12345"):
+        classes = list_classes(part)
+        found = as_files(part, classes)
+        labels = np.array(class_index(part, classes, info))[found.labels]
+        yield f"{part.parent.name} {part.name}", batches(
+            part, decode_files(found.files, None, 4), labels)
 
 
-def class_index(folder: Path, names, info) -> dict[str, int]:
-    """Return labels of class folders: by name, or of all WordNet's numbers by their order."""
+def class_index(folder: Path, names, info) -> list[int]:
+    """Return the labels of sorted class folders: by name, or of all WordNet's numbers by order."""
     if set(names) <= set(info.classes):
-        return {name: info.classes.index(name) for name in names}
+        return [info.classes.index(name) for name in names]
     if len(names) == info.num_classes and all(re.fullmatch(r"n\d{8}", name) for name in names):
-        return {name: label for label, name in enumerate(sorted(names))}
+        return list(range(len(names)))
     odd = sorted(set(names) - set(info.classes))
     raise DataError(f"{folder / odd[0]}: a class that {info.name} lacks")

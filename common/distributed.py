@@ -10,15 +10,13 @@ from tqdm import tqdm
 
 from common.errors import RunError
 
-SLURM = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID",
-         "WORLD_SIZE": "SLURM_STEP_NUM_TASKS"}
-
 
 def read_launcher() -> tuple[int, int]:
     """Return (local rank, processes of this machine) by torchrun's or srun's environment."""
     env = os.environ
     if env.get("SLURM_STEP_NUM_TASKS", "1") != "1" and "RANK" not in env:   # srun, no torchrun
-        env.update({ours: env[theirs] for ours, theirs in SLURM.items()})
+        env.update(RANK=env["SLURM_PROCID"], LOCAL_RANK=env["SLURM_LOCALID"],
+                   WORLD_SIZE=env["SLURM_STEP_NUM_TASKS"])
     return int(env.get("LOCAL_RANK", 0)), int(env.get("LOCAL_WORLD_SIZE", 1))
 
 
@@ -73,14 +71,6 @@ def total(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def gather(value) -> list:
-    """Return every process's `value` (anything that pickles), in the order of ranks."""
-    values = [value] * world()
-    if world() > 1:
-        dist.all_gather_object(values, value)
-    return values
-
-
 def gather_rows(rows: torch.Tensor) -> torch.Tensor:
     """Return all processes' rows (B, ...), equal shapes, as one; only our own carry a gradient."""
     if world() == 1:
@@ -113,10 +103,7 @@ def seed_of(*numbers) -> int:
 
 
 def step_generator(seed: int, epoch: int, step: int) -> torch.Generator:
-    """Return the generator of a training step's draws on this rank; seed torch (dropout) alike.
-
-    A function of these numbers alone, so that a resumed run goes on exactly.
-    """
+    """Return the generator of a training step's draws on this rank; seed torch (dropout) alike."""
     number = seed_of(seed, epoch, step, rank())
     torch.default_generator.manual_seed(number)
     if torch.cuda.is_initialized():     # torch.manual_seed asks absent devices too: 0.2 ms a step

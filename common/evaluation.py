@@ -1,6 +1,7 @@
 """Every network judged alike: accuracy, calibration, occlusion, FGSM, corruptions."""
 import itertools
 import math
+import statistics
 from pathlib import Path
 
 import torch
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common import corruptions, distributed, files, gradcam, plots, runtime
-from common.data.recipe import mean_std
+from common.data.recipe import mean_std, unnormalise
 from common.distributed import log
 
 BINS = 10                                           # of confidence
@@ -34,14 +35,10 @@ def reliability_bins(logits: Tensor, labels: Tensor, bins: int = BINS):
     return *(part / count.clamp(min=1) for part in sums), count
 
 
-def calibration_error(sums: Tensor) -> Tensor:
-    """Return the ECE in [0, 1] of `bin_sums`: |accuracy - confidence|, weighed by counts."""
-    return (sums[1] - sums[0]).abs().sum() / sums[2].sum().clamp(min=1)
-
-
 def expected_calibration_error(logits: Tensor, labels: Tensor, bins: int = BINS) -> float:
     """Return the ECE in [0, 1] of logits (N, C) and labels (N,)."""
-    return float(calibration_error(bin_sums(logits, labels, bins)))
+    confidence, hits, _ = bin_sums(logits, labels, bins)
+    return (hits - confidence).abs().sum().item() / len(labels)
 
 
 def tally(logits: Tensor, labels: Tensor) -> Tensor:
@@ -55,11 +52,12 @@ def tally(logits: Tensor, labels: Tensor) -> Tensor:
 
 def averages(sums: Tensor) -> dict:
     """Return loss, top1 and top5 in %, ece in [0, 1], count and `bin_sums` of summed tallies."""
-    bins = sums[2:].view(3, BINS)
-    hits, count = bins[1:].sum(1).tolist()
-    loss, top5 = (sums[:2] / max(count, 1)).tolist()
-    return {"loss": loss, "top1": 100 * hits / max(count, 1), "top5": 100 * top5,
-            "ece": calibration_error(bins).item(), "count": int(count), "bins": bins}
+    bins, count = sums[2:].view(3, BINS), int(sums[-BINS:].sum())
+    gap = (bins[1] - bins[0]).abs().sum()
+    means = torch.stack([*sums[:2], bins[1].sum(), gap]) / max(count, 1)
+    loss, top5, top1, ece = means.tolist()
+    return {"loss": loss, "top1": 100 * top1, "top5": 100 * top5, "ece": ece, "count": count,
+            "bins": bins}
 
 
 def batches(loader, args):
@@ -70,10 +68,8 @@ def batches(loader, args):
 
 @torch.no_grad()
 def measure(net, loader, args, info, names: list[str], outputs) -> dict:
-    """Return {name: `averages`}, over all ranks, of what outputs(images, labels) yields.
-
-    outputs: a generator of logits (B, C) for each of `names`; columns beyond the data's classes are
-    left out. net is in evaluation mode meanwhile.
+    """Return {name: `averages`}, over all ranks, of the logits (B, C) for each of `names` that
+    outputs(images, labels) yields, less columns beyond the data's classes, net in evaluation mode.
     """
     device, training = next(net.parameters()).device, net.training
     sums = torch.zeros(len(names), 2 + 3 * BINS, dtype=torch.float64, device=device)
@@ -104,13 +100,10 @@ def columns(result: dict, part: str = "test") -> dict:
 
 
 def occlude(images: Tensor, offset: int, info) -> Tensor:
-    """Return images (B, 3, H, W) moved by `offset` > 0 pixels along both axes; the mean colour
-    follows (mid-grey where info.mean is 0: images that are not normalised).
-
-    The directions are two bits of the sum of an image's pixels: alike in any batch, on any rank.
-    """
-    mean, std = mean_std(info, images.device)
-    number = ((images * std + mean) * 255).round().sum((1, 2, 3), dtype=torch.float64).long()
+    """Return images (B, 3, H, W) moved by `offset` > 0 pixels along both axes, into mean colour
+    (mid-grey where info.mean is 0: images that are not normalised). The directions are two bits of
+    the sum of an image's pixels: alike in any batch, on any rank."""
+    number = (unnormalise(images, info) * 255).round().sum((1, 2, 3), dtype=torch.float64).long()
     padded = F.pad(images, (offset,) * 4, value=0.0 if any(info.mean) else 0.5)
     windows = padded.unfold(2, images.shape[2], 2 * offset).unfold(
         3, images.shape[3], 2 * offset).permute(0, 2, 3, 1, 4, 5)
@@ -147,10 +140,8 @@ def conditions(net, info) -> tuple[list[str], object]:
 
 def report(net, test, args, info, run, checkpoint: Path | None = None):
     """Log what net (images -> logits) does on clean, occluded, attacked and --corruptions images.
-
-    Writes evaluation.csv and evaluation.png into the run's folder, or, of --evaluate's
-    `checkpoint`, beside it and named after it. With --cam draws that instead.
-    """
+    Writes evaluation.csv and .png into the run's folder, or, of --evaluate's `checkpoint`, beside
+    it and named after it. With --cam draws that instead."""
     if args.cam:
         return gradcam.draw(args.cam, net, test, args, info)
     results = measure(net, test, args, info, *conditions(net, info))
@@ -164,9 +155,8 @@ def report(net, test, args, info, run, checkpoint: Path | None = None):
         lines.append("{},{top1:.6g},{top5:.6g},{loss:.6g},{ece:.6g},{count}".format(name, **result))
     errors = [100 - result["top1"] for name, result in results.items() if corruptions.kind(name)]
     if errors:
-        log(f"mean corruption error: {sum(errors) / len(errors):.2f} % over "
-            f"{len(errors) // corruptions.SEVERITIES} corruptions of "
-            f"{corruptions.SEVERITIES} severities")
+        log(f"mean corruption error: {statistics.mean(errors):.2f} % over {len(errors) // 5} "
+            "corruptions of 5 severities")
     if run.writes:
         path = checkpoint.with_name(f"{checkpoint.stem}_evaluation.csv") if checkpoint else \
             run.folder / "evaluation.csv"
@@ -186,12 +176,10 @@ def draw(path: Path, title: str, results: dict):
     figure = plots.new_figure(13, 4 + 0.18 * max(0, len(bars) - 8), title)
     left, middle, right = figure.subplots(1, 3)
 
-    confidence, hits, count = results["clean"]["bins"]
+    _, hits, count = results["clean"]["bins"]
     centres = (torch.arange(BINS) + 0.5) / BINS
     left.bar(centres, count / count.sum(), 0.94 / BINS, color=plots.GRID, label="share of images")
     left.bar(centres, hits / count.clamp(min=1), 0.6 / BINS, color=plots.BLUE, label="accuracy")
-    left.plot(confidence / count, hits / count, "o", color=plots.ORANGE,            # nan: empty
-              label="at the mean confidence")
     left.plot([0, 1], [0, 1], color=plots.MUTED, linestyle="--", linewidth=1)
     left.legend(frameon=False, loc="upper left", fontsize=9)
     plots.frame(left, title=f"Reliability, ECE {100 * results['clean']['ece']:.2f} %",
@@ -202,7 +190,7 @@ def draw(path: Path, title: str, results: dict):
     plots.frame(middle, title="Occlusion", xlabel="visible fraction of the image, %",
                 ylabel="accuracy, %", xlim=(0, 100), ylim=(0, 100))
 
-    drawn = right.barh(list(bars), [sum(part) / len(part) for part in bars.values()], height=0.7,
+    drawn = right.barh(list(bars), list(map(statistics.mean, bars.values())), height=0.7,
                        color=[plots.MUTED, *[plots.BLUE] * (len(bars) - 1)])
     right.bar_label(drawn, fmt="%.1f", padding=3, fontsize=8, color=plots.INK)
     right.invert_yaxis()

@@ -1,6 +1,5 @@
 """A run: its folder, resume, the epoch's steps, log lines."""
 import csv
-import io
 import json
 import math
 import signal
@@ -39,9 +38,8 @@ def about(info, net, train, args) -> str:
 class Run:
     """One run: its folder, its history, and how far it has come (epoch and step, from 0).
 
-    name: parts of the folder's name besides data set, network, seed and --job_name; identity: what
-    a checkpoint must agree in to be resumed, besides data and network; parts: `model` and all else
-    that has a state_dict.
+    name: further parts of the folder's name; identity: what a checkpoint must agree in to be
+    resumed, besides data and network; parts: `model` and all else that has a state_dict.
     """
 
     def __init__(self, args, device, info, name: list[str], identity: dict | None = None, **parts):
@@ -72,8 +70,8 @@ class Run:
         state = checkpoint.load(path)
         checkpoint.check_identity(state, self.identity | {"data": state["identity"].get("data")})
         checkpoint.load_part("model", self.parts["model"], state)
-        done = state.get("step") == 0                   # then the counter is at the next epoch
-        log(f"checkpoint: {path}, epoch {state['epoch'] + (not done)}")
+        # between epochs the counter is at the next one
+        log(f"checkpoint: {path}, epoch {state['epoch'] + (state.get('step') != 0)}")
         return Path(path)
 
     def start(self, start_epoch: int | None = None, **facts):
@@ -87,20 +85,12 @@ class Run:
         state = None
         if self.args.resume or self.keeps_files:
             state = checkpoint.resume(self.args.resume, self.folder)
-        self.resumed, changed = state is not None, {}
-        if state:
-            self.restore(state)
-            log(f"resumed at epoch {self.epoch + 1}, step {self.step}")
-            now = self.settings()
-            changed = {name: f"{value} -> {now[name]}" for name, value in state["args"].items()
-                       if name not in NOT_TRAINING and value != now.get(name, value)}
-        if len(set(distributed.gather((self.epoch, self.step)))) > 1:
+        self.resumed = state is not None
+        changed = self.restore(state) if state else {}
+        position = torch.tensor([self.epoch, self.step], device=self.device)
+        if (distributed.total(position) != position * distributed.world()).any():
             raise RunError(f"{self.folder}: the processes find different checkpoints there; "
                            "--root_dir must be on a disk that all machines share")
-        if changed:
-            distributed.warn("going on with other settings than before: " + ", ".join(
-                f"{'--' * hasattr(self.args, name)}{name} {change}"
-                for name, change in changed.items()))
         if start_epoch is not None:
             self.epoch, self.step, self.sums = start_epoch, 0, None
             self.history = [row for row in self.history if row["epoch"] < start_epoch]
@@ -120,25 +110,35 @@ class Run:
             self.events = SummaryWriter(self.folder / "tensorboard", purge_step=self.epoch + 1)
 
     def settings(self) -> dict:
-        """Return the flags, and what else the exact numbers of a run depend on."""
+        """Return the flags, and what else a run's exact numbers depend on."""
         return vars(self.args) | {
             "hardware": self.device.type, "processes": distributed.world(),
             "threads": torch.get_num_threads() if self.device.type == "cpu" else None}
 
-    def restore(self, state: dict):
-        """Restore a checkpoint. Raises RunError for one that this run cannot go on from."""
+    def restore(self, state: dict) -> dict:
+        """Restore a checkpoint and return which settings differ, after a warning. Raises RunError
+        for one that this run cannot go on from."""
         if "history" not in state:
             raise RunError(f"{self.args.resume} holds weights alone, to evaluate; go on from the "
                            f"run's {checkpoint.NEWEST}")
         checkpoint.check_identity(state, self.identity)
+        then, now = state["args"], self.settings()
         for name in ("seed", *["batch_size"] * (state["step"] > 0)):        # inside an epoch
-            if state["args"].get(name) != getattr(self.args, name):
-                raise RunError(f"the checkpoint is of a run with --{name} {state['args'][name]}: "
-                               "go on with that")
+            if then[name] != now[name]:
+                raise RunError(f"the checkpoint is of a run with --{name} {then[name]}: go on with "
+                               "that")
         for name, part in self.parts.items():
             checkpoint.load_part(name, part, state)
         for name in ("history", "best", "epoch", "step", "sums"):
             setattr(self, name, state[name])
+        log(f"resumed at epoch {self.epoch + 1}, step {self.step}")
+        changed = {name: f"{value} -> {now[name]}" for name, value in then.items()
+                   if name not in NOT_TRAINING and value != now.get(name, value)}
+        if changed:
+            distributed.warn("going on with other settings than before: " + ", ".join(
+                f"{'--' * hasattr(self.args, name)}{name} {change}"
+                for name, change in changed.items()))
+        return changed
 
     def steps(self, loader):
         """Yield (step, batch) of the epoch from where the run stands, behind a progress bar."""
@@ -149,11 +149,8 @@ class Run:
             yield from enumerate(bar, self.step)
 
     def ends(self, step: int, sums, print_every: int = 100) -> bool:
-        """Return, after each step, whether --max_steps ends the epoch here.
-
-        Every `print_every` steps checks the losses and prints the last. After SIGTERM or Ctrl-C
-        saves and ends the program.
-        """
+        """Return, after each step, whether --max_steps ends the epoch here. Logs and checks the
+        losses every `print_every` steps; after SIGTERM or Ctrl-C saves and ends the program."""
         self.step = step + 1
         if self.step % print_every == 0:
             sums.check(self.epoch)
@@ -194,11 +191,8 @@ class Run:
 
     def end_epoch(self, row: dict, accuracy: float | None, sums):
         """Log the epoch's row, save best.pt if `accuracy` (None: not measured) is the best yet, go
-        on to the next epoch unless this one was cut short, and save.
-
-        A trial's accuracy, of a few images, is never the best; its last epoch is evaluated again on
-        resuming. Nothing is saved when something in `row` or a weight is not finite.
-        """
+        on to the next epoch unless this one was cut short, and save. A trial's accuracy, of a few
+        images, is never the best; its last epoch is evaluated again on resuming."""
         bad = [name for name, value in row.items() if not math.isfinite(value)]
         if bad:
             raise RunError(f"{bad[0]} became {row[bad[0]]} at epoch {self.epoch + 1}, after step "
@@ -228,10 +222,10 @@ class Run:
         """Return an epoch's line of the log: loss, accuracies, seconds, time left."""
         if accuracies := self.column("test_accuracy"):
             row = row | {"best": max(accuracies)}
-        parts = [f"{label} {row[name]:{form}}" for label, name, form in (
-            ("loss", "train_loss", ".4f"), ("train", "train_accuracy", "6.2f"),
-            ("k-NN", "knn_accuracy", "6.2f"), ("test", "test_accuracy", "6.2f"),
-            ("best", "best", "6.2f")) if name in row]
+        shown = {"loss": "train_loss", "train": "train_accuracy", "k-NN": "knn_accuracy",
+                 "test": "test_accuracy", "best": "best"}
+        parts = [f"{label} {row[name]:6.{4 if label == 'loss' else 2}f}"
+                 for label, name in shown.items() if name in row]
         epochs = self.args.epochs
         return "  ".join([f"epoch {self.epoch + 1:{len(str(epochs))}}/{epochs}", *parts,
                           f"{row['seconds']:.0f} s", self.left(self.epoch + 1)]).rstrip()
@@ -251,14 +245,13 @@ class Run:
 
     def write_log(self, row: dict):
         """Rewrite log.csv from the history and send the new row to TensorBoard."""
-        text = io.StringIO()
         columns = dict.fromkeys(name for line in self.history for name in line)
-        writer = csv.DictWriter(text, columns, lineterminator="\n")
-        writer.writeheader()
-        for line in self.history:
-            writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in line.items()}
-                            | {"epoch": line["epoch"] + 1})
-        files.write_atomic(self.folder / "log.csv", text.getvalue())
+        with files.whole(self.folder / "log.csv") as new, open(new, "w") as file:
+            writer = csv.DictWriter(file, columns, lineterminator="\n")
+            writer.writeheader()
+            for line in self.history:
+                short = {name: f"{value:.6g}" for name, value in line.items()}
+                writer.writerow(short | {"epoch": line["epoch"] + 1})
         if self.events:
             for name, value in row.items():
                 self.events.add_scalar(name, value, self.epoch + 1)

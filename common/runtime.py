@@ -5,7 +5,6 @@ import functools
 import importlib.util
 import os
 import platform
-import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +19,6 @@ from common import distributed
 from common.distributed import log, print_once, rank, warn, world
 from common.errors import RunError, Stopped
 
-COMPILERS = {"darwin": "clang++", "win32": "cl"}            # what torch.compile calls on a CPU
 traceback_folder = Path()                                   # of unforeseen faults; a run's own
 
 
@@ -68,10 +66,6 @@ def check_machine(args, on_gpu: bool, processes: int):
     if on_gpu and processes > torch.cuda.device_count():
         raise RunError(f"{processes} processes need a GPU each and {torch.cuda.device_count()} are "
                        "there; lower --nproc_per_node")
-    compiler = os.environ.get("CXX") or COMPILERS.get(sys.platform, "g++")
-    if args.compile and not shutil.which(compiler):
-        raise RunError(f"--compile needs a C++ compiler, and '{compiler}' is not on the PATH: "
-                       "install it, name another in CXX, or leave out --compile")
 
 
 def cores() -> int:
@@ -81,10 +75,9 @@ def cores() -> int:
 
 def facts(device: torch.device) -> dict:
     """Return what a run notes of its machine and versions."""
-    git = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty=+", "--exclude=*"]
-    commit = ""
-    with contextlib.suppress(OSError):                      # no git here
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    git = "git describe --always --dirty=+ --exclude='*'"
+    commit = subprocess.run(git, shell=True, cwd=Path(__file__).parent, capture_output=True,
+                            text=True).stdout.strip()       # '' without git
     return {"device": str(device), "processes": world(), "commit": commit,
             "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
             "threads": torch.get_num_threads(), "python": platform.python_version(),
@@ -102,11 +95,10 @@ def use_gpus(count: int):
 
 def tune_cpu_memory():
     """Keep freed buffers in the process: glibc's page faults cost more than the arithmetic."""
-    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-    with contextlib.suppress(OSError, AttributeError):
+    with contextlib.suppress(OSError, AttributeError):      # another C library
         mallopt = ctypes.CDLL("libc.so.6").mallopt
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(-4, 0)                                      # M_MMAP_MAX
+        mallopt(-1, 2**31 - 1)                              # M_TRIM_THRESHOLD
 
 
 def autocast(args, device: torch.device):
@@ -143,10 +135,8 @@ def prepare(model, args, device: torch.device):
 
 
 def is_narrow(part) -> bool:
-    """Return whether oneDNN's channels-last kernels of this module write beyond their buffers.
-
-    Seen in strided 1×1 and in 3×3 convolutions of up to 8 channels; stems on RGB are safe.
-    """
+    """Return whether oneDNN's channels-last kernels of this module write beyond their buffers: seen
+    in strided 1×1 and in 3×3 convolutions of up to 8 channels; stems on RGB are safe."""
     return (isinstance(part, torch.nn.Conv2d) and not part.kernel_size == part.stride == (1, 1)
             and (part.out_channels < 16 or (part.in_channels < 16 and part.in_channels != 3)))
 
@@ -162,8 +152,6 @@ def compiled(function, args):
 class StopSignal:
     """Notes SIGTERM and Ctrl-C; the training loop asks after each step. A second one kills."""
 
-    CHECK_EVERY = 8                                         # steps between agreements of ranks
-
     def __init__(self):
         self.number = 0
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -177,7 +165,7 @@ class StopSignal:
         """Return whether to stop after this step; all ranks get the same answer."""
         if world() == 1:
             return self.number != 0
-        if (step + 1) % self.CHECK_EVERY and not last:
+        if (step + 1) % 8 and not last:                     # agreeing costs a wait
             return False
         device = "cuda" if dist.get_backend() == "nccl" else "cpu"
         number = torch.tensor(self.number, device=device)

@@ -6,10 +6,8 @@ from common.errors import NOT_SAVED, RunError
 
 
 class StepSums:
-    """Loss and hits of one epoch's training steps, summed without host synchronisation.
-
-    saved: the `state` of a checkpoint inside the epoch.
-    """
+    """Loss and hits of an epoch's training steps, summed without host synchronisation. saved: the
+    `state` of a checkpoint inside the epoch."""
 
     def __init__(self, steps: int, device, saved=None):
         self.losses = torch.zeros(steps, device=device)
@@ -26,10 +24,8 @@ class StepSums:
 
     def add(self, step: int, loss: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor,
             **more: torch.Tensor):
-        """Add a step's loss and its hits on labels (B,) among logits (B, C).
-
-        more: scalars whose means over the steps become columns of these names.
-        """
+        """Add a step's loss and its hits on labels (B,) among logits (B, C). more: scalars whose
+        means over the steps become columns of these names."""
         self.steps = step + 1
         self.losses[step] = loss.detach()
         self.hits[0] += (logits.detach().argmax(1) == labels).sum()

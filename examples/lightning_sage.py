@@ -5,6 +5,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchvision.models import resnet18
 
 ROOT = __file__.rsplit("examples", 1)[0]        # or "owner/mixup-zoo", source="github"
+STEPS = 100
 
 
 class Classifier(lightning.LightningModule):
@@ -26,13 +27,7 @@ class Classifier(lightning.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.9)
 
 
-def main(steps=100):
-    """Train; return the last loss."""
-    images, labels = torch.randn(64, 3, 32, 32), torch.arange(64) % 10      # your data set
-    trainer = lightning.Trainer(max_steps=steps, logger=False, enable_checkpointing=False)
-    trainer.fit(Classifier(10), DataLoader(TensorDataset(images, labels), 16, shuffle=True))
-    return trainer.callback_metrics["loss"].item()
-
-
-if __name__ == "__main__":
-    print(f"loss {main():.4f}")
+images, labels = torch.randn(64, 3, 32, 32), torch.arange(64) % 10              # your data set
+trainer = lightning.Trainer(max_steps=STEPS, logger=False, enable_checkpointing=False)
+trainer.fit(Classifier(10), DataLoader(TensorDataset(images, labels), 16, shuffle=True))
+print(f"loss {trainer.callback_metrics['loss'].item():.4f}")

@@ -4,6 +4,7 @@ from torch import nn
 from torchvision.models import resnet18
 
 ROOT = __file__.rsplit("examples", 1)[0]        # or "owner/mixup-zoo", source="github"
+STEPS = 100
 
 
 class Backbone(nn.Module):
@@ -19,22 +20,16 @@ class Backbone(nn.Module):
         return middle, self.after(middle).mean((2, 3))
 
 
-def main(steps=100):
-    """Train; return the last loss."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    net = torch.hub.load(ROOT, "samix", source="local", backbone=Backbone().to(device),
-                         num_classes=10, image_size=64, total_steps=steps)
-    optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=0.01)
-    for _ in range(steps):
-        images = torch.randn(16, 3, 64, 64, device=device)                  # your loader
-        labels = torch.randint(10, (16,), device=device)
-        loss, _ = net(images, labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        net.update()                                    # the moving average follows
-    return loss.item()
-
-
-if __name__ == "__main__":
-    print(f"loss {main():.4f}")
+device = "cuda" if torch.cuda.is_available() else "cpu"
+net = torch.hub.load(ROOT, "samix", source="local", backbone=Backbone().to(device),
+                     num_classes=10, image_size=64, total_steps=STEPS)
+optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=0.01)
+for _ in range(STEPS):
+    images = torch.randn(16, 3, 64, 64, device=device)                          # your loader
+    labels = torch.randint(10, (16,), device=device)
+    loss, _ = net(images, labels)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    net.update()                                # the moving average follows
+print(f"loss {loss.item():.4f}")

@@ -5,6 +5,7 @@ import torch
 from transformers import ResNetConfig, ResNetForImageClassification, Trainer, TrainingArguments
 
 ROOT = __file__.rsplit("examples", 1)[0]        # or "owner/mixup-zoo", source="github"
+STEPS = 100
 
 
 class MixTrainer(Trainer):
@@ -21,17 +22,12 @@ class MixTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
 
-def main(steps=100):
-    """Train; return the last loss."""
-    net = ResNetForImageClassification(ResNetConfig(
-        embedding_size=16, hidden_sizes=[16, 32], depths=[1, 1], layer_type="basic", num_labels=10))
-    data = [{"pixel_values": image, "labels": k % 10}                       # your data set
-            for k, image in enumerate(torch.randn(64, 3, 32, 32))]
-    with tempfile.TemporaryDirectory() as folder:
-        flags = TrainingArguments(folder, max_steps=steps, per_device_train_batch_size=16,
-                                  report_to=[], save_strategy="no", disable_tqdm=True)
-        return MixTrainer(net, flags, train_dataset=data).train().training_loss
-
-
-if __name__ == "__main__":
-    print(f"loss {main():.4f}")
+net = ResNetForImageClassification(ResNetConfig(
+    embedding_size=16, hidden_sizes=[16, 32], depths=[1, 1], layer_type="basic", num_labels=10))
+data = [{"pixel_values": image, "labels": k % 10}                               # your data set
+        for k, image in enumerate(torch.randn(64, 3, 32, 32))]
+with tempfile.TemporaryDirectory() as folder:
+    flags = TrainingArguments(folder, max_steps=STEPS, per_device_train_batch_size=16,
+                              report_to=[], save_strategy="no", disable_tqdm=True)
+    loss = MixTrainer(net, flags, train_dataset=data).train().training_loss
+print(f"loss {loss:.4f}")

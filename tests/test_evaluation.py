@@ -214,7 +214,7 @@ def test_corruptions_that_do_not_fit_are_named(tmp_path, corrupted):
 
     refused(tmp_path / "flat" / "none", "none: neither")
     refused(flat, r"fog.npy: uint8 images of \(8, 8, 3\).*\(32, 32, 3\)", facts(4, 32))
-    refused(deep, r"fog: .*\(32, 32, 3\)", facts(4, 32))
+    refused(deep, r"fog/1: .*\(32, 32, 3\)", facts(4, 32))
     refused(flat, "labels up to 3 in labels.npy, or these 3 classes", facts(3, 8))
     refused(deep, "class 3: a class that made lacks", facts(3, 8))
     np.save(flat / "fog.npy", arrays["fog"][:50])
@@ -225,7 +225,7 @@ def test_corruptions_that_do_not_fit_are_named(tmp_path, corrupted):
 
 def test_wordnet_folders_are_classes_in_order(tmp_path):
     info, names = facts(2, 8), ["n00000002", "n00000010"]
-    assert corruptions.class_index(tmp_path, names, info) == {"n00000002": 0, "n00000010": 1}
+    assert corruptions.class_index(tmp_path, names, info) == [0, 1]
 
 
 # -------------------------------------------------------------------------------------- Grad-CAM

@@ -81,7 +81,7 @@ CPU = torch.device("cpu")
 def test_a_launcher_s_broken_environment_is_one_line(tmp_path, environment, line):
     code = ("import sys; sys.path.insert(0, sys.argv[1])\nfrom types import SimpleNamespace\n"
             "from common import runtime\nruntime.launch(lambda: runtime.setup(SimpleNamespace("
-            "device='cpu', amp='off', compile=False, seed=0, loader='torch')))")
+            "device='cpu', amp='off', seed=0, loader='torch')))")
     result = subprocess.run([sys.executable, "-c", code, str(ROOT)], cwd=tmp_path,
                             capture_output=True, text=True, env=os.environ | environment)
     assert result.returncode == 1 and result.stderr.count("\n") == 1, result.stderr
@@ -141,12 +141,6 @@ def test_emulated_bf16_is_said(monkeypatch, capsys, supported, x86, own, expecte
     runtime.setup(settings(amp="bf16"))
     error = capsys.readouterr().err
     assert error.count("\n") == (not expected) == error.count("emulated and many times slower")
-
-
-def test_compile_without_a_compiler_is_one_line(monkeypatch):
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(RunError, match="'no-such-compiler' is not on the PATH"):
-        runtime.setup(settings(compile=True))
 
 
 def test_machines_without_affinity(monkeypatch):
