@@ -36,6 +36,13 @@ def rows_of(path):
         return list(csv.DictReader(file))
 
 
+def test_two_plain_runs_of_one_seed_both_count(tmp_path):
+    runs = [make_run(tmp_path, "a1", [60, 60, 60]), make_run(tmp_path, "a2", [62, 62, 62]),
+            make_run(tmp_path, "b1", [70, 70, 70], method="sage")]
+    compare.main([*runs, "--csv", str(tmp_path / "t.csv")])
+    assert float(rows_of(tmp_path / "t.csv")[1]["gain"]) == 9
+
+
 def test_table_and_picture_by_hand(tmp_path, capsys):
     runs = [make_run(tmp_path, "a1", [10, 50, 60, 62]),
             make_run(tmp_path, "a2", [10, 52, 64, 66], seed=2),
