@@ -11,15 +11,6 @@ from tqdm import tqdm
 from common.errors import RunError
 
 
-def read_launcher() -> tuple[int, int]:
-    """Return (local rank, processes of this machine) by torchrun's or srun's environment."""
-    env = os.environ
-    if env.get("SLURM_STEP_NUM_TASKS", "1") != "1" and "RANK" not in env:   # srun, no torchrun
-        env.update(RANK=env["SLURM_PROCID"], LOCAL_RANK=env["SLURM_LOCALID"],
-                   WORLD_SIZE=env["SLURM_STEP_NUM_TASKS"])
-    return int(env.get("LOCAL_RANK", 0)), int(env.get("LOCAL_WORLD_SIZE", 1))
-
-
 def rank() -> int:
     """Return the number of this process among all (0 without torchrun)."""
     return dist.get_rank() if dist.is_initialized() else 0

@@ -1,8 +1,5 @@
 """What ends a program with one clear line; `runtime.launch` prints it."""
 
-NOT_SAVED = ("nothing was saved after the last good checkpoint; mostly the learning rate is too "
-             "high, or the images are too small for the network")
-
 
 class RunError(Exception):
     """A fault the user can mend; `launch` prints its one line and exits with code 1."""

@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 import torchvision
 
-from common import distributed
 from common.distributed import log, print_once, rank, warn, world
 from common.errors import RunError, Stopped
 
@@ -24,7 +23,11 @@ traceback_folder = Path()                                   # of unforeseen faul
 
 def setup(args) -> torch.device:
     """Return the device, with the processes joined, seeds set and the CPU's memory tuned."""
-    local_rank, local_world = distributed.read_launcher()
+    env = os.environ
+    if env.get("SLURM_STEP_NUM_TASKS", "1") != "1" and "RANK" not in env:   # srun, no torchrun
+        env.update(RANK=env["SLURM_PROCID"], LOCAL_RANK=env["SLURM_LOCALID"],
+                   WORLD_SIZE=env["SLURM_STEP_NUM_TASKS"])
+    local_rank, local_world = int(env.get("LOCAL_RANK", 0)), int(env.get("LOCAL_WORLD_SIZE", 1))
     on_gpu = torch.cuda.is_available() and args.device != "cpu"
     check_machine(args, on_gpu, max(local_rank + 1, local_world))
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
@@ -36,7 +39,7 @@ def setup(args) -> torch.device:
         tune_cpu_memory()
         if local_world > 1:                                 # torchrun would leave one thread each
             torch.set_num_threads(max(1, cores() // local_world))
-    if "RANK" in os.environ and not dist.is_initialized():
+    if "RANK" in env and not dist.is_initialized():
         dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
     torch.manual_seed(args.seed)
     name = torch.cuda.get_device_name(device) if on_gpu else \

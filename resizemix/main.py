@@ -33,8 +33,7 @@ from common.distributed import log
 from common.errors import RunError
 from common.flags import add_boolean, amount, count, number, positive, share
 from common.models.weights import load_pretrained
-from common.run import Run, about
-from common.sums import StepSums
+from common.run import Run, StepSums, about
 from resizemix import configs, randaugment
 from resizemix.cost import latency, multiply_adds
 from resizemix.mixing import CropTest, cutmix, draw_corners, draw_scale, resize_mix

@@ -34,8 +34,7 @@ from common.errors import RunError
 from common.flags import add_boolean, amount, chosen, count, number, positive, share
 from common.mixing import cutmix, draw_centre, draw_lambda, draw_perm, probabilities, soft_targets
 from common.models.weights import load_pretrained
-from common.run import Run, about
-from common.sums import StepSums
+from common.run import Run, StepSums, about
 from safuse import losses, mixing, network, superpixels
 from safuse.localisation import localise
 from safuse.recipes import CROPS, SCHEDULES, defaults, learning_rate

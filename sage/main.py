@@ -32,8 +32,7 @@ from common.distributed import log
 from common.flags import add_boolean, amount, chosen, count, number, positive, share
 from common.mixing import probabilities, softmax_bce
 from common.models.weights import load_pretrained
-from common.run import Run, about
-from common.sums import StepSums
+from common.run import Run, StepSums, about
 from sage import comixup, graphcut, puzzlemix, rearrange, saliencymix
 
 METHODS = {"vanilla": "Plain training", "input": "Mixup", "manifold": "Manifold Mixup",

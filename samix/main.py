@@ -32,8 +32,7 @@ from common.mixing import draw_lambda, soft_targets
 from common.models import weights
 from common.models.features import build_backbone
 from common.randaugment import randaugment
-from common.run import Run, about
-from common.sums import StepSums
+from common.run import Run, StepSums, about
 from samix import configs, mixblock
 from samix.evaluation import draw_mixtures, measure, report, warn_of_collapse
 from samix.mixblock import Draws, MixBlock, draw_pairs, draw_partners, mix

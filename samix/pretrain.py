@@ -28,8 +28,7 @@ from common.data.stream import DaliStream
 from common.distributed import log
 from common.mixing import probabilities
 from common.models.features import build_backbone
-from common.run import Run, about
-from common.sums import StepSums
+from common.run import Run, StepSums, about
 from samix import contrast, mixblock
 from samix.contrast import Encoder, Queue, extend, mixed_nce, mixed_pair, similarity
 from samix.evaluation import draw_mixtures, knn_accuracy, warn_of_collapse

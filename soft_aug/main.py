@@ -35,8 +35,7 @@ from common.flags import add_boolean, amount, chosen, count, number, positive
 from common.mixing import cutout, draw_lambda, draw_perm, draw_pixels, mixup
 from common.models.weights import load_pretrained
 from common.randaugment import randaugment
-from common.run import Run, about
-from common.sums import StepSums
+from common.run import Run, StepSums, about
 from soft_aug import losses, softcrop
 from soft_aug.evaluation import draw_softening, write_events
 

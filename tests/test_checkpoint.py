@@ -13,8 +13,7 @@ import torch
 
 from common import checkpoint, distributed, plots
 from common.errors import RunError
-from common.run import Run
-from common.sums import StepSums
+from common.run import Run, StepSums
 
 CPU = torch.device("cpu")
 INFO = SimpleNamespace(name="set", num_classes=2, fingerprint="0")

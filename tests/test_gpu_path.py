@@ -13,8 +13,7 @@ from torch.nn import functional as F
 from common import data, evaluation, mixing
 from common.data.recipe import _on_device, to_uint8
 from common.randaugment import _sources, draw_randaugment, rand_augment
-from common.run import Run
-from common.sums import StepSums
+from common.run import Run, StepSums
 from resizemix import mixing as resizemix
 from resizemix import randaugment
 from safuse import mixing as safuse
