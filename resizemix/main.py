@@ -2,14 +2,11 @@
 """ResizeMix (Qin et al. 2020) and the methods it is compared with, in one program: Cutout,
 CutMix, RandAugment, AutoAugment, ResizeMix, and ResizeMix+ (with RandAugment).
 
-a CPU trial       python resizemix/main.py --dataset digits --net_name wresnet40_2 --epochs 12
-one GPU           python resizemix/main.py --config cifar100_wrs --data_dir data --amp bf16
-eight GPUs        torchrun --nproc_per_node=8 resizemix/main.py --config imagenet_res \\
-                      --data_dir imagenet --amp bf16
-two machines      torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d \\
-                      --rdzv_endpoint=HOST:29500 resizemix/main.py --config imagenet_res …
-
---batch_size counts the images of a step over all processes.
+CPU trial   python resizemix/main.py --dataset digits --net_name wresnet40_2 --epochs 12
+one GPU     python resizemix/main.py --config cifar100_wrs --data_dir data --amp bf16
+eight GPUs  torchrun --nproc_per_node=8 resizemix/main.py --config imagenet_res --data_dir imagenet
+two nodes   torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d \\
+                --rdzv_endpoint=HOST:29500 resizemix/main.py --config imagenet_res …
 """
 import copy
 import math
@@ -38,7 +35,7 @@ from resizemix import configs, randaugment
 from resizemix.cost import latency, multiply_adds
 from resizemix.mixing import CropTest, cutmix, draw_corners, draw_scale, resize_mix
 
-SWITCHES = ["cutout", "randaugment", "autoaugment", "resizemix", "batch_aug"]
+LAUNCHERS = {"none": [], "pytorch": ["RANK"], "slurm": ["SLURM_PROCID", "MASTER_ADDR"]}
 CIFAR = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2023, 0.1994, 0.2010)}
 
 
@@ -46,7 +43,7 @@ CIFAR = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2023, 0.1994, 0.2010)}
 
 def parse_args(argv=None):
     """Return the flags; usage errors exit with code 2."""
-    parser = flags.Parser(__doc__)
+    parser, positive_share = flags.Parser(__doc__), number(above=0, high=1)
     add = parser.add_argument_group("run").add_argument
     add("--config", type=lambda name: name.removesuffix(".py"), choices=configs.CONFIGS,
         default="cifar100_wrs", help="sets data, network and schedule; other flags win")
@@ -54,38 +51,36 @@ def parse_args(argv=None):
     add("--tb_path", type=flags.path, help="if given, TensorBoard events (in the run's folder)")
     add_boolean(add, "--evaluation", False, "evaluate before training, too")
     add_boolean(add, "--meas_lat", False, "measure the network's latency before training")
-    add("--launcher", choices=["none", "pytorch", "slurm"], default="none",
-        help="who must have started the processes: torchrun, srun; none: whoever did")
+    add("--launcher", choices=LAUNCHERS, default="none", help="who must have started the processes")
     add("--port", type=number(int, low=1, high=65535), default=23333, help="slurm: MASTER_PORT")
     add("--local_rank", "--local-rank", type=count, help="where the launcher sets no LOCAL_RANK")
 
     add = parser.add_argument_group("data and schedule").add_argument
     add("--padding", type=count, default=4, help="pixels around an image before its random crop")
-    add("--min_scale", type=number(above=0, high=1), default=0.08,
-        help="imagenet: least area of a training crop")
+    add("--min_scale", type=positive_share, default=0.08, help="imagenet: least area of a crop")
     add_boolean(add, "--color_jitter", False, "imagenet: change colours at random")
-    add("--min_lr", type=amount, help="at the end of the cosine")
+    add("--min_lr", type=amount, default=1e-5, help="at the end of the cosine")
     add("--warmup_epochs", type=count)
-    add("--warmup_start_lr", type=amount)
+    add("--warmup_start_lr", type=amount, default=1e-5)
     add("--restart_epochs", type=positive, nargs="*", default=[],
         help="lengths of cosine cycles that begin after one another, instead of one cosine")
     add("--lr_schedule", choices=["cosine", "step"], default="cosine")
     add("--milestones", type=count, nargs="*", default=[], help="step: epochs of the LR changes")
     add("--gamma", type=amount, default=0.1, help="step: LR factor at these epochs")
     add_boolean(add, "--nesterov", False, "Nesterov's momentum")
-    add("--clip_grad", type=amount, help="largest norm of the gradients; 0: not clipped")
+    add("--clip_grad", type=amount, default=0.0, help="largest norm of the gradients; 0: any")
 
     add = parser.add_argument_group("method").add_argument
-    add("--cutout", type=count, help="side of the erased square, pixels; 0: none")
-    add_boolean(add, "--randaugment", None, "RandAugment of the loaded images")
-    add_boolean(add, "--autoaugment", None, "AutoAugment of the loaded images")
-    add("--cutmix_prob", type=share, help="share of the batches mixed by CutMix")
-    add("--cutmix_beta", type=number(above=0), help="CutMix: Beta parameter")
-    add_boolean(add, "--resizemix", None, "ResizeMix of all other batches")
-    add("--resizemix_low", type=number(above=0, high=1), help="ResizeMix: least scale")
-    add("--resizemix_high", type=number(above=0, high=1), help="ResizeMix: largest scale")
-    add_boolean(add, "--batch_aug", None, "train on two RandAugments of each mixed batch")
-    add_boolean(add, "--crop_test", None, "evaluate the whole image and its centre together")
+    add("--cutout", type=count, default=0, help="side of the erased square, pixels; 0: none")
+    add_boolean(add, "--randaugment", False, "RandAugment of the loaded images")
+    add_boolean(add, "--autoaugment", False, "AutoAugment of the loaded images")
+    add("--cutmix_prob", type=share, default=0.0, help="share of the batches mixed by CutMix")
+    add("--cutmix_beta", type=number(above=0), default=1.0, help="CutMix: Beta parameter")
+    add_boolean(add, "--resizemix", True, "ResizeMix of all other batches")
+    add("--resizemix_low", type=positive_share, default=0.1, help="ResizeMix: least scale")
+    add("--resizemix_high", type=positive_share, default=0.8, help="ResizeMix: largest scale")
+    add_boolean(add, "--batch_aug", False, "train on two RandAugments of each mixed batch")
+    add_boolean(add, "--crop_test", False, "evaluate the whole image and its centre together")
     flags.add_flags(
         parser, data.NAMES, models.ALL,
         {"data_dir": ["--data_path"], "root_dir": ["--save"], "arch": ["--net_name"],
@@ -108,7 +103,8 @@ def parse_args(argv=None):
         parser.error(f"--warmup_epochs {args.warmup_epochs} are not below the {args.epochs} epochs")
     if args.milestones and args.lr_schedule != "step":
         parser.error("--milestones are for --lr_schedule step")
-    if args.lr_schedule == "step" and (args.restart_epochs or args.min_lr != config["min_lr"]):
+    of_cosine = args.restart_epochs or args.min_lr != parser.get_default("min_lr")
+    if args.lr_schedule == "step" and of_cosine:
         parser.error("--restart_epochs and --min_lr are for --lr_schedule cosine")
     if args.lr_schedule == "cosine" and args.lr < args.min_lr:
         parser.error(f"--lr {args.lr} is below --min_lr {args.min_lr}: give both")
@@ -117,7 +113,7 @@ def parse_args(argv=None):
 
 def method_name(args) -> str:
     """Return the names of what is on, as in 'randaugment-resizemix'; 'baseline' if nothing is."""
-    names = [name for name in SWITCHES if getattr(args, name)]
+    names = [name for name in configs.TITLES if getattr(args, name, False)]
     return "-".join(["cutmix"] * (args.cutmix_prob > 0) + names) or "baseline"
 
 
@@ -127,8 +123,7 @@ def check_launcher(args):
         os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     if args.launcher == "slurm":
         os.environ.setdefault("MASTER_PORT", str(args.port))
-    needed = {"none": [], "pytorch": ["RANK"], "slurm": ["SLURM_PROCID", "MASTER_ADDR"]}
-    for name in needed[args.launcher]:
+    for name in LAUNCHERS[args.launcher]:
         if name not in os.environ:
             raise RunError(f"--launcher {args.launcher}: {name} is not set; see resizemix/scripts")
 
@@ -243,7 +238,8 @@ def load_data(args, device):
     streamed = args.dataset in STREAMED
     transform = randaugment.transform if args.randaugment else None
     if args.autoaugment:
-        transform = randaugment.AutoAugment(*[AutoAugmentPolicy.IMAGENET] * streamed)
+        kind = AutoAugmentPolicy.IMAGENET if streamed else AutoAugmentPolicy.CIFAR10
+        transform = partial(randaugment.autoaugment, kind=kind)
     recipe = Recipe(
         padding=args.padding, scale=(args.min_scale, 1.0), interpolation="lanczos",
         color_jitter=0.4 * args.color_jitter, transform=transform,
@@ -260,7 +256,6 @@ def main(argv=None):
     check_launcher(args)
     device = runtime.setup(args)
 
-    # Data, network, optimizer
     train, test, info = load_data(args, device)
     torch.manual_seed(args.seed)
     net = models.build(args.arch, info.num_classes, info.image_size,
@@ -274,13 +269,10 @@ def main(argv=None):
     log(f"{about(info, net, train, args)}; {cost / 1e6:,.1f} M multiply-adds an image; "
         f"method {method_name(args)}")
 
-    # The run: its folder and what it holds already
     run = Run(args, device, info, [method_name(args)], model=net, optimizer=optimizer,
               scaler=scaler)
     if args.evaluate or args.preview:
-        checkpoint = run.load_weights()
-        if not checkpoint:
-            load_pretrained(net, args)
+        checkpoint = run.load_weights() or load_pretrained(net, args)
         if args.evaluate:
             evaluation.report(judged, test, args, info, run, checkpoint)
         elif distributed.rank() == 0:
@@ -294,7 +286,6 @@ def main(argv=None):
     if args.evaluation:
         log(f"test: {evaluation.sentence(evaluation.evaluate(judged, test, args, info))}")
 
-    # The epochs
     while not run.over:
         sums = train_one_epoch(net, model, train, optimizer, scaler, args, info, run)
         row, timing = {"lr": optimizer.param_groups[0]["lr"]} | sums.result(), run.clock()
@@ -302,7 +293,6 @@ def main(argv=None):
         row |= evaluation.columns(evaluation.evaluate(judged, test, args, info))
         run.end_epoch(row | timing, row["test_accuracy"], sums)
 
-    # The report
     evaluation.report(judged, test, args, info, run)
     run.finish(f"{method_name(args)}, {args.arch} on {info.name}", draw_preview, train, args, info)
     return net

@@ -14,6 +14,7 @@ import os
 import signal
 import struct
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -42,9 +43,8 @@ def parse_args(argv=None):
     add("images", type=flags.folder, help="folder with one folder per class")
     add("prefix", type=Path, help="where to write: PREFIX.rec, PREFIX.idx, …")
     add("--resize", type=flags.positive, help="make the shorter side this long where it is longer")
-    add("--quality", type=flags.number(int, low=1, high=100),
-        help="encode every image as JPEG of this quality (if not given: 95, and only the images "
-             "that are resized or are neither JPEG nor PNG)")
+    add("--quality", type=flags.number(int, low=1, high=100), help="encode all images as JPEG (if "
+        "not given: in quality 95 those that are resized or are neither JPEG nor PNG)")
     add("--classes", type=Path, help="file of class names, if not the folders' names")
     add("--workers", type=flags.positive, default=runtime.cores(), help="processes")
     return parser.parse_args(argv)
@@ -56,33 +56,23 @@ def list_images(args) -> tuple[list[tuple[str, int]], list[str]]:
     names = printable(folders)
     classes = read_text(args.classes).splitlines() if args.classes else names
     labels = {name: label for label, name in enumerate(classes)}
-    odd = [name for name in names if name not in labels]
-    if odd:
-        raise DataError(f"{Path(args.images, odd[0])}: no such class in {args.classes}")
+    for name in names:
+        if name not in labels:
+            raise DataError(f"{Path(args.images, name)}: no such class in {args.classes}")
     items = [(os.path.relpath(path, args.images), labels[name])
              for name, files in zip(names, folders.values(), strict=True) for path in files]
     order = torch.randperm(len(items), generator=torch.Generator().manual_seed(0))
     return [items[i] for i in order.tolist()], classes
 
 
-class Encoder:
-    """Item i -> (record, '') or (b'', why it cannot be read). Runs in worker processes."""
-
-    def __init__(self, args, items, classes):
-        self.args, self.items = args, items
-        self.job = distributed.seed_of(os.path.realpath(args.images), args.resize, args.quality,
-                                       items, classes)
-
-    def __len__(self):
-        return len(self.items)
-
-    def __getitem__(self, i: int) -> tuple[bytes, str]:
-        path, label = self.items[i]
-        try:
-            encoded = encode(Path(self.args.images, path), self.args.resize, self.args.quality)
-            return recordio.pack(label, i, encoded, self.job), ""
-        except Exception as fault:              # Pillow raises nearly anything for damaged files
-            return b"", reason(fault)
+def make_record(item: int, args, items, job: int) -> tuple[bytes, str]:
+    """Return an item's record and '', or b'' and why its image cannot be read."""
+    path, label = items[item]
+    try:
+        encoded = encode(Path(args.images, path), args.resize, args.quality)
+        return recordio.pack(label, item, encoded, job), ""
+    except Exception as fault:              # Pillow raises nearly anything for damaged files
+        return b"", reason(fault)
 
 
 def encode(path: Path, side: int | None, quality: int | None) -> bytes:
@@ -100,40 +90,22 @@ def encode(path: Path, side: int | None, quality: int | None) -> bytes:
     return out.getvalue()
 
 
-def find_written(rec, job: int) -> list[tuple[int, int]]:
-    """Return (item, byte offset) of the whole records of an unfinished run; cut off the rest.
-
-    Raises DataError where the open file `rec` holds anything but records of this `job`.
-    """
-    index, end, size = [], 0, rec.seek(0, os.SEEK_END)
+def find_written(rec, job: int) -> dict[int, int]:
+    """Return byte offsets by item of an unfinished run's whole records in the open file `rec`; cut
+    off the rest. Raises DataError where it holds anything but records of this `job`."""
+    index, end, size = {}, 0, rec.seek(0, os.SEEK_END)
     while end + HEAD.size <= size:
         rec.seek(end)
         magic, length, _, _, item, made_by = HEAD.unpack(rec.read(HEAD.size))
         after = end + recordio.FRAME.size + length + -length % 4
         if (magic, made_by) != (recordio.MAGIC, job) or after > size:
             break
-        index.append((item, end))
-        end = after
+        index[item], end = end, after
     if size and not index:
         raise DataError(f"{rec.name} is there already, of other images or flags: remove it to "
                         "write it anew")
     rec.truncate(end)
     return index
-
-
-def write(rec, encoder: Encoder, index: list, workers: int):
-    """Append the records of all items after those in `index`, in order, and complete `index`."""
-    done = index[-1][0] + 1 if index else 0
-    if done:
-        print(f"going on after {done} of {len(encoder)} images")
-    records = DataLoader(encoder, sampler=range(done, len(encoder)), batch_size=None,
-                         num_workers=workers, prefetch_factor=16)
-    for item, (record, _) in enumerate(tqdm(records, unit="img", smoothing=0.05), done):
-        if record:
-            index.append((item, rec.seek(0, os.SEEK_END)))
-            rec.write(record)
-    rec.flush()
-    os.fsync(rec.fileno())
 
 
 def main(argv=None):
@@ -144,22 +116,34 @@ def main(argv=None):
                                  (".rec", ".idx", "_unreadable.txt", "_classes.txt"))
     if idx.exists():
         raise DataError(f"{idx} is there already: remove it to write it anew")
-    encoder = Encoder(args, items, classes)
+    job = distributed.seed_of(os.path.realpath(args.images), args.resize, args.quality, items,
+                              classes)
+    record_of = partial(make_record, args=args, items=items, job=job)
     args.prefix.parent.mkdir(parents=True, exist_ok=True)
     with lock(rec_path, "ab+") as rec:
-        index = find_written(rec, encoder.job)
-        write(rec, encoder, index, args.workers)
-        size = rec.tell()
-    missing = sorted(set(range(len(items))) - {item for item, _ in index})
+        index = find_written(rec, job)
+        done = max(index, default=-1) + 1
+        if done:
+            print(f"going on after {done} of {len(items)} images")
+        records = DataLoader(range(done, len(items)), batch_size=None, collate_fn=record_of,
+                             num_workers=args.workers, prefetch_factor=16)
+        for item, (record, _) in enumerate(tqdm(records, unit="img", smoothing=0.05), done):
+            if record:
+                index[item] = rec.seek(0, os.SEEK_END)
+                rec.write(record)
+        rec.flush()
+        os.fsync(rec.fileno())
+    missing = [item for item in range(len(items)) if item not in index]
     if missing:
-        lines = [f"{item}\t{items[item][0]}\t{encoder[item][1]}\n" for item in missing]
+        lines = [f"{item}\t{items[item][0]}\t{record_of(item)[1]}\n" for item in missing]
         write_atomic(bad, "".join(printable(lines)))
         print(f"left out {len(missing)} unreadable files, listed in {bad}")
     if not index:
         raise DataError(f"{args.images}: not one of {len(items)} files is a readable image")
     write_atomic(names, "".join(name + "\n" for name in classes))
-    write_atomic(idx, "".join(f"{item}\t{offset}\n" for item, offset in index))
-    print(f"{rec_path}: {len(index)} images of {len(classes)} classes, {size / 1e6:.1f} MB")
+    write_atomic(idx, "".join(f"{item}\t{offset}\n" for item, offset in index.items()))
+    print(f"{rec_path}: {len(index)} images of {len(classes)} classes, "
+          f"{rec_path.stat().st_size / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,5 @@
-"""ResizeMix (Qin et al. 2020): a whole image, made small, is pasted into another one.
-
-Also this paper's CutMix, which cuts whole pixels, and the central crop of its evaluation.
-"""
+"""ResizeMix (Qin et al. 2020): a whole image, made small, is pasted into another one. Also this
+paper's CutMix, which cuts whole pixels, and the central crop of its evaluation."""
 import torch
 from torch import Tensor, nn
 
@@ -14,17 +12,13 @@ def box_size(image_size: tuple[int, int], scale: float) -> tuple[int, int]:
 
 
 def clip_corners(centres: Tensor, size: tuple[int, int], image_size: tuple[int, int]) -> Tensor:
-    """Return upper left corners (B, 2) y, x of boxes of `size` (h, w) around `centres` (B, 2).
-
-    Boxes that would leave the image are moved inside, not cut.
-    """
-    room = [length - side for side, length in zip(size, image_size, strict=True)]
-    return torch.stack([(centres[:, axis] - size[axis] // 2).clamp(0, room[axis])
-                        for axis in (0, 1)], dim=1)
+    """Return upper left corners (B, 2) y, x of boxes of `size` (h, w) around `centres` (B, 2),
+    moved inside where they would leave the image."""
+    size, image_size = torch.tensor(size), torch.tensor(image_size)
+    return (centres - size // 2).clamp(min=0).minimum(image_size - size)
 
 
-def draw_scale(generator: torch.Generator | None = None, low: float = 0.1, high: float = 0.8
-               ) -> float:
+def draw_scale(generator: torch.Generator, low: float = 0.1, high: float = 0.8) -> float:
     """Return a batch's scale, uniform in [low, high) (section 3.2 of the paper)."""
     return low + (high - low) * torch.rand((), generator=generator, dtype=torch.float64).item()
 
@@ -39,13 +33,20 @@ def draw_corners(n: int, image_size: tuple[int, int], scale: float,
     return clip_corners(centres, box_size(image_size, scale), image_size)
 
 
+def nearest_index(size: int, length: int, scale: float, device) -> Tensor:
+    """Return the source pixels (size,) of a nearest resize by `scale` of a side of `length`:
+    floor(i / scale) in float32, as the original; not floor(i·length / size)."""
+    step = torch.arange(size, device=device, dtype=torch.float32) * (1 / float(scale))
+    return step.long().clamp_(max=length - 1)
+
+
 def resize_mix(images: Tensor, perm: Tensor, scale: float | Tensor, corners: Tensor
                ) -> tuple[Tensor, Tensor]:
     """Paste image perm[i], resized by `scale`, into image i at corners[i] (the paper's eq. 2-4).
 
-    `images` (B, C, H, W) in any range and memory format; `perm` (B,); `scale` in (0, 1], a float or
-    CPU scalar, since it sets a size; `corners` (B, 2) integers y, x. Returns the mixed images and
-    ratio (B,), the share of the first image's pixels that stay.
+    `images` (B, C, H, W) in any range; `scale` in (0, 1], a float or CPU scalar, since it sets a
+    size; `corners` (B, 2) integers y, x. Returns the mixed images and ratio (B,), the share of the
+    first image's pixels that stay.
     """
     (n, channels, height, width), device = images.shape, images.device
     perm, corners = (t.to(device, non_blocking=True).long() for t in (perm, corners))
@@ -63,21 +64,12 @@ def resize_mix(images: Tensor, perm: Tensor, scale: float | Tensor, corners: Ten
     return mixed, per_image(1 - h * w / (height * width), images)
 
 
-def nearest_index(size: int, length: int, scale: float, device) -> Tensor:
-    """Return the source pixels (size,) of a nearest resize by `scale` of a side of `length`.
-
-    floor(i / scale) in float32, as the original; not floor(i·length / size).
-    """
-    step = torch.arange(size, device=device, dtype=torch.float32) * (1 / float(scale))
-    return step.long().clamp_(max=length - 1)
-
-
 def cutmix(images: Tensor, perm: Tensor, centre: Tensor, lam: float | Tensor
            ) -> tuple[Tensor, Tensor]:
     """CutMix as this paper's baseline has it, in whole pixels and with one box for the batch.
 
-    `images` (B, C, H, W) in any range; `perm` (B,); `centre` (2,) integers y, x; `lam` in [0, 1].
-    Returns the mixed images and ratio (B,), the share of pixels that stay.
+    `centre` (2,) integers y, x; `lam` in [0, 1]. Returns the mixed images and ratio (B,), the
+    share of pixels that stay.
     """
     size, cut = images.shape[-2:], (1 - torch.as_tensor(lam).double()).sqrt()
     halves = torch.stack([(length * cut).long() // 2 for length in size])

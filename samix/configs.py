@@ -1,8 +1,5 @@
-"""The published configurations, by alias and by the file names of the authors' collection.
-
-Keys are main.py's flags, whose defaults are ImageNet's. Our choice, where the published table is
-silent: drop_path.
-"""
+"""The published configurations, by alias and by the file names of the authors' collection: values
+of main.py's flags, whose defaults are ImageNet's. drop_path, nowhere published, is our choice."""
 COMMON = {"image_size": 224, "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 CIFAR = {                               # the MixBlock's rates: the network's
     "dataset": "cifar100", "image_size": 32, "crop": "reflect", "mean": (0.4914, 0.4822, 0.4465),
@@ -27,18 +24,17 @@ VIT = {                                 # the originals say switch_off 1.0, whic
 NETS = {"r18": "resnet18", "r34": "resnet34", "r50": "resnet50", "r101": "resnet101",
         "rx50": "resnext50_32x4d", "rx101": "resnext101_32x4d"}
 
-CONFIGS = {
-    **{f"imagenet_{net}": {"dataset": "imagenet", "arch": NETS[net]}
-       for net in ("r18", "r34", "r50", "r101", "rx101")},
-    **{f"cifar100_{net}": {**CIFAR, "arch": NETS[net]} for net in ("r18", "rx50")},
+FAMILIES = {
+    "imagenet": ({"dataset": "imagenet"}, "r18 r34 r50 r101 rx101"),
+    "cifar100": (CIFAR, "r18 rx50"), "tiny": (TINY, "r18 rx50"), "cub": (CUB, "r18 rx50"),
+    "aircraft": (AIRCRAFT, "r18 rx50"), "inat2017": (LARGE, "r50"), "places205": (LARGE, "r50")}
+CONFIGS = {f"{family}_{net}": {**values, "arch": NETS[net]}
+           for family, (values, nets) in FAMILIES.items() for net in nets.split()}
+CONFIGS["tiny_rx50"]["lam_mul_k"] = 0.25
+CONFIGS |= {
     "cifar100_wrn28_8": {
         **CIFAR, "arch": "wrn28_8", "layer": 2, "lr": 0.03, "min_lr": 1e-3, "weight_decay": 1e-3,
         "block_momentum": 0.0},
-    "tiny_r18": {**TINY, "arch": "resnet18"},
-    "tiny_rx50": {**TINY, "arch": "resnext50_32x4d", "lam_mul_k": 0.25},
-    **{f"{name}_{net}": {**values, "arch": NETS[net]}
-       for name, values in (("cub", CUB), ("aircraft", AIRCRAFT)) for net in ("r18", "rx50")},
-    **{f"{name}_r50": {**LARGE, "arch": "resnet50"} for name in ("inat2017", "places205")},
     "cifar100_deit_s": {**VIT, "arch": "deit_s", "layer": 6, "mode": ("nearest",), "lr": 7.5e-4,
                         "block_lr": 7.5e-4, "drop_path": 0.1},
     "cifar100_swin_t": {**VIT, "arch": "swin_t", "mode": ("nearest",), "lr": 5e-4,

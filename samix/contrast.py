@@ -1,7 +1,5 @@
-"""Encoder, queue and losses of MoCo v2 (Chen et al. 2020) with mixtures (SAMix section 3.2).
-
-Keys, queries and embeddings are (B, dim) of length 1.
-"""
+"""Encoder, queue and losses of MoCo v2 (Chen et al. 2020) with mixtures (SAMix section 3.2); keys,
+queries and embeddings are (B, dim) of length 1."""
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -28,7 +26,7 @@ class Queue(nn.Module):
     """The keys of past images, (size, dim), the negatives of all losses; the same on all ranks, so
     outside what DistributedDataParallel wraps, which would send it around at every step."""
 
-    def __init__(self, size: int = 65536, dim: int = 128):
+    def __init__(self, size: int, dim: int):
         super().__init__()
         self.register_buffer("keys", F.normalize(torch.randn(size, dim)))
         self.register_buffer("position", torch.zeros((), dtype=torch.long))
@@ -52,11 +50,8 @@ def exchange(rows: Tensor, order: Tensor) -> Tensor:
 
 @torch.no_grad()
 def encode_keys(encoder: nn.Module, images: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
-    """Return features and keys of this rank's images by the momentum encoder.
-
-    Ranks exchange images meanwhile: else the BatchNorm statistics that keys and queries have in
-    common would give a positive pair away (MoCo section 3.3).
-    """
+    """Return features and keys of this rank's images. Ranks exchange images meanwhile: BatchNorm
+    statistics that keys and queries share would give positive pairs away (MoCo section 3.3)."""
     outputs = encoder(exchange(images, order))
     return tuple(exchange(output, order.argsort()) for output in outputs)
 

@@ -19,7 +19,7 @@ def measure(net, batches, args, info) -> dict:
         return {"one_q": evaluation.evaluate(net, batches, args, info)}
 
     def heads(images, labels):
-        pooled = {branch: getattr(net, branch).pooled(images) for branch in "kq"}
+        pooled = {"k": net.k.backbone(images)[1], "q": net.q.backbone(images)[1]}
         for branch, head in HEADS.values():
             yield getattr(getattr(net, branch), head)(pooled[branch])
     return evaluation.measure(net, batches, args, info, list(HEADS), heads)
@@ -36,20 +36,17 @@ def pooled_features(backbone, loader, args) -> tuple:
     return tuple(torch.cat(part) for part in zip(*found, strict=True))
 
 
-def knn_accuracy(backbone, loader, num_classes: int, args, k: int = 20, temperature: float = 0.07
-                 ) -> float:
-    """Return the share in % of images whose k nearest others, on this rank, vote for their label:
-    by cosine of pooled features, weighed by exp(cosine / temperature) (Wu et al. 2018)."""
-    training = backbone.training
+def knn_accuracy(backbone, loader, num_classes: int, args) -> float:
+    """Return the share in % of images whose 20 nearest others, on this rank, vote for their label:
+    by cosine of pooled features, weighed by exp(cosine / 0.07) (Wu et al. 2018)."""
     features, known = pooled_features(backbone, loader, args)
-    backbone.train(training)
     features, right = F.normalize(features), 0
     for index in torch.arange(len(known), device=known.device).split(1024):
         cosines = features[index] @ features.T
         cosines[torch.arange(len(index)), index] = -torch.inf                   # itself
-        cosines, nearest = cosines.topk(min(k, len(known)), 1)
+        cosines, nearest = cosines.topk(min(20, len(known)), 1)
         votes = torch.zeros(len(index), num_classes, device=known.device)
-        votes.scatter_add_(1, known[nearest], (cosines / temperature).exp())
+        votes.scatter_add_(1, known[nearest], (cosines / 0.07).exp())
         right += (votes.argmax(1) == known[index]).sum()
     right, count = distributed.total(torch.stack([right, torch.full_like(right, len(known))]))
     return float(100 * right / count)
@@ -58,7 +55,7 @@ def knn_accuracy(backbone, loader, num_classes: int, args, k: int = 20, temperat
 def warn_of_collapse(row: dict, run):
     """Warn when more than half of an epoch's pairs begin to show one image alone."""
     before = run.column("mask_alone")[-1:] or [0]
-    if before[0] <= 0.5 < row["mask_alone"]:
+    if before[0] <= 0.5 < row.get("mask_alone", 0):
         distributed.warn(f"the masks collapse: {100 * row['mask_alone']:.0f} % of the pairs show "
                          "one image alone (log.csv, mask_alone); try a lower --block_lr")
 
@@ -73,16 +70,17 @@ def report(run) -> str:
 
 
 @torch.no_grad()
-def draw_mixtures(path, title, rows, net, images, second, labels, args, info, trained):
-    """Draw `rows`, then masks (white: the first image) and mixtures at three lambdas, of images
-    with partners of `second`, another view of them or themselves; return the path."""
+def draw_mixtures(path, title, views: dict, net, labels, args, info, trained):
+    """Draw `views` of a batch (one, or two by whose second the partners are), masks (white: the
+    first image) and mixtures at three lambdas; return the path."""
+    images, second = list(views.values())[0], list(views.values())[-1]
     perm = draw_partners(len(images), distributed.step_generator(args.seed, 0, 0), True)
-    rows = rows | {"partner": second[perm]}
+    rows = views | {"partner": second[perm]}
     net = copy.deepcopy(net).train()                # as in a step, but without dropout
     net.block.value[-1].eval()
     mean, std = mean_std(info, images.device)
     with runtime.autocast(args, images.device):
-        first, partners = (net.k.backbone(views)[0] for views in (images, second))
+        first, partners = (net.k.backbone(view)[0] for view in (images, second))
         for lam in torch.tensor([0.3, 0.5, 0.7]):
             mask = net.block(first, lam, perm, images.shape[-1] // first.shape[-1],
                              partners=partners, mode=getattr(args, "mode", [None])[0])

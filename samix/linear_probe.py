@@ -38,12 +38,11 @@ def parse_args(argv=None):
     flags.add_flags(parser, data.NAMES, models.ALL, {}, initial_channels=None, momentum=None,
                     print_freq=None, batch_size=256, weight_decay=1e-4)
     args = parser.parse_args(argv)
-    unused = [name for name in ("epochs", "lr", "momentum", "resume", "preview", "print_freq")
-              if getattr(args, name) is not None]
-    unused += ["tensorboard"] * args.tensorboard + ["evaluate"] * bool(
-        args.evaluate and not args.cam)                     # which sets it
-    if unused:
-        parser.error(f"the regression takes no --{unused[0]}")
+    without_effect = ("epochs", "lr", "momentum", "resume", "preview", "print_freq", "tensorboard",
+                      *["evaluate"] * (not args.cam))       # which sets it
+    for name in without_effect:
+        if getattr(args, name) != parser.get_default(name):
+            parser.error(f"the regression takes no --{name}")
     if args.weights == "random" and not (args.dataset and args.arch):
         parser.error("--weights random needs --dataset and --arch")
     return args

@@ -2,16 +2,13 @@
 """SAMix (Li et al. 2021) and AutoMix (Liu et al., ECCV 2022): a small network, the MixBlock, learns
 how to mix two images while the classifier learns from the mixtures. Beside them Mixup and CutMix.
 
-a CPU trial       python samix/main.py --dataset digits --initial_channels 16 --epochs 12 --lr 0.05
-one GPU           python samix/main.py --config cifar100_r18 --data_dir data --amp bf16
-eight GPUs        torchrun --nproc_per_node=8 samix/main.py --config imagenet_r50 \\
-                      --data_dir imagenet --amp bf16
-two machines      torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d \\
-                      --rdzv_endpoint=HOST:29500 samix/main.py --config imagenet_r50 …
-
---batch_size counts the images of a step over all processes.
+CPU trial   python samix/main.py --dataset digits --initial_channels 16 --epochs 12 --lr 0.05
+one GPU     python samix/main.py --config cifar100_r18 --data_dir data --amp bf16
+eight GPUs  torchrun --nproc_per_node=8 samix/main.py --config imagenet_r50 --data_dir imagenet
+two nodes   torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d \\
+                --rdzv_endpoint=HOST:29500 samix/main.py --config imagenet_r50 …
 """
-import argparse
+import copy
 import signal
 import sys
 from functools import partial
@@ -27,7 +24,7 @@ from torch import nn
 from common import data, distributed, evaluation, flags, mixing, models, plots, runtime
 from common.data import STREAMED, Recipe
 from common.distributed import log
-from common.flags import add_boolean
+from common.flags import add_boolean, amount, count, number, positive, share
 from common.mixing import draw_lambda, soft_targets
 from common.models import weights
 from common.models.features import build_backbone
@@ -36,7 +33,7 @@ from common.run import Run, StepSums, about
 from samix import configs, mixblock
 from samix.evaluation import draw_mixtures, measure, report, warn_of_collapse
 from samix.mixblock import Draws, MixBlock, draw_pairs, draw_partners, mix
-from samix.momentum import Branch, head_loss, momentum_copy, momentum_update
+from samix.momentum import Branch, head_loss, momentum_update
 from samix.schedule import cosine, ema_momentum, parameter_groups, step_rates
 
 LEARNED = ("samix", "automix")          # methods with a MixBlock
@@ -47,27 +44,26 @@ LEARNED = ("samix", "automix")          # methods with a MixBlock
 def parse_args(argv=None):
     """Return the flags; usage errors end the program with exit code 2."""
     parser = flags.Parser(__doc__)
-    amount, share, count = flags.amount, flags.share, flags.count
     add = parser.add_argument_group("run, data and network").add_argument
-    add("--config", default="cifar100_r18", metavar="NAME", help="sets the flags below, unless the "
-        f"command line does: one of the authors' files, or {', '.join(configs.CONFIGS)}")
+    add("--config", default="cifar100_r18", metavar="NAME",
+        help=f"sets other flags: one of the authors' files, or {', '.join(configs.CONFIGS)}")
     add("--method", choices=configs.METHODS, default="samix")
     add("--crop", choices=["zero", "reflect", "resized"], default="resized",
         help="of sets in memory: from a border of zeros or reflection, or of a part, resized")
     add("--padding", type=count, default=4, help="width of that border")
-    add("--crop_scale", type=flags.number(above=0, high=1), default=0.08, help="least area")
+    add("--crop_scale", type=number(above=0, high=1), default=0.08, help="least area")
     add_boolean(add, "--resize_first", False, "sets read from disk: shorter side first to 256/224")
     add_boolean(add, "--randaugment", False, "two random operations, magnitude 7 ± 0.5 of 10")
-    add("--mean", type=flags.number(), nargs=3, metavar="R", help="of pixels in [0, 1]")
-    add("--std", type=flags.number(above=0), nargs=3, metavar="R")
+    add("--mean", type=number(), nargs=3, metavar="R", help="of pixels in [0, 1]")
+    add("--std", type=number(above=0), nargs=3, metavar="R")
     add_boolean(add, "--drop_last", False, "no partial batch at an epoch's end")
-    add("--layer", type=flags.positive, default=3, help="stage or block that the MixBlock sees")
+    add("--layer", type=positive, default=3, help="stage or block that the MixBlock sees")
     add("--drop_path", type=share, default=0.0, help="of transformers: stochastic depth")
 
     add = parser.add_argument_group("mixing").add_argument
-    add("--alpha", type=flags.number(above=0), default=2.0, help="lambda ~ Beta(alpha, alpha)")
+    add("--alpha", type=number(above=0), default=2.0, help="lambda ~ Beta(alpha, alpha)")
     add_boolean(add, "--lam_concat", True, "automix: lambda is an input channel of the MixBlock")
-    add("--lam_mul_k", type=flags.number(), default=-1.0, help="features times lambda, or a cubic")
+    add("--lam_mul_k", type=number(), default=-1.0, help="features times lambda, or a cubic")
     add("--mode", choices=["bilinear", "nearest"], nargs="+", default=["bilinear"],
         help="how masks are enlarged; of several one is drawn each step")
     add("--dropout", type=share, default=0.1, help="of the MixBlock's values")
@@ -148,34 +144,32 @@ def draw_mixing(n: int, args, generator, fall: float, device="cpu") -> Draws:
 class SAMix(nn.Module):
     """Branch q, its moving average k, and the MixBlock: losses of a batch."""
 
-    without_graph = torch.no_grad       # of the masks that branch q learns from
-
     def __init__(self, q: Branch, block: MixBlock, args):
         super().__init__()
-        self.q, self.k, self.block, self.args = q, momentum_copy(q), block, args
+        self.q, self.k = q, copy.deepcopy(q).requires_grad_(False)
+        self.block, self.args = block, args
 
+    @torch.no_grad()
     def masks_for_q(self, features, draws: Draws, scale: int):
-        """Masks (B, 2, H, W) of the images that branch q learns from; they get no gradient."""
-        with self.without_graph():
-            mask = self.block(features, draws.lam_bb, draws.perm_bb, scale, mode=draws.modes[1])
-            if draws.adjust:
-                mask = mixblock.adjust_mask(mask, draws.lam_bb)
-            return mixblock.plain_near_ends(mask, draws.lam_bb, self.args.lam_margin)
+        """Return masks (B, 2, H, W) of the images that branch q learns from, without gradient."""
+        mask = self.block(features, draws.lam_bb, draws.perm_bb, scale, mode=draws.modes[1])
+        if draws.adjust:
+            mask = mixblock.adjust_mask(mask, draws.lam_bb)
+        return mixblock.plain_near_ends(mask, draws.lam_bb, self.args.lam_margin)
 
     def forward(self, images, labels, draws: Draws, mask_weight: float):
-        """(losses by name, logits of clean images, the two mixed batches mb and bb)."""
+        """Return losses by name, logits of clean images, and the mixed images mb and bb."""
         args, num_classes = self.args, self.q.one.out_features
         loss = {"head": args.head, "smoothing": args.label_smoothing}
         with torch.no_grad():
-            features = self.k.features(images)
+            features, _ = self.k.backbone(images)
         scale = images.shape[-1] // features.shape[-1]
         mask_mb = self.block(features, draws.lam_mb, draws.perm_mb, scale, mode=draws.modes[0])
         mask_bb = self.masks_for_q(features, draws, scale)
         self.columns = mixblock.mask_columns(mask_mb)       # of the log
         mix_mb, mix_bb = mix(images, mask_mb, draws.perm_mb), mix(images, mask_bb, draws.perm_bb)
-        targets_mb, targets_bb = (
-            soft_targets(labels, perm, lam, num_classes)
-            for perm, lam in ((draws.perm_mb, draws.lam_mb), (draws.perm_bb, draws.lam_bb)))
+        targets_mb = soft_targets(labels, draws.perm_mb, draws.lam_mb, num_classes)
+        targets_bb = soft_targets(labels, draws.perm_bb, draws.lam_bb, num_classes)
         clean = self.q(images, "one")
         losses = {
             # through k, which does not learn, to the MixBlock alone
@@ -221,7 +215,7 @@ def training_step(model, images, labels, args, info, generator, scaler, fall):
 
 
 def train_one_epoch(net, model, loader, optimizer, scaler, args, info, run):
-    """Train the rest of the epoch that `run` stands in; return its sums of loss and hits."""
+    """Train to the end of the run's epoch; return its sums of loss and hits."""
     net.train()
     sums, total = StepSums(len(loader), run.device, run.sums), args.epochs * len(loader)
     for step, (images, labels) in run.steps(loader):
@@ -254,14 +248,11 @@ def draw_preview(path, net, train, args, info, trained: bool = True):
     images, labels = (part[:32] for part in next(iter(train)))
     title = f"{configs.METHODS[args.method]} on {info.name}"
     if args.method in LEARNED:
-        return draw_mixtures(path, title, {"image": images}, net, images, images, labels, args,
-                             info, trained)
-    args = argparse.Namespace(**vars(args) | {"alpha": 32.0})           # a lambda near a half
-    generator = distributed.step_generator(args.seed, 0, 0)
-    for _ in range(30):                             # until CutMix's box, too, shows a good part
-        mixed, targets, perm = mix_baseline(images, labels, args, info, generator)
-        if targets.amax(1).median() < 0.7:
-            break
+        return draw_mixtures(path, title, {"image": images}, net, labels, args, info, trained)
+    args = copy.copy(args)
+    args.alpha = 32.0                                       # a lambda near a half
+    mixed, targets, perm = mix_baseline(images, labels, args, info,
+                                        distributed.step_generator(args.seed, 0, 0))
     rows = {"image": images, "partner": images[perm], "mixed": mixed}
     return plots.preview(path, title, rows, targets, info)
 
@@ -316,9 +307,7 @@ def main(argv=None):
     run = Run(args, device, info, [args.method], {"method": args.method},
               model=net, optimizer=optimizer, scaler=scaler)
     if args.evaluate or args.preview:
-        checkpoint = run.load_weights()
-        if not checkpoint:
-            load_pretrained(net, args)
+        checkpoint = run.load_weights() or load_pretrained(net, args)
         if args.evaluate:
             for name, result in measure(net, test, args, info).items():
                 log(f"{name}: {evaluation.sentence(result)}")
@@ -335,8 +324,7 @@ def main(argv=None):
     while not run.over:
         sums = train_one_epoch(net, model, train, optimizer, scaler, args, info, run)
         row, timing = {"lr": optimizer.param_groups[0]["lr"]} | sums.result(), run.clock()
-        if args.method in LEARNED:
-            warn_of_collapse(row, run)
+        warn_of_collapse(row, run)
         distributed.share_buffers(net)
         heads = measure(net, test, args, info)
         row |= evaluation.columns(next(iter(heads.values())))

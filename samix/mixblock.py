@@ -46,12 +46,11 @@ def rescale_lambda(lam: Tensor, k: float) -> Tensor:
 
 
 class MixBlock(nn.Module):
-    """Masks of image pairs from a layer's features of `in_channels` channels.
+    """Masks of image pairs by a layer's features. mode: of their enlargement; dropout: of values.
 
-    mode: how masks are enlarged, 'bilinear' or 'nearest'; dropout: of the values. 'samix': lambda
-    multiplies the features, query and key see both images, the value is non-linear. 'automix': the
-    query sees the first image, the key, of the same weights, the second, the value is linear, and
-    lambda is one more input channel (not lam_concat: masks do not see it).
+    'samix': lambda multiplies the features, query and key see both images, the value is non-linear.
+    'automix': the query sees the first image, the key, of the same weights, the second, the value
+    is linear; with lam_concat lambda is one more input channel, else masks do not depend on it.
     """
 
     def __init__(self, in_channels: int, lam_mul_k: float = -1, mode: str = "bilinear",
@@ -70,11 +69,11 @@ class MixBlock(nn.Module):
             in_channels += lam_concat
             self.query = self.key = nn.Conv2d(in_channels, half, 1)
             self.value = nn.Sequential(nn.Conv2d(in_channels, 1, 1), nn.Dropout(dropout))
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.normal_(module.weight, std=0.01)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif parameter.ndim == 4:                       # of a convolution
+                nn.init.normal_(parameter, std=0.01)
 
     def forward(self, features: Tensor, lam: float | Tensor, perm: Tensor, scale_factor: int, *,
                 partners: Tensor | None = None, mode: str | None = None) -> Tensor:
@@ -88,15 +87,15 @@ class MixBlock(nn.Module):
         # channels last: 1×1 convolutions and the attention's tokens are then the same memory
         features, second = (part.contiguous(memory_format=torch.channels_last)
                             for part in (features, features if partners is None else partners))
+        first, second = features, second[perm]
         if self.variant == "samix":
             share = rescale_lambda(lam, self.lam_mul_k)
-            first, second = features * (1 + share), second[perm] * (2 - share)
+            first, second = first * (1 + share), second * (2 - share)
             both = torch.cat([first, second], 1)            # queries and keys in one convolution
             weight, bias = (torch.cat([getattr(layer, name) for layer in (self.query, self.key)])
                             for name in ("weight", "bias"))
             query, key = F.conv2d(both, weight, bias).flatten(2).transpose(1, 2).chunk(2, 2)
         else:
-            first, second = features, second[perm]
             if self.lam_concat:
                 first, second = (torch.cat([part, share.expand(-1, -1, *part.shape[2:])], 1)
                                  for part, share in ((first, lam), (second, 1 - lam)))
@@ -113,11 +112,11 @@ class MixBlock(nn.Module):
 
 def mask_loss(mask: Tensor, lam: float | Tensor, margin: float = 0.1,
               kind: str = "l1_variance") -> Tensor:
-    """Return how far the batch's mean mask is from lambda (section 3.3), a scalar.
+    """Return how far the batch's mean mask is from lambda (section 3.3), beyond `margin`, a scalar.
 
-    `mask`: masks (B, 2, H, W), or the partners' share alone (B, H, W). Deviations up to `margin`
-    are free. 'l1_variance' and 'l2_variance' reward contrast by twice the variance over all pixels,
-    so they can be negative; 'l1' is AutoMix's; 'sparsity' ignores lambda.
+    `mask`: masks (B, 2, H, W), or the partners' share alone (B, H, W). 'l1_variance' and
+    'l2_variance' reward contrast, so they can be negative; 'l1' is AutoMix's; 'sparsity' ignores
+    lambda.
     """
     share = mask[:, -1] if mask.ndim == 4 else mask
     if kind == "sparsity":

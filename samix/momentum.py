@@ -1,10 +1,10 @@
 """The branches (AutoMix section 3.3, SAMix section 3.4) and the loss of their heads: q learns to
 classify; k, its moving average, makes the masks' features and judges the MixBlock's mixtures."""
-import copy
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from common.mixing import probabilities
 
 
 class Branch(nn.Module):
@@ -19,22 +19,9 @@ class Branch(nn.Module):
             nn.init.normal_(head.weight, std=0.01)
             nn.init.zeros_(head.bias)
 
-    def features(self, images: Tensor) -> Tensor:
-        """Return the middle feature map, for the MixBlock."""
-        return self.backbone(images)[0]
-
-    def pooled(self, images: Tensor) -> Tensor:
-        """Return what the heads see, (B, width)."""
-        return self.backbone(images)[1]
-
     def forward(self, images: Tensor, head: str = "one") -> Tensor:
         """Return logits (B, num_classes) of head 'one' or 'mix'."""
-        return getattr(self, head)(self.pooled(images))
-
-
-def momentum_copy(branch: nn.Module) -> nn.Module:
-    """Return a copy of everything, statistics included, that no gradient reaches."""
-    return copy.deepcopy(branch).requires_grad_(False)
+        return getattr(self, head)(self.backbone(images)[1])
 
 
 @torch.no_grad()
@@ -53,8 +40,7 @@ def head_loss(logits: Tensor, targets: Tensor, head: str = "ce", neg_weight: flo
     logits = logits.float()
     if head == "ce":
         return F.cross_entropy(logits, targets, label_smoothing=smoothing)
-    if targets.ndim == 1:
-        targets = F.one_hot(targets, logits.shape[1]).float()
+    targets = probabilities(targets, logits.shape[1])
     weight = torch.where(targets > 0, 1.0, neg_weight)
     total = F.binary_cross_entropy_with_logits(logits, targets, weight, reduction="sum")
     return total / len(logits)

@@ -2,13 +2,11 @@
 """Self-supervised SAMix (Li et al. 2021, section 3.2): MoCo v2 (Chen et al. 2020) that also learns
 from mixtures of views, and a MixBlock that learns to mix them. Evaluate with linear_probe.py.
 
-a CPU trial       python samix/pretrain.py --dataset digits --initial_channels 16 --epochs 10 \\
-                      --batch_size 100 --queue 1000
-CIFAR, one GPU    python samix/pretrain.py --dataset cifar100 --data_dir data --batch_size 256 \\
-                      --queue 4096 --amp bf16
-ImageNet, eight   torchrun --nproc_per_node=8 samix/pretrain.py --config imagenet_r50 \\
-                      --data_dir imagenet --amp bf16
+CPU trial   python samix/pretrain.py --dataset digits --initial_channels 16 --epochs 10 --queue 1000
+one GPU     python samix/pretrain.py --config cifar100_r18 --data_dir data --amp bf16
+eight GPUs  torchrun --nproc_per_node=8 samix/pretrain.py --config imagenet_r50 --data_dir imagenet
 """
+import copy
 import signal
 import sys
 from functools import partial
@@ -26,16 +24,17 @@ from common.data import STREAMED, Recipe
 from common.data.recipe import mean_std, to_uint8
 from common.data.stream import DaliStream
 from common.distributed import log
+from common.flags import amount, number, positive, share
 from common.mixing import probabilities
 from common.models.features import build_backbone
 from common.run import Run, StepSums, about
 from samix import contrast, mixblock
-from samix.contrast import Encoder, Queue, extend, mixed_nce, mixed_pair, similarity
+from samix.contrast import Encoder, Queue, encode_keys, extend, mixed_nce, mixed_pair, similarity
 from samix.evaluation import draw_mixtures, knn_accuracy, warn_of_collapse
 from samix.mixblock import Draws, MixBlock, draw_pairs, mask_loss, mix
-from samix.momentum import momentum_copy, momentum_update
+from samix.momentum import momentum_update
 from samix.schedule import cosine
-from samix.views import DaliViews, draw_view, make_view
+from samix.views import draw_view, make_view, yield_two_crops
 
 METHODS = {"samix": "SAMix", "moco": "MoCo v2"}
 CONFIGS = {                             # the blur is for large images alone
@@ -48,30 +47,25 @@ CONFIGS = {                             # the blur is for large images alone
 def parse_args(argv=None):
     """Return the flags; usage errors end the program with exit code 2."""
     parser = flags.Parser(__doc__)
-    amount, share = flags.amount, flags.share
     add = parser.add_argument_group("run, data and network").add_argument
     add("--config", choices=CONFIGS, default="cifar100_r18", help="for dataset, arch, blur, queue")
     add("--method", choices=METHODS, default="samix")
-    add("--crop_scale", type=flags.number(above=0, high=1), default=0.2, help="a view's least area")
+    add("--crop_scale", type=number(above=0, high=1), default=0.2, help="a view's least area")
     add("--blur", type=share, help="probability of a view's blur")
-    add("--layer", type=flags.positive, default=3, help="stage whose features the MixBlock sees")
+    add("--layer", type=positive, default=3, help="stage whose features the MixBlock sees")
 
-    add = parser.add_argument_group("contrast").add_argument
-    add("--queue", type=flags.positive, help="past keys that serve as negatives")
-    add("--dim", type=flags.positive, default=128, help="of the embeddings")
-    add("--neck", type=flags.positive, default=2048, help="hidden width of the projection")
-    add("--temperature", type=flags.number(above=0), default=0.2)
+    add = parser.add_argument_group("method").add_argument
+    add("--queue", type=positive, help="past keys that serve as negatives")
+    add("--dim", type=positive, default=128, help="of the embeddings")
+    add("--neck", type=positive, default=2048, help="hidden width of the projection")
+    add("--temperature", type=number(above=0), default=0.2)
     add("--ema", type=share, default=0.999, help="momentum of the keys' encoder")
-
-    add = parser.add_argument_group("mixing").add_argument
-    add("--alpha", type=flags.number(above=0), default=2.0, help="lambda ~ Beta(alpha, alpha)")
-    add("--lam_mul_k", type=flags.number(), default=-1.0, help="how lambda scales the features")
+    add("--alpha", type=number(above=0), default=2.0, help="lambda ~ Beta(alpha, alpha)")
+    add("--lam_mul_k", type=number(), default=-1.0, help="how lambda scales the features")
     add("--mask_margin", type=share, default=0.1, help="masks further from lambda are moved to it")
-    add("--block_loss", choices=["infonce", "bce"], default="infonce",
-        help="of the MixBlock: with the queue, or its two keys against each other")
+    add("--block_loss", choices=["infonce", "bce"], default="infonce", help="bce: no queue")
     add("--mask_loss", type=amount, default=0.1, help="weight, falls to 0 along a cosine")
-    add("--extend_weight", type=amount, default=0.0,
-        help="likewise: of a loss whose positives are inter- or extrapolated keys")
+    add("--extend_weight", type=amount, default=0.0, help="likewise, of the loss of extended keys")
     flags.add_flags(parser, data.NAMES, models.ALL, {}, epochs=200, batch_size=256, lr=0.03,
                     weight_decay=1e-4)
 
@@ -89,22 +83,20 @@ class Contrast(nn.Module):
 
     def __init__(self, q: Encoder, block: MixBlock | None, args):
         super().__init__()
-        self.q, self.k, self.block, self.args = q, momentum_copy(q), block, args
+        self.q, self.k = q, copy.deepcopy(q).requires_grad_(False)
+        self.block, self.args = block, args
 
     def forward(self, view_q, view_k, draws: Draws, negatives, order, extension):
-        """Return (losses by name, new keys, queries) of normalised views (B, 3, H, W).
-
-        order: of all ranks' images in the keys' batches; extension (B, dim): see `extend`.
-        """
-        temperature = self.args.temperature
-        nce = partial(mixed_nce, negatives=negatives, temperature=temperature)
+        """Return losses by name, new keys and queries of normalised views (B, 3, H, W); order: of
+        all ranks' images in the keys' batches; extension (B, dim): see `extend`."""
+        nce = partial(mixed_nce, negatives=negatives, temperature=self.args.temperature)
         _, query = self.q(view_q)
         if self.block is None:
-            _, key_k = contrast.encode_keys(self.k, view_k, order)
+            _, key_k = encode_keys(self.k, view_k, order)
             return {"moco": nce(query, key_k, key_k, 1.0)}, key_k, query
 
         perm_bb, perm_mb = draws.perm_bb, draws.perm_mb
-        features, keys = contrast.encode_keys(self.k, torch.cat([view_q, view_k]), order)
+        features, keys = encode_keys(self.k, torch.cat([view_q, view_k]), order)
         (features_q, features_k), (key_q, key_k) = features.chunk(2), keys.chunk(2)
         scale = view_q.shape[-1] // features_q.shape[-1]
         with torch.no_grad():
@@ -115,14 +107,13 @@ class Contrast(nn.Module):
         # image i's pixels are of view q, its partner's of view k; each meets the other view's key
         _, mixed_q = self.q(mix(view_q, mask_bb, perm_bb, view_k))
         _, mixed_k = self.k(mix(view_q, mask_mb, perm_mb, view_k))
-        pair = partial(mixed_pair, mixed_k, lam=draws.lam_mb, temperature=temperature)
+        pair = partial(mixed_pair, mixed_k, lam=draws.lam_mb, temperature=self.args.temperature)
+        block = pair if self.args.block_loss == "bce" else partial(nce, mixed_k, lam=draws.lam_mb)
         losses = {
             "moco": nce(query, key_k, key_k, 1.0),
             "mix": nce(mixed_q, key_k, key_q[perm_bb], draws.lam_bb),       # of these two q learns
-            "block": nce(mixed_k, key_k, key_q[perm_mb], draws.lam_mb)
-            if self.args.block_loss == "infonce" else pair(key_k, key_q[perm_mb]),
-            "mask": mask_loss(mask_mb, draws.lam_mb),
-        }
+            "block": block(key_k, key_q[perm_mb]),
+            "mask": mask_loss(mask_mb, draws.lam_mb)}
         if self.args.extend_weight:
             losses["extend"] = pair(extend(key_k, key_q, extension),
                                     extend(key_q, key_k, extension)[perm_mb])
@@ -134,10 +125,11 @@ def two_views(images, args, info, generator):
     mean, std = mean_std(info, images.device)
     cropped = images.shape[1] == 6
     parts = images.chunk(2, 1) if cropped else [to_uint8(images, info)] * 2
-    views = [draw_view(len(part), part.shape[-2:], generator, blur=args.blur,
-                       scale=(1.0 if cropped else args.crop_scale, 1.0)) for part in parts]
-    return [(make_view(part, view, info.image_size) - mean) / std
-            for part, view in zip(parts, views, strict=True)]
+    scale, views = (1.0 if cropped else args.crop_scale, 1.0), []
+    for part in parts:
+        view = draw_view(len(part), part.shape[-2:], generator, blur=args.blur, scale=scale)
+        views.append((make_view(part, view, info.image_size) - mean) / std)
+    return views
 
 
 def training_step(model, images, queue, args, info, generator, shared, scaler, fall):
@@ -159,7 +151,7 @@ def training_step(model, images, queue, args, info, generator, shared, scaler, f
 
 
 def train_one_epoch(net, model, queue, loader, optimizer, scaler, args, info, run):
-    """Train the rest of the epoch that `run` stands in; return its sums of loss and hits."""
+    """Train to the end of the run's epoch; return its sums of loss and hits."""
     net.train()
     sums = StepSums(len(loader), run.device, run.sums)
     for step, (images, _) in run.steps(loader):
@@ -190,10 +182,10 @@ def draw_preview(path, net, train, args, info, trained: bool = True):
     generator = distributed.step_generator(args.seed, 0, 0)
     view_q, view_k = two_views(images, args, info, generator)
     title = f"{METHODS[args.method]}, two views of {info.name}"
-    rows = {"view q": view_q, "view k": view_k}
+    views = {"view q": view_q, "view k": view_k}
     if args.method == "samix":
-        return draw_mixtures(path, title, rows, net, view_q, view_k, labels, args, info, trained)
-    return plots.preview(path, title, rows, probabilities(labels, info.num_classes), info)
+        return draw_mixtures(path, title, views, net, labels, args, info, trained)
+    return plots.preview(path, title, views, probabilities(labels, info.num_classes), info)
 
 
 def build(args, info) -> Contrast:
@@ -208,14 +200,13 @@ def main(argv=None):
     """Train, or draw a picture, as the flags say; return the network."""
     args = parse_args(argv)
     device = runtime.setup(args)
-    # Streamed sets come as two crops from DALI, or as squares to make views of
     recipe = Recipe(crop="random" if args.dataset in STREAMED else "padded", padding=0, flip=False,
-                    interpolation="bicubic")
+                    interpolation="bicubic")                # squares, of which to make views
     train, test, info = data.load(
         args.dataset, args.data_dir, recipe, device=device, **flags.chosen(args, flags.LOADING),
         drop_last=True)
     if isinstance(train, DaliStream):
-        train = DaliViews(train, (args.crop_scale, 1.0))
+        yield_two_crops(train, (args.crop_scale, 1.0))
     torch.manual_seed(args.seed)
     net, model = runtime.prepare(build(args, info), args, device)
     queue = Queue(args.queue, args.dim).to(device)
@@ -237,8 +228,7 @@ def main(argv=None):
         sums = train_one_epoch(net, model, queue, train, optimizer, scaler, args, info, run)
         row, timing = {"lr": optimizer.param_groups[0]["lr"]} | sums.result(), run.clock()
         distributed.share_buffers(net)
-        if args.method == "samix":
-            warn_of_collapse(row, run)
+        warn_of_collapse(row, run)
         row["knn_accuracy"] = knn_accuracy(net.q.backbone, test, info.num_classes, args)
         run.end_epoch(row | timing, None, sums)
 

@@ -7,8 +7,7 @@ def cosine(step: int, total: int) -> float:
     return (1 + math.cos(math.pi * step / total)) / 2
 
 
-def ema_momentum(step: int, total: int, base: float = 0.999, end: float = 0.99999,
-                 start: float = 0.1) -> float:
+def ema_momentum(step: int, total: int, base: float, end: float, start: float) -> float:
     """Return branch k's momentum after `step` of `total`: `base` up to a share `start` of the run,
     then a cosine towards `end` that began at step 0, as in the recorded runs: it jumps there."""
     return base if step < start * total else end - (end - base) * cosine(step, total)
@@ -32,13 +31,12 @@ def parameter_groups(net, args) -> list[dict]:
 def step_rates(args, step: int, epoch_steps: int) -> dict:
     """Return learning rates of "q" and "block" at training step `step` of the run, from 0."""
     epoch = step / epoch_steps if args.lr_every == "step" else step // epoch_steps
+    fall, least, block_least = cosine(epoch, args.epochs), args.min_lr, args.block_min_lr
     if args.milestones is not None:
-        factor = args.gamma ** sum(epoch >= milestone for milestone in args.milestones)
-        rates = {"q": args.lr * factor, "block": args.block_lr * factor}
-    else:
-        fall = cosine(epoch, args.epochs)
-        rates = {"q": args.min_lr + (args.lr - args.min_lr) * fall,
-                 "block": args.block_min_lr + (args.block_lr - args.block_min_lr) * fall}
+        fall = args.gamma ** sum(epoch >= milestone for milestone in args.milestones)
+        least = block_least = 0
+    rates = {"q": least + (args.lr - least) * fall,
+             "block": block_least + (args.block_lr - block_least) * fall}
     if epoch < args.warmup_epochs:
         rates["q"] *= 1 - (1 - epoch / args.warmup_epochs) * (1 - args.warmup_ratio)
     return rates

@@ -62,20 +62,14 @@ def make_view(images: Tensor, view: View, size: int) -> Tensor:
     return taps @ pixels @ taps.mT
 
 
-class DaliViews(DaliStream):
-    """A DaliStream of training images that yields two crops of each, uint8 (B, 6, S, S)."""
-
-    def __init__(self, stream: DaliStream, scale: tuple):
-        self.__dict__.update(stream.__dict__)
-        self.scale = scale
-
-    def finish(self, images: Tensor, step: int) -> Tensor:
-        return images
-
-    def graph(self, encoded, **decoder):
+def yield_two_crops(stream: DaliStream, scale: tuple[float, float]):
+    """Make a stream of training images yield two crops of each, uint8 (B, 6, S, S)."""
+    def graph(encoded, **decoder):
         from nvidia.dali import fn
         images = fn.decoders.image(encoded, **decoder)
         crops = [fn.random_resized_crop(
-            images, size=(self.size, self.size), random_area=self.scale,
-            random_aspect_ratio=SCALE_RATIO, **self.filters()) for _ in range(2)]
+            images, size=(stream.size, stream.size), random_area=scale,
+            random_aspect_ratio=SCALE_RATIO, **stream.filters()) for _ in range(2)]
         return fn.transpose(fn.cat(*crops, axis=2), perm=[2, 0, 1])
+
+    stream.graph, stream.finish = graph, lambda images, step: images

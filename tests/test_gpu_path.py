@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torchvision.transforms import AutoAugmentPolicy
 
 from common import data, evaluation, mixing
 from common.data.recipe import _on_device, to_uint8
@@ -231,7 +232,8 @@ def mixings():
         "resizemix's cutmix": lambda: resizemix.cutmix(images, perm, pixel[0], lam),
         "batch_aug": lambda: randaugment.batch_aug(images, draws, **PIXELS),
         "resizemix's randaugment": lambda: randaugment.transform(raw, draws),
-        "autoaugment": lambda: randaugment.AutoAugment()(raw, draws),
+        "autoaugment": lambda: randaugment.autoaugment(
+            raw, draws, AutoAugmentPolicy.CIFAR10),
         "rand_augment": lambda: rand_augment(raw, *draw_randaugment(N, draws)),
         "soft_crop": lambda: softcrop.confidence(softcrop.soft_crop(
             images, softcrop.draw_offsets(N, SIZE, 12.0, draws),

@@ -156,7 +156,7 @@ def test_dalis_views_are_of_the_same_kind(photos):
             device=torch.device("cpu"), image_size=48, loader=loader, workers=1)
         args = pretrain.parse_args([*SMALL, "--blur", "0.5", "--crop_scale", "0.9"])
         if loader == "dali":
-            stream = views.DaliViews(stream, (0.9, 1.0))
+            views.yield_two_crops(stream, (0.9, 1.0))
         stream.set_epoch(number)
         generator = torch.Generator().manual_seed(number)
         return [torch.cat(view) for view in zip(*(

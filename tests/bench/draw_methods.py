@@ -105,7 +105,7 @@ def mixtures(images, net) -> dict:
         mixed, fused, from_b = superpixel_mix(images, perm, segments, segments[perm], which)
         found[name] = mixed, 1 - from_b.gather(1, fused.flatten(1)).float().mean(1)
     with torch.no_grad():
-        features = net.k.features(images)
+        features, _ = net.k.backbone(images)
         masks = net.block(features, half, perm, SIDE // features.shape[-1], mode="bilinear")
     found["SAMix"] = mix(images, masks, perm), torch.full((n,), 0.5)
 
