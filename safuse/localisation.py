@@ -1,8 +1,6 @@
 """Weakly supervised localisation: boxes from class activation maps. For evaluation only."""
-import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy import ndimage
 from torch import Tensor
 from torchvision.ops import box_iou
 
@@ -15,12 +13,13 @@ LEAST_IOU = 0.5                # with the true box
 def boxes_of(maps: Tensor, height: int, width: int) -> Tensor:
     """Return boxes (B, 4) of x1, y1, x2, y2 in height × width images, on the CPU: of the largest
     4-connected component, in enlarged maps (B, h, w), of at least THRESHOLD of the maximum."""
+    from skimage.measure import label, regionprops
     maps = F.interpolate(maps.detach().float()[:, None], (height, width), mode="bilinear")[:, 0]
     boxes = []
     for mask in (maps >= THRESHOLD * maps.amax((1, 2), keepdim=True)).cpu().numpy():
-        labels, _ = ndimage.label(mask)
-        rows, columns = ndimage.find_objects(labels)[np.bincount(labels.ravel())[1:].argmax()]
-        boxes.append((columns.start, rows.start, columns.stop, rows.stop))
+        regions = regionprops(label(mask, connectivity=1))
+        top, left, bottom, right = max(regions, key=lambda region: region.area).bbox
+        boxes.append((left, top, right, bottom))
     return torch.tensor(boxes, dtype=torch.float32)
 
 

@@ -9,10 +9,8 @@ from common import distributed
 def local_cross_entropy(logits: Tensor, labels: Tensor, selected: Tensor,
                         weights: Tensor | None = None) -> Tensor:
     """Return the cross-entropy of the selected superpixels, a scalar: mean over the images of sums
-    (LGCOAMix), or of averages with `weights` (B, T) >= 0, which get no gradient (SAFuse).
-
-    `logits` (B, T, K); `labels`, `selected` (B, T).
-    """
+    (LGCOAMix), or of averages with `weights` (B, T) >= 0, which get no gradient (SAFuse). `logits`
+    (B, T, K); `labels`, `selected` (B, T)."""
     losses = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none")
     share = selected.float()
     if weights is not None:
@@ -23,12 +21,12 @@ def local_cross_entropy(logits: Tensor, labels: Tensor, selected: Tensor,
 def superpixel_contrastive(logits: Tensor, labels: Tensor, selected: Tensor,
                            weights: Tensor | None = None, *, temperature: float = 0.7,
                            base_temperature: float = 0.07) -> Tensor:
-    """Return the supervised contrastive loss of the selected superpixels of all processes.
+    """Return the supervised contrastive loss of the selected superpixels of all processes: the mean
+    of l_i (LGCOAMix), weighed by `weights` (B, T) >= 0 without gradient (SAFuse).
 
     `logits` (B, T, K), compared by s, their cosine / temperature; `labels`, `selected` (B, T). For
     i and every j of its class, i too, log p_ij = s_ij - log(exp s_ij + sum of exp s_ik over the k
-    of other classes); l_i = -(temperature / base_temperature) · mean of log p_ij over j. Returned
-    is the mean of l_i (LGCOAMix), weighed by `weights` (B, T) >= 0 without gradient (SAFuse); its
+    of other classes); l_i = -(temperature / base_temperature) · mean of log p_ij over j. The
     gradient is scaled so that DistributedDataParallel's mean over processes is the whole batch's.
     """
     with torch.autocast(logits.device.type, enabled=False):

@@ -67,8 +67,7 @@ def parse_args(argv=None):
 
     add = parser.add_argument_group("mixing").add_argument
     add("--cutmix_prob", type=share, default=0.5, help="share of the batches that are mixed")
-    add("--p_binom", "--Burn_prob", type=share, default=0.5,
-        help="probability of pasting a superpixel")
+    add("--p_binom", "--Burn_prob", type=share, default=0.5, help="share of superpixels pasted")
     add("--N_min", type=positive, help="least number of superpixels asked of an image")
     add("--N_max", type=positive, help="and the most")
     add("--compactness", type=number(above=0), help="of the superpixels, against colour")
@@ -135,7 +134,7 @@ def mix_batch(net, images, args, info, generator) -> Mixed:
         return Mixed(mixed, perm, ratio)
 
     # One segmentation of an image serves in both its roles
-    segments = mixing.draw_segments(n, args.N_min, args.N_max, generator)
+    segments = torch.randint(args.N_min, args.N_max + 1, (n,), generator=generator)
     slic = compiled(superpixels.slic) if args.superpixels == "slic" else superpixels.slic_skimage
     labels = slic(unnormalise(images, info), segments, args.compactness)
     most = superpixels.most_superpixels(torch.arange(args.N_min, args.N_max + 1), height, width)
@@ -148,7 +147,7 @@ def mix_batch(net, images, args, info, generator) -> Mixed:
         pasted = compiled(mixing.attentive_superpixels)(scores[perm], labels[perm], args.cells,
                                                         num_b=most)
     else:
-        pasted = mixing.draw_chosen(n, most, args.p_binom, generator)
+        pasted = torch.rand(n, most, generator=generator) < args.p_binom
     trim = False if distributed.world() > 1 else None       # the loss gathers equal shapes
     mixed, fused, from_b = compiled(mixing.superpixel_mix)(
         images, perm, labels, labels[perm], pasted, num_a=most, trim=trim)
@@ -288,9 +287,7 @@ def main(argv=None):
     run = Run(args, device, info, [args.method], {"method": args.method}, model=net,
               optimizer=optimizer, scaler=scaler)
     if args.evaluate or args.preview:
-        checkpoint = run.load_weights()
-        if not checkpoint:
-            load_pretrained(net.encoder, args)
+        checkpoint = run.load_weights() or load_pretrained(net.encoder, args)
         if args.evaluate:
             report(net, test, args, info, run, checkpoint)
         elif distributed.rank() == 0:

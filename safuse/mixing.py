@@ -1,31 +1,18 @@
-"""Superpixel mixing of SAFuse, LGCOAMix and OcCaMix, their label shares, and their random draws.
-
-Superpixels are padded to one number per image. On a GPU `num_a` and `num_b` must be given (see
-`superpixels.most_superpixels`): looking for them is a host synchronisation.
-"""
+"""Superpixel mixing of SAFuse, LGCOAMix and OcCaMix, and label shares. On a GPU give `num_a` and
+`num_b` (`superpixels.most_superpixels`): looking for them is a host synchronisation."""
 import torch
 from torch import Tensor
-
-
-def draw_segments(batch: int, low: int, high: int, generator=None) -> Tensor:
-    """Draw `n_segments` (batch,) of `slic`, uniform in low … high, both included."""
-    return torch.randint(low, high + 1, (batch,), generator=generator)
-
-
-def draw_chosen(batch: int, num_superpixels: int, p: float, generator=None) -> Tensor:
-    """Draw which superpixels of the second image are pasted: (batch, num_superpixels) bool."""
-    return torch.rand(batch, num_superpixels, generator=generator) < p
 
 
 @torch.no_grad()
 def superpixel_mix(images: Tensor, perm: Tensor, labels_a: Tensor, labels_b: Tensor,
                    chosen: Tensor, *, num_a: int | None = None, trim: bool | None = None) -> tuple:
-    """Paste the `chosen` (B, S) superpixels of images[perm] into images (B, C, H, W).
+    """Return images (B, C, H, W) with the `chosen` (B, S) superpixels of images[perm] pasted; fused
+    (B, H, W), their superpixels from 0 without a gap, the first image's before; from_b (B, S')
+    bool, which are pasted, False in the padding.
 
-    `labels_a`, `labels_b` (B, H, W) superpixels of images, below `num_a`, and of images[perm].
-    Returns mixed images; fused (B, H, W), their superpixels from 0 without a gap, what is left of
-    the first image's before; from_b (B, S') bool, which are pasted, False in the padding. S' is
-    num_a + S, or with `trim` (default: on a CPU) what the batch needs.
+    `labels_a`, `labels_b` (B, H, W): superpixels of images, below `num_a`, and of images[perm].
+    S' is num_a + S, or with `trim` (default: on a CPU) what the batch needs.
     """
     perm, chosen = (t.to(images.device, non_blocking=True) for t in (perm, chosen))
     num_a = int(labels_a.max()) + 1 if num_a is None else num_a
@@ -58,10 +45,8 @@ def attention_ratio(weights: Tensor, counts: Tensor, from_b: Tensor) -> Tensor:
 
 def top_superpixels(scores: Tensor, counts: Tensor, ratio: float, *, at_least_one: bool) -> tuple:
     """Return the int(ratio·n) best of each image's n superpixels: index (B, T) by descending
-    `scores` (B, S), and selected (B, T) bool, False where an image has fewer than T.
-
-    Where int(ratio·n) is 0, the best one (LGCOAMix), or with at_least_one=False all (SAFuse).
-    """
+    `scores` (B, S), and selected (B, T) bool, False where an image has fewer than T. Where
+    int(ratio·n) is 0, the best one (LGCOAMix), or with at_least_one=False all (SAFuse)."""
     present = counts > 0
     n = present.sum(1)
     wanted = (n.double() * ratio).floor().long()             # float64, as Python's int(ratio * n)
@@ -74,11 +59,9 @@ def top_superpixels(scores: Tensor, counts: Tensor, ratio: float, *, at_least_on
 @torch.no_grad()
 def attentive_superpixels(scores: Tensor, labels: Tensor, cells: int = 3, *,
                           num_b: int | None = None) -> Tensor:
-    """Return the superpixels (B, num_b) bool of each image's most attentive cells (OcCaMix).
-
-    `scores` (B, h, w) of the cells; `labels` (B, H, W) superpixels below `num_b`. Each of the best
-    cells takes the superpixel with the largest share of its area inside; of equals, the lowest.
-    """
+    """Return the superpixels (B, num_b) bool of each image's most attentive cells (OcCaMix): each
+    takes the superpixel with the largest share of its area inside; of equals, the lowest. `scores`
+    (B, h, w) of the cells; `labels` (B, H, W) superpixels below `num_b`."""
     (batch, rows, columns), (height, width) = scores.shape, labels.shape[1:]
     num_b = int(labels.max()) + 1 if num_b is None else num_b
     best = scores.flatten(1).argsort(dim=1, descending=True, stable=True)[:, :cells, None]

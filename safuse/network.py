@@ -20,11 +20,9 @@ ARCHS = (*RESNETS, "deit_b16")
 
 
 class ResNet(nn.Module):
-    """ResNet stages x0 … x4 in three forms; parameters have torchvision's names.
-
-    32: 3×3 stem; 64: the same, but ResNets have pre-activation blocks and a bare stem; 224: 7×7
-    stem with stride 2 (x0), pooling, and a last stage with stride 1.
-    """
+    """ResNet stages x0 … x4 in three forms; parameters have torchvision's names. 32: 3×3 stem; 64:
+    the same, but ResNets have pre-activation blocks and a bare stem; 224: 7×7 stem with stride 2
+    (x0), pooling, and a last stage with stride 1."""
 
     def __init__(self, arch: str, form: int, channels: int):
         super().__init__()
@@ -103,10 +101,8 @@ class Decoder(nn.Module):
 
 
 def superpixel_pool(features: Tensor, fused: Tensor, num_superpixels: int) -> tuple:
-    """Return each superpixel's mean features (B, S, C) and pixels (B, S), 0 where there is none.
-
-    `features` (B, C, H, W); `fused` (B, H, W) integer labels below S. Sums are in float32.
-    """
+    """Return each superpixel's mean features (B, S, C) and pixels (B, S), 0 where there is none, of
+    `features` (B, C, H, W) and `fused` (B, H, W), integer labels below S. Sums are in float32."""
     batch, channels = features.shape[:2]
     index = fused.flatten(1).long()
     counts = torch.zeros(batch, num_superpixels, device=features.device)
@@ -117,11 +113,9 @@ def superpixel_pool(features: Tensor, fused: Tensor, num_superpixels: int) -> tu
 
 
 class SuperpixelAttention(nn.Module):
-    """One-head self-attention of the superpixels of each image, with residual and LayerNorm.
-
-    A superpixel's score is the sum over its channels: `post_norm` after LayerNorm, as the original
-    (0 while gain is 1 and bias is 0, as at first), or `pre_norm` before it.
-    """
+    """One-head self-attention of the superpixels of each image, with residual and LayerNorm. A
+    superpixel's score is the sum over its channels: `post_norm` after LayerNorm, as the original
+    (0 while gain is 1 and bias is 0, as at first), or `pre_norm` before it."""
 
     def __init__(self, dim: int, score: str = "post_norm"):
         super().__init__()

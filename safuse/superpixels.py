@@ -57,12 +57,10 @@ def rgb_to_lab(pixels: Tensor) -> Tensor:
 
 
 def nearest(centres: Tensor, points: Tensor, number: Tensor, bits: Tensor) -> Tensor:
-    """Return the index (B, N) of the nearest of centres (B, K, 7) for points (B, 7, N).
-
-    Their product is the squared distance (see `kmeans`); `number` (K, 1): 0 … K-1; `bits`: a power
-    of two, at least K. The index replaces the lowest bits of the distance, ordered as an integer
-    like the float: one minimum finds both, ten times faster on a CPU than min with indices.
-    """
+    """Return which of centres (B, K, 7) is nearest to points (B, 7, N): (B, N). Their product is
+    the squared distance; `number` (K, 1): 0 … K-1; `bits`: a power of two, at least K. The index
+    replaces the lowest bits of the distance, ordered as an integer like the float: one minimum
+    finds both, ten times faster on a CPU than min with indices."""
     pieces, labels = 1, []
     if points.device.type == "cpu" and not torch.compiler.is_compiling():
         pieces = max(1, len(centres) * len(number) * points.shape[2] // CHUNK)
@@ -75,11 +73,9 @@ def nearest(centres: Tensor, points: Tensor, number: Tensor, bits: Tensor) -> Te
 
 def kmeans(colour: Tensor, first: Tensor, step: Tensor, cells: Tensor, height: int, width: int,
            iterations: int) -> Tensor:
-    """Return pixels' clusters (B, H, W) by |difference of colour|² + |distance in steps|².
-
-    `colour` (B, 3, N), divided by the compactness. The first iteration is by position alone, as in
-    scikit-image. From 128 pixels on centres are means over every second pixel in both directions.
-    """
+    """Return pixels' clusters (B, H, W) by |difference of colour|² + |distance in steps|²; `colour`
+    (B, 3, N), divided by the compactness. The first iteration is by position alone, as in
+    scikit-image. From 128 pixels on centres are means over every second pixel both ways."""
     batch, device = len(colour), colour.device
     cells_of = cells.prod(1, keepdim=True)
     count = int(cells_of.max())
@@ -157,11 +153,9 @@ def fill(region: Tensor, none: int) -> Tensor:
 
 
 def connect(labels: Tensor, colour: Tensor, least: Tensor) -> Tensor:
-    """Return 4-connected superpixels (B, H, W), numbered from 0 in each image.
-
-    `labels` (B, H, W) clusters; `colour` (B, 3, N). Components of at least `least` (B,) pixels, and
-    the largest in any case, stay; the others join the touching one of the most similar colour.
-    """
+    """Return 4-connected superpixels (B, H, W), numbered from 0 in each image, of clusters `labels`
+    (B, H, W): components of at least `least` (B,) pixels, and the largest, stay; the others join
+    the touching one of the most similar `colour` (B, 3, N)."""
     shape, none = labels.shape, labels[0].numel()
     root = components(labels)
     sums = torch.cat([colour, torch.ones_like(colour[:, :1])], 1)
@@ -200,11 +194,9 @@ def borders(pixels: Tensor, labels: Tensor) -> Tensor:
 @torch.no_grad()
 def slic(images: Tensor, n_segments: int | Tensor, compactness: float = 10.0,
          iterations: int = 10) -> Tensor:
-    """Return superpixels 0, 1, … (B, H, W) of `images` (B, 3, H, W), sRGB in [0, 1] or bytes.
-
-    `n_segments` (an int, or (B,) on the CPU) and `compactness` as in skimage.segmentation.slic; an
-    image is stretched to [0, 1] first. Raises ValueError for normalised images, on a CPU.
-    """
+    """Return superpixels 0, 1, … (B, H, W) of `images` (B, 3, H, W), sRGB in [0, 1] or bytes, each
+    stretched to [0, 1] first. `n_segments` (an int, or (B,) on the CPU) and `compactness` as in
+    skimage.segmentation.slic. Raises ValueError for normalised images, on a CPU."""
     batch, _, height, width = images.shape
     first, step, cells = grid(n_segments, batch, height, width)
     pixels = images.float().flatten(2)
@@ -220,13 +212,12 @@ def slic(images: Tensor, n_segments: int | Tensor, compactness: float = 10.0,
     return connect(labels, lab, least)
 
 
-def slic_skimage(images: Tensor, n_segments: int | Tensor, compactness: float = 10.0,
-                 iterations: int = 10) -> Tensor:
+def slic_skimage(images: Tensor, n_segments: int | Tensor, compactness: float = 10.0) -> Tensor:
     """Return scikit-image's superpixels, image by image on the CPU's threads; labels from 0."""
     from skimage.segmentation import slic as one
     numbers = torch.as_tensor(n_segments).expand(len(images)).tolist()
     pixels = images.permute(0, 2, 3, 1).float().cpu().numpy()
     with ThreadPoolExecutor() as pool:
-        labels = pool.map(lambda image, n: one(image, n, compactness, iterations, start_label=0),
-                          pixels, numbers)
+        labels = pool.map(lambda image, n: one(image, n, compactness, start_label=0), pixels,
+                          numbers)
     return torch.from_numpy(np.stack(list(labels))).to(images.device)

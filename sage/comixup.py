@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.mixing import check_floats
+from common.mixing import Draws, check_floats
 from common.precision import full_precision
 from sage import graphcut, puzzlemix
 
@@ -20,8 +20,8 @@ TEMPERATURES, SLOWER = (0.5, 0.05, 0.01), (1, 0.6, 0.4, 0.25, 0.15, 0.08, 0.03, 
 CoMixDraws = namedtuple("CoMixDraws", "block_num prior labels0")
 
 
-def draw_comix(batch: int, generator: torch.Generator | None = None, *, m_part: int = 20,
-               block_num: int = 4, mixup_alpha: float = 2.0) -> CoMixDraws:
+def draw_comix(batch: int, generator: Draws = None, *, m_part: int = 20, block_num: int = 4,
+               mixup_alpha: float = 2.0) -> CoMixDraws:
     """Return blocks a side n (`block_num` -1: 2, 4, 8 or 16), and of each part of N images the
     Dirichlet(mixup_alpha) prior (B,) and uniform initial labels (B, n, n) in [0, N), on the CPU."""
     if block_num == -1:
@@ -35,8 +35,7 @@ def draw_comix(batch: int, generator: torch.Generator | None = None, *, m_part: 
 
 
 @torch.no_grad()
-def cost_and_compatibility(saliency: Tensor, block_num: int, omega: float = 0.001
-                           ) -> tuple[Tensor, Tensor]:
+def cost_and_compatibility(saliency: Tensor, block_num: int, omega: float = 0.001) -> tuple:
     """Return cost (..., N, n, n) and compatibility A (..., N, N) of parts of N images each.
     A block costs minus its share of `saliency` (..., N, H, W) >= 0. A = (1 - omega)·I + omega·N·D /
     sum(D), D the L1 distances, in pixels, between the images' most salient 8 × 8 windows."""
@@ -61,8 +60,7 @@ def prior_cost(cost: Tensor, prior: Tensor, eta: float) -> Tensor:
 
 def block_masks(labels: Tensor, inputs: int) -> Tensor:
     """Return masks (..., N, n, n, inputs), 0, 0.5 or 1, of labels (..., N, n, n, 2)."""
-    one_hot = torch.zeros(*labels.shape[:-1], inputs, device=labels.device)
-    return one_hot.scatter_add_(-1, labels, torch.full_like(labels, 0.5, dtype=one_hot.dtype))
+    return F.one_hot(labels, inputs).float().mean(-2)
 
 
 def _resolve(counts: Tensor) -> Tensor:
@@ -239,8 +237,8 @@ def blend(images: Tensor, targets: Tensor, labels: Tensor) -> tuple[Tensor, Tens
     check_floats(images)
     _, n, _, height, width = images.shape
     side = labels.shape[2]
-    rows, columns = ((torch.arange(length, device=images.device) * side).div(
-        length, rounding_mode="floor") for length in (height, width))
+    rows, columns = (torch.arange(length, device=images.device) * side // length
+                     for length in (height, width))
     pixels = labels[:, :, rows[:, None], columns][:, :, None].expand(*images.shape, 2)
     mixed = (images.gather(1, pixels[..., 0]) + images.gather(1, pixels[..., 1])) / 2
     shares = block_masks(labels, n).mean((2, 3))
@@ -250,16 +248,16 @@ def blend(images: Tensor, targets: Tensor, labels: Tensor) -> tuple[Tensor, Tens
 
 def co_mix(images: Tensor, targets: Tensor, cost: Tensor, compatibility: Tensor, prior: Tensor,
            labels0: Tensor, **options) -> tuple[Tensor, Tensor]:
-    """Return mixed images (B, C, H, W) and soft targets (B, classes) of one part; `cost` (B, n, n),
-    `compatibility` (B, B), `prior` (B,), `labels0` (B, n, n) and options as in `label_parts`."""
-    terms = cost, compatibility, prior, labels0
-    labels = label_parts(*(t.to(images.device, non_blocking=True)[None] for t in terms), **options)
-    return tuple(result[0] for result in blend(images[None], targets[None], labels))
+    """Return mixed images (B, C, H, W) and soft targets (B, classes) of one part; all else as in
+    `label_parts`."""
+    terms = (t.to(images.device, non_blocking=True)[None]
+             for t in (cost, compatibility, prior, labels0))
+    mixed, soft = blend(images[None], targets[None], label_parts(*terms, **options))
+    return mixed[0], soft[0]
 
 
 def co_mix_batch(images: Tensor, targets: Tensor, saliency: Tensor, draws: CoMixDraws, *,
-                 m_part: int = 20, omega: float = 0.001, parallel: bool = True, **options
-                 ) -> tuple[Tensor, Tensor]:
+                 m_part: int = 20, omega: float = 0.001, parallel: bool = True, **options) -> tuple:
     """Return images (B, C, H, W) and targets (B, classes) mixed in parts of `m_part` images, all
     parts of one size at once if `parallel`. `saliency` (B, H, W); `draws` of `draw_comix` with the
     same m_part; options as in `label_parts`."""

@@ -29,10 +29,8 @@ def solve(unary: Tensor, weight_x: Tensor, weight_y: Tensor, *, solver: str = "a
     (gco on the CPU where it is installed).
     """
     terms = unary.float(), weight_x.float(), weight_y.float()
-    if solver == "auto":
-        solver = "gco" if GCO and unary.device.type == "cpu" else "device"
-    if solver == "gco":
-        return _solve_by_gco(*terms, threads=threads)
+    if solver == "gco" or solver == "auto" and GCO and unary.device.type == "cpu":
+        return _solve_by_gco(*terms, threads)
     return _solve_on_device(*terms)
 
 
@@ -66,7 +64,7 @@ def build_graph(unary: np.ndarray, site: np.ndarray, weights: np.ndarray, table:
 
 
 @torch.compiler.disable
-def _solve_by_gco(unary: Tensor, weight_x: Tensor, weight_y: Tensor, *, threads: int) -> Tensor:
+def _solve_by_gco(unary: Tensor, weight_x: Tensor, weight_y: Tensor, threads: int) -> Tensor:
     """Alpha-beta swap (Boykov et al. 2001) to convergence from all-zero labels, on 1000 h w times
     the terms, truncated as in the paper's code; (L-1)² makes label costs whole. What would overflow
     is cut off: such a block's label is beyond doubt."""
@@ -90,11 +88,10 @@ def _solve_by_gco(unary: Tensor, weight_x: Tensor, weight_y: Tensor, *, threads:
     return torch.from_numpy(labels).view(images, height, width).long().to(unary.device)
 
 
-RELAXATION, PENALTY = 1.9, 0.3          # of ADMM
+RELAXATION, PENALTY, ITERATIONS = 1.9, 0.3, 24          # of ADMM
 
 
-def _solve_on_device(unary: Tensor, weight_x: Tensor, weight_y: Tensor, iterations: int = 24
-                     ) -> Tensor:
+def _solve_on_device(unary: Tensor, weight_x: Tensor, weight_y: Tensor) -> Tensor:
     """A minimum cut, as the cost of two labels is convex (Ishikawa 2003); that is a linear program:
     ADMM on  min over x of  sum_e bound_e |A x - offset|_e, whose x is 0 or 1 at the optimum.
 
@@ -120,7 +117,7 @@ def _solve_on_device(unary: Tensor, weight_x: Tensor, weight_y: Tensor, iteratio
     with full_precision(unary.device.type):
         alone = (gain < 0).float()                       # what each would take for itself
         total = torch.addmm(offset, alone, matrix.T, beta=-1)
-        for _ in range(iterations):
+        for _ in range(ITERATIONS):
             mirrored = torch.sub(total, total.clamp(low, high), alpha=2)
             total = torch.addmm(total, mirrored, step, beta=1 - RELAXATION / 2)
         x = (torch.sub(total, total.clamp(low, high), alpha=2) + offset) @ inverse.T

@@ -1,14 +1,13 @@
 """Puzzle Mix (Kim, Choo & Song, ICML 2020): blocks go to the image that is salient there
 (`puzzle_mask`), and each image moves its salient blocks into what it owns (`apply_mask`)."""
 import math
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from common.errors import RunError
-from common.mixing import check_floats, send
+from common.mixing import Draws, check_floats, send
 from sage import graphcut
 
 SLACK = 1e-6         # rounding in comparisons of saliencies that sum to 1
@@ -19,7 +18,7 @@ def gradient_magnitude(grad: Tensor) -> Tensor:
     return grad.float().square().mean(1).sqrt()
 
 
-def draw_block_num(generator: torch.Generator | None = None, sides: tuple[int, ...] = ()) -> int:
+def draw_block_num(generator: Draws = None, sides: tuple[int, ...] = ()) -> int:
     """Return blocks a side: 2, 4, 8 or 16, of these what divides all `sides` (pixels)."""
     choices = [n for n in (2, 4, 8, 16) if not any(side % n for side in sides)]
     if not choices:
@@ -27,9 +26,7 @@ def draw_block_num(generator: torch.Generator | None = None, sides: tuple[int, .
     return choices[int(torch.randint(len(choices), (), generator=generator))]
 
 
-def draw_noise(images: Tensor, adv_p: float, adv_eps: float,
-               generator: torch.Generator | None = None, *, mean, std
-               ) -> tuple[Tensor, Callable[[Tensor], dict]]:
+def draw_noise(images: Tensor, adv_p: float, adv_eps: float, generator: Draws = None, *, mean, std):
     """Return the images (B, C, H, W) of the saliency pass, with noise of radius adv_eps / 255 for
     the first and for the second ones with probability adv_p each, and a function of their gradient
     that returns the keyword arguments `noise` and `noisy` of `puzzle_mix`."""
@@ -52,8 +49,7 @@ def draw_noise(images: Tensor, adv_p: float, adv_eps: float,
 
 def puzzle_mix(images: Tensor, saliency: Tensor, perm: Tensor, lam: Tensor | float, block_num: int,
                *, transport: bool = True, t_eps: float = 0.8, t_size: int = 4, mean, std,
-               noise: Tensor | None = None, noisy: tuple[bool, bool] = (True, True), **options
-               ) -> tuple[Tensor, Tensor]:
+               noise: Tensor | None = None, noisy=(True, True), **options) -> tuple[Tensor, Tensor]:
     """Return image i mixed with image perm[i] (B, C, H, W), and ratio (B,), the mask's mean.
 
     images normalised by mean and std (C values each); saliency (B, H, W) >= 0; lam: share of the
@@ -84,8 +80,7 @@ def puzzle_mask(images: Tensor, saliency: Tensor, perm: Tensor, lam: Tensor | fl
 @torch.no_grad()
 def apply_mask(images: Tensor, saliency: Tensor, perm: Tensor, mask: Tensor, *,
                transport: bool = True, t_eps: float = 0.8, t_size: int = 4, mean, std,
-               noise: Tensor | None = None, noisy: tuple[bool, bool] = (True, True)
-               ) -> tuple[Tensor, Tensor]:
+               noise: Tensor | None = None, noisy=(True, True)) -> tuple[Tensor, Tensor]:
     """Mix by a mask (B, n, n) in [0, 1]; arguments and results as in `puzzle_mix`."""
     perm = perm.to(images.device, non_blocking=True)
     first = second = images

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2.functional import gaussian_blur
 
-from common.mixing import check_floats, per_image, send
+from common.mixing import Draws, check_floats, per_image, send
+from sage.puzzlemix import shares
 
 # Elements (candidates × images × pixels) compared at once: what a CPU's cache, a GPU's memory holds
 CPU_CHUNK, GPU_CHUNK = 2 ** 19, 2 ** 26
@@ -16,8 +17,7 @@ def gradient_saliency(grad: Tensor, kernel_size: int = 5, sigma: float = 1.0) ->
     return gaussian_blur(grad.detach().abs().mean(1, keepdim=True), [kernel_size] * 2, [sigma] * 2)
 
 
-def draw_offsets(height: int, width: int, fraction: float,
-                 generator: torch.Generator | None = None) -> Tensor:
+def draw_offsets(height: int, width: int, fraction: float, generator: Draws = None) -> Tensor:
     """Return K candidate shifts (K, 2) of (dy, dx) in pixels, on the CPU, without repetition: a
     `fraction` of the (2·height - 1)(2·width - 1) that leave an overlap, at least 1."""
     rows, columns = 2 * height - 1, 2 * width - 1
@@ -68,9 +68,7 @@ def sage_mix(images: Tensor, saliency: Tensor, perm: Tensor, offsets: Tensor,
     batch, _, height, width = images.shape
     check_floats(images)
     perm, offsets = send(perm, images.device), send(offsets, images.device)
-    saliency = saliency[:, 0].float()
-    total = saliency.sum((1, 2), keepdim=True)
-    share = torch.where((total > 0) & total.isfinite(), saliency / total, 1 / (height * width))
+    share = shares(saliency[:, 0].float())
     alpha = per_image(alpha, images)[:, None, None]
     first, second = share * alpha.clamp(min=1e-12), share[perm] * (1 - alpha).clamp(min=1e-12)
 

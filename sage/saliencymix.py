@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.mixing import draw_lambda
+from common.mixing import Draws, draw_lambda
 
 GREY = {"R": 9798, "G": 19235, "B": 3735}           # weights of the 8-bit grey image, in 1/32768
 SCALES = (12, 24, 28, 48, 56, 112)                  # half sides of the windows, in pixels
@@ -52,8 +52,7 @@ def fine_grained_saliency(images: Tensor, channel_order: str = "RGB") -> Tensor:
 
 
 @torch.no_grad()
-def saliency_mix(images: Tensor, perm: Tensor, lam: Tensor | float, saliency: Tensor
-                 ) -> tuple[Tensor, Tensor]:
+def saliency_mix(images: Tensor, perm: Tensor, lam: Tensor | float, saliency: Tensor) -> tuple:
     """Return images (B, C, H, W) with the same box, sqrt(1 - lam) of each side, pasted from
     images[perm], and ratio (B,), the share of pixels that stay.
 
@@ -73,7 +72,7 @@ def saliency_mix(images: Tensor, perm: Tensor, lam: Tensor | float, saliency: Te
     return torch.where(box, partners, images), (1 - box.float().mean()).expand(len(images))
 
 
-def draw_box_lambda(generator: torch.Generator | None = None) -> Tensor:
+def draw_box_lambda(generator: Draws = None) -> Tensor:
     """Return Beta(1, 1) for half of the batches, else 1: no box."""
     mixes = torch.rand((), generator=generator) < 0.5
     return torch.where(mixes, draw_lambda(1.0, generator), 1.0)

@@ -1,21 +1,16 @@
-"""Losses of Soft Augmentation (Liu et al. 2023).
-
-Each takes logits (B, K), labels (B,) int64 and confidence (B,) in (0, 1], the label's probability
-in the target, and returns a float32 scalar. All but soft_target_loss ignore the confidence.
-"""
+"""Losses of Soft Augmentation (Liu et al. 2023): float32 scalars of logits (B, K), labels (B,) and
+confidence (B,) in (0, 1], the label's probability, which all but soft_target_loss ignore."""
 import torch
 import torch.nn.functional as F
 
 
 def soft_target_loss(logits, labels, confidence, *, reweight: str | bool | None = True,
                      other: bool = False, soften: bool = True) -> torch.Tensor:
-    """Return the Kullback-Leibler divergence of the prediction from the softened target.
-
-    The target gives `confidence` to the label and the rest in equal parts to the other classes or,
-    with `other`, to the last of the K logits, a class beyond the data's. soften=False: one-hot
-    targets. reweight: 'batch' (or True) multiplies the mean loss by the batch's mean confidence, as
-    the authors' program does; 'sample' each image's loss by its own, as the paper's formula does.
-    """
+    """Return the Kullback-Leibler divergence of the prediction from the target: `confidence` for
+    the label and the rest in equal parts for the other classes or, with `other`, for the last
+    logit, a class beyond the data's. soften=False: one-hot targets. reweight: 'batch' (or True)
+    multiplies the mean loss by the batch's mean confidence, as the authors' program does; 'sample'
+    each image's by its own, as the paper's formula does."""
     target = confidence if soften else torch.ones_like(confidence)
     rest = 1 - target
     log_p = logits.float().log_softmax(1)

@@ -37,12 +37,13 @@ from common.models.weights import load_pretrained
 from common.randaugment import randaugment
 from common.run import Run, StepSums, about
 from soft_aug import losses, softcrop
-from soft_aug.evaluation import draw_softening, write_events
 
 METHODS = {"standard": {"da": 0, "loss": "ce"}, "cutout": {"da": 1, "loss": "ce", "l": 16.0},
            "hard": {"da": 2, "loss": "ce"}, "soft": {"da": 2, "loss": "st"},
            "weighted": {"da": 2, "loss": "st", "no_soften": True}}
 METHODS |= {f"{name}+ra": values | {"ra": True} for name, values in METHODS.items()}
+TAGS = {"lr": "learning/lr", "train_loss": "Train/loss", "test_loss": "Test/Average loss",
+        "test_accuracy": "Test/Accuracy", "test_ece": "Test/ECE"}       # of the paper's program
 STATISTICS = {"cifar100": ((0.5070751592371323, 0.48654887331495095, 0.4409178433670343),
                            (0.2673342858792401, 0.2564384629170883, 0.27615047132568404))}
 
@@ -153,8 +154,8 @@ def choose_seed(args, device) -> int:
 
 class Mixed(NamedTuple):
     """A batch for the network."""
-    images: torch.Tensor            # (B, 3, H, W)
-    confidence: torch.Tensor        # (B,), in the label of each image
+    images: torch.Tensor                # (B, 3, H, W)
+    confidence: torch.Tensor            # (B,), in the label of each image
     perm: torch.Tensor | None = None    # Mixup: partners, and the share of the first image
     lam: torch.Tensor | None = None
 
@@ -215,8 +216,8 @@ def implied_targets(labels, mixed, args, outputs):
         p = mixed.confidence
     rest = (1 - label) / (outputs - 1)
     if args.other:
-        rest = F.one_hot(torch.full_like(labels, outputs - 1), outputs)
-    targets = torch.lerp(rest.float(), label, p[:, None])
+        rest = F.one_hot(torch.full_like(labels, outputs - 1), outputs).float()
+    targets = torch.lerp(rest, label, p[:, None])
     return targets if mixed.perm is None else mixup(targets, mixed.perm, mixed.lam)[0]
 
 
@@ -273,6 +274,32 @@ def draw_preview(path, train, args, info):
     info = dataclasses.replace(info, classes=[*info.classes, *["other"] * args.other])
     return plots.preview(path, f"{title(args)}, {info.name}", rows,
                          implied_targets(labels, mixed, args, len(info.classes)), info)
+
+
+def draw_softening(path: Path, args, num_classes: int):
+    """Draw the confidence in the label of a SoftCrop over its visible fraction."""
+    visible = torch.linspace(0, 1, 101)
+    softened = softcrop.confidence(visible, num_classes, power=args.pcrop, max_p=args.max_p)
+    figure = plots.new_figure(4.8, 4.0)
+    axes = figure.subplots()
+    axes.plot(visible, softened, color=plots.BLUE, linewidth=2, label=f"k = {args.pcrop:g}")
+    axes.axhline(1 / num_classes, color=plots.MUTED, linewidth=1, linestyle="--", label="chance")
+    plots.frame(axes, title="Confidence in the label of a crop", ylabel="confidence",
+                xlabel="visible fraction of the image", xlim=(0, 1), ylim=(0, 1))
+    axes.legend(frameon=False, loc="lower right")
+    plots.save_figure(figure, path)
+
+
+def write_events(run):
+    """Write the newest row under the tags of the paper's program, for TensorBoard."""
+    row = run.history[-1]
+    tags = {tag: row[name] for name, tag in TAGS.items() if name in row}
+    if "test_loss" in row:
+        for part in ("Test", "Train"):
+            tags[f"{part}/Best Average loss"] = min(run.column(f"{part.lower()}_loss"))
+            tags[f"{part}/Best Accuracy"] = max(run.column(f"{part.lower()}_accuracy"))
+    for tag, value in tags.items():
+        run.events.add_scalar(tag, value, row["epoch"] + 1)
 
 
 def main(argv=None):
@@ -332,7 +359,7 @@ def main(argv=None):
     # The report
     evaluation.report(net, test, args, info, run)
     if args.da == 2 and run.writes:
-        log(f"softening: {draw_softening(run.folder / 'softening.png', args, info.num_classes)}")
+        draw_softening(run.folder / "softening.png", args, info.num_classes)
     run.finish(f"{title(args)}; {args.arch} on {info.name}", draw_preview, train, args, info)
     return net
 

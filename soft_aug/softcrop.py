@@ -1,48 +1,36 @@
-"""SoftCrop (Liu et al. 2023), its confidence curve and soft noise, for whole batches.
-
-`soft_crop` shifts each image and returns the fraction that stays visible; `confidence` turns the
-fraction into the label's probability. `draw_*` draw from a CPU generator; all else is pure and
-works on the images' device.
-"""
+"""SoftCrop (Liu et al. 2023), its confidence curve and soft noise, for whole batches."""
 import torch
+from torch import Tensor
 
 MAX_DRAWS = 100                            # of one offset; after that it is 0
 
 
-def draw_offsets(n: int, size: tuple[int, int], sigma: float, generator=None) -> torch.Tensor:
-    """Return offsets (n, 2) int64, dy and dx in pixels, for images of `size` (H, W).
-
-    N(0, sigma²), drawn again while beyond ±H (±W), truncated toward zero.
-    """
-    return torch.stack([_truncated_normal(n, limit, sigma, generator) for limit in size], 1)
-
-
-def _truncated_normal(n, limit, sigma, generator):
-    offsets = torch.zeros(n, dtype=torch.int64)
-    waiting = torch.arange(n)
-    for _ in range(MAX_DRAWS):
-        offset = torch.randn(len(waiting), generator=generator) * sigma
-        accepted = offset.abs() <= limit
-        offsets[waiting[accepted]] = offset[accepted].trunc().long()
-        waiting = waiting[~accepted]
-        if not len(waiting):
-            break
+def draw_offsets(n: int, size: tuple[int, int], sigma: float, generator=None) -> Tensor:
+    """Return offsets (n, 2) int64, dy and dx in pixels, for images of `size` (H, W): N(0, sigma²),
+    drawn again while beyond ±H (±W), truncated toward zero."""
+    offsets = torch.zeros(n, len(size), dtype=torch.int64)
+    for axis, limit in enumerate(size):
+        waiting = torch.arange(n)
+        for _ in range(MAX_DRAWS):
+            if not len(waiting):
+                break
+            offset = torch.randn(len(waiting), generator=generator) * sigma
+            accepted = offset.abs() <= limit
+            offsets[waiting[accepted], axis] = offset[accepted].trunc().long()
+            waiting = waiting[~accepted]
     return offsets
 
 
-def draw_background(n: int, channels: int, std: float, generator=None) -> torch.Tensor:
+def draw_background(n: int, channels: int, std: float, generator=None) -> Tensor:
     """Return background colours (n, channels) from N(0, std²), in normalised units."""
     return torch.randn(n, channels, generator=generator) * std
 
 
-def soft_crop(images: torch.Tensor, offsets: torch.Tensor, background: torch.Tensor, *,
-              iou: bool = False):
-    """Return each image shifted by its offset, on its background, and the visible fraction.
-
-    images (B, C, H, W) normalised; offsets (B, 2) integers: pixel (i, j) of a crop is pixel
-    (i + dy, j + dx) of the image; background (B, C), normalised. Visible fraction (B,) float32: the
-    share of the image inside the crop or, with `iou`, their intersection over union.
-    """
+def soft_crop(images: Tensor, offsets: Tensor, background: Tensor, *, iou: bool = False):
+    """Return each image shifted by its offset, on its background, and the visible fraction (B,),
+    the share of the image inside the crop or, with `iou`, their intersection over union. images
+    (B, C, H, W) and background (B, C) normalised; offsets (B, 2) integers: pixel (i, j) of a crop
+    is pixel (i + dy, j + dx) of the image."""
     height, width = images.shape[2:]
     offsets = offsets.to(images.device, non_blocking=True)
     background = background.to(images, non_blocking=True)
@@ -59,36 +47,28 @@ def soft_crop(images: torch.Tensor, offsets: torch.Tensor, background: torch.Ten
     return crops, visible / (2 - visible) if iou else visible
 
 
-def confidence(visible: torch.Tensor, num_classes: int, *, power: float, t: float = 1.0,
-               max_p: float | torch.Tensor = 1.0) -> torch.Tensor:
-    """Return the label's probability (B,) in the targets of images of visible fraction v (B,).
-
-    p = m - (m - 1/C) ((t - v) / t)^power for 0 < v <= t, 1/C below, m above, where m is max_p (a
-    number or (B,)) but at least 1/C. With t = m = 1: 1 - (1 - 1/C) (1 - v)^power.
-    """
+def confidence(visible: Tensor, num_classes: int, *, power: float, t: float = 1.0,
+               max_p: float | Tensor = 1.0) -> Tensor:
+    """Return the label's probability (B,) in the targets of images of visible fraction v (B,):
+    m - (m - 1/C) ((t - v) / t)^power for 0 < v <= t, 1/C below, m above, where m is max_p (a number
+    or (B,)) but at least 1/C. With t = m = 1: 1 - (1 - 1/C) (1 - v)^power."""
     chance = 1 / num_classes
     highest = max_p.clamp(min=chance) if torch.is_tensor(max_p) else max(max_p, chance)
     t = max(t, 1e-10)
     return highest - (highest - chance) * ((t - visible) / t).clamp(0, 1) ** power
 
 
-def draw_noise(shape: tuple[int, ...], noise: float, scale: float = 1.0, generator=None,
-               device="cpu"):
-    """Return draws of `soft_noise`: sigma (B,) = |N(0, noise²)| and the field, N(0, scale²).
-
-    shape: (B, C, H, W), that of the field. On a GPU the field is drawn there, by its own generator,
-    which `step_generator` seeds: sending it would synchronise.
-    """
+def draw_noise(shape, noise: float, scale: float = 1.0, generator=None, device="cpu"):
+    """Return sigma (B,) = |N(0, noise²)| and the field N(0, scale²) of `shape` (B, C, H, W). A GPU
+    draws the field by its own generator, which `step_generator` seeds: sending it would
+    synchronise."""
     sigma = (torch.randn(shape[0], generator=generator) * noise).abs()
     if torch.device(device).type == "cpu":
         return sigma, torch.randn(shape, generator=generator) * scale
     return sigma, torch.randn(shape, device=device) * scale
 
 
-def soft_noise(images: torch.Tensor, sigma: torch.Tensor, field: torch.Tensor):
-    """Return images + sigma·field, and 1 / (1 + sigma) (B,), the visible fraction's stand-in.
-
-    images, field (B, C, H, W); sigma (B,).
-    """
+def soft_noise(images: Tensor, sigma: Tensor, field: Tensor):
+    """Return images + sigma·field (B, C, H, W), and 1 / (1 + sigma) (B,) for a visible fraction."""
     sigma, field = (draw.to(images, non_blocking=True) for draw in (sigma, field))
     return images + sigma[:, None, None, None] * field, 1 / (1 + sigma)

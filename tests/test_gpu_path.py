@@ -202,10 +202,10 @@ def mixings():
     raw = (images * 255).to(torch.uint8)
     perm, lam = mixing.draw_perm(N, draws).to(CUDA), mixing.draw_lambda(1.0, draws)
     magnitude, pixel = puzzlemix.gradient_magnitude(grad), mixing.draw_pixels(N, SIZE, draws)
-    segments = safuse.draw_segments(N, 25, 30, draws)
+    segments = torch.randint(25, 31, (N,), generator=draws)
     most = superpixels.most_superpixels(torch.arange(25, 31), *SIZE)
     kept = superpixels.slic(images, segments, 8.0)
-    chosen = safuse.draw_chosen(N, most, 0.5, draws)
+    chosen = torch.rand(N, most, generator=draws) < 0.5
     scores = torch.rand(N, 4, 4, generator=draws).to(CUDA)
     features = torch.rand(N, 64, *SIZE, generator=draws).to(CUDA)
     block, small = mixblock.MixBlock(64).to(CUDA), features[:, :, :8, :8].contiguous()

@@ -86,15 +86,6 @@ def test_occamix_takes_lowest_label_of_equals(device):
     assert torch.equal(mixed[1, 2] == 0, labels[1] == 0)
 
 
-def test_draws():
-    generator = torch.Generator().manual_seed(1)
-    numbers = mixing.draw_segments(2000, 25, 30, generator)
-    assert numbers.unique().tolist() == list(range(25, 31))
-    chosen = mixing.draw_chosen(500, 40, 0.35, generator)
-    assert chosen.shape == (500, 40)
-    assert chosen.float().mean().item() == pytest.approx(0.35, abs=0.02)
-
-
 @pytest.mark.parametrize("at_least_one, expected", [(True, 1), (False, 2)])
 def test_top_superpixels_of_few(at_least_one, expected, device):
     """int(0.4 · 2) is 0: the best one, or all; padding is never taken."""

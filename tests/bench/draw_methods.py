@@ -26,7 +26,7 @@ from common import mixing, plots
 from common.plots import INK, new_figure, save_figure
 from resizemix.mixing import resize_mix
 from safuse import superpixels
-from safuse.mixing import attentive_superpixels, draw_chosen, superpixel_mix
+from safuse.mixing import attentive_superpixels, superpixel_mix
 from safuse.network import activation_maps
 from sage import comixup, puzzlemix, saliencymix
 from sage.rearrange import draw_offsets, gradient_saliency, sage_mix
@@ -95,7 +95,7 @@ def mixtures(images, net) -> dict:
                                     torch.tensor([[50, 5], [8, 50], [50, 50], [5, 8]]))
     wanted = torch.full((n,), 40)
     segments = superpixels.slic(images * 0.25 + 0.5, wanted, 10.0)
-    chosen = draw_chosen(n, int(segments.max()) + 1, 0.5, generator)
+    chosen = torch.rand(n, int(segments.max()) + 1, generator=generator) < 0.5
     with torch.no_grad():
         backbone = net.q.backbone
         maps = activation_maps(backbone.after(backbone.before(images)), net.q.one.weight)

@@ -26,7 +26,7 @@ from torchvision.transforms.v2.functional import resize
 
 from common import plots, runtime
 from safuse import main as safuse
-from safuse import mixing, network, superpixels
+from safuse import network, superpixels
 
 CLOCK = [time.perf_counter]
 # image size: batch, segments from, to
@@ -90,7 +90,7 @@ def quality(images: torch.Tensor, labels: torch.Tensor) -> tuple[float, float, f
 def superpixel_table(images: torch.Tensor, size: int, args, device):
     """One line a method."""
     batch, low, high = SETTINGS[size]
-    n = mixing.draw_segments(len(images), low, high, torch.Generator().manual_seed(0))
+    n = torch.randint(low, high + 1, (len(images),), generator=torch.Generator().manual_seed(0))
     methods = {"ours": superpixels.slic, "scikit-image": superpixels.slic_skimage,
                "grid": plain_grid}
     if args.no_skimage:
