@@ -3,7 +3,7 @@ from pathlib import Path
 
 import torch
 
-from common.data.recipe import to_arrays
+from common.data.recipe import to_uint8
 from common.files import whole
 
 # One colour a curve, in fixed order; readable for the colour-blind, on white.
@@ -72,7 +72,8 @@ def preview(path, title: str, rows: dict, targets: torch.Tensor, info) -> Path:
     for name, batch in rows.items():
         if batch is not None:
             batch = batch[chosen.to(batch.device)].float()
-            pictures[name] = to_arrays(batch, info) if batch.ndim == 4 else batch.cpu().numpy()
+            batch = to_uint8(batch, info).permute(0, 2, 3, 1) if batch.ndim == 4 else batch
+            pictures[name] = batch.cpu().numpy()
     return grid(path, title, pictures, [shares(target, info.classes) for target in targets[chosen]])
 
 

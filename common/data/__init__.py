@@ -1,8 +1,4 @@
-"""`load` gives a main.py its training and test batches.
-
-recipe.py says how images are augmented, sources.py and lists.py what lies on disk, images.py what
-an image file means; memory.py and stream.py make the batches.
-"""
+"""`load` gives a main.py its training and test batches."""
 import dataclasses
 import hashlib
 import importlib.util
@@ -29,13 +25,10 @@ USUAL = Recipe()                        # what is usual for the data set
 
 @dataclass
 class Info:
-    """What a program needs to know of a data set; mean and std are of pixels in [0, 1].
-
-    image_size is the images' height, as a rule also their width.
-    """
+    """What a program needs to know of a data set; mean and std are of pixels in [0, 1]."""
     name: str
     num_classes: int
-    image_size: int
+    image_size: int                     # height
     mean: tuple
     std: tuple
     classes: list
@@ -56,14 +49,12 @@ def load(name: str, data_dir: str, recipe: Recipe = USUAL, *, batch_size: int, d
          labels_per_class: int | None = None, valid_labels_per_class: int = 0,
          val_split: float | None = None, drop_last: bool = False, workers: int = 2,
          channels_last: bool = False):
-    """Return training batches, test batches and Info of a data set.
+    """Return training batches, test batches and Info of a data set. Raises DataError, RunError.
 
     Batches yield images (B, 3, H, W) float32, normalised, and labels (B,) int64, on `device`.
-    batch_size: images of one step over all processes. drop_last: no partial batch at an epoch's
-    end (unless the whole set is one). workers: threads that decode files or run DALI.
-    channels_last: the strides of the images. val_split: share of each class to test on, of a folder
-    or imagenet without a test part.
-    Raises DataError for data that are not there, RunError for what the engine cannot do.
+    batch_size: images of one step over all processes. val_split: share of each class to test on, of
+    a folder or imagenet without a test part. drop_last: no partial batch at an epoch's end (unless
+    the whole set is one). workers: threads that decode files or run DALI.
     """
     distributed.per_rank(batch_size)                        # or RunError
     root = Path(os.path.expanduser(data_dir))
@@ -73,8 +64,7 @@ def load(name: str, data_dir: str, recipe: Recipe = USUAL, *, batch_size: int, d
               "workers": max(1, workers), "drop_last": drop_last, "channels_last": channels_last}
     if name in STREAMED:
         if labels_per_class or valid_labels_per_class:
-            raise RunError("--labels_per_class is for sets that fit in memory, "
-                           f"not for {name}")
+            raise RunError(f"--labels_per_class is for sets that fit in memory, not for {name}")
         parts = open_sets(name, root, val_split, seed)
         train, test, info = load_streamed(name, parts, recipe, image_size or 224, loader, engine)
     else:
@@ -101,17 +91,15 @@ def load_in_memory(name, data, recipe, crop_size, labels_per_class, valid_labels
     if valid_labels_per_class:
         valid, train = sources.balanced(train, valid_labels_per_class, classes, generator,
                                         "--valid_labels_per_class")
-        if not len(train.labels):
-            raise RunError(f"--valid_labels_per_class {valid_labels_per_class} leaves no image to "
-                           "train on")
     if labels_per_class:
         train, _ = sources.balanced(train, labels_per_class, classes, generator,
                                     "--labels_per_class")
     size = (crop_size,) * 2 if crop_size else train.images.shape[1:3]
+    padding = (2 if size[0] <= 32 else 4) if recipe.padding is None else recipe.padding
     recipe = dataclasses.replace(
-        recipe, crop=recipe.crop or "padded", mean=tuple(mean), std=tuple(std),
-        padding=(2 if size[0] <= 32 else 4) if recipe.padding is None else recipe.padding,
-        flip=name != "digits" if recipe.flip is None else recipe.flip)
+        recipe, crop=recipe.crop or "padded", padding=0 if recipe.crop == "resized" else padding,
+        flip=name != "digits" if recipe.flip is None else recipe.flip, mean=tuple(mean),
+        std=tuple(std))
     batches = MemoryBatches(train.images, train.labels, recipe, size=size, **engine)
     engine |= {"seed": None, "drop_last": False, "loader": "auto"}
     recipe = dataclasses.replace(recipe, crop="padded", padding=0, padding_mode="constant",

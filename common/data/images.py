@@ -1,4 +1,4 @@
-"""From the bytes of an image file to RGB pixels: one meaning of a file for all loaders."""
+"""From the bytes of an image file to RGB pixels, the same for all loaders."""
 import contextlib
 import io
 from pathlib import Path
@@ -46,45 +46,31 @@ def table(file: Path, separator: str | None = None) -> dict[str, list[str]]:
 
 
 def decode(encoded: bytes) -> Image.Image:
-    """Return the image in RGB, turned as its EXIF orientation says, wholly decoded.
+    """Return the image in RGB, turned by its EXIF orientation; of several frames the first.
 
-    16-bit samples are scaled to 8; transparent pixels lie on white; of several frames the first.
-    Raises ValueError for bytes that are no image, and for samples without an agreed range: floats
-    and 32-bit integers.
+    16-bit samples are scaled to 8; transparent pixels lie on white.
     """
-    try:
-        image = Image.open(io.BytesIO(encoded))
-        kind, deep = image.format, image.mode.startswith("I")
-        if image.mode == "F" or image.mode == "I" and kind not in ("PNG", "PPM"):
-            raise ValueError(f"samples of mode {image.mode} have no agreed range; convert them "
-                             "to 8 or 16 bits")
-        if deep and "transparency" in image.info:
-            raise ValueError("16-bit samples with a transparent one; convert them to RGBA")
-        image = ImageOps.exif_transpose(image)
-        if deep:
-            samples = np.asarray(image).astype(np.int64)
-            image = Image.fromarray(((samples + 128) // 257).clip(0, 255).astype(np.uint8))
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
-    except Exception as fault:                  # Pillow raises nearly anything for damaged files
-        raise ValueError(reason(fault)) from None
-
-
-def is_plain_jpeg(encoded: bytes) -> bool:
-    """Return whether this is a JPEG of 8-bit grey or colour, which DALI decodes as Pillow does."""
-    at = 2
-    while encoded[:2] == b"\xff\xd8" and at + 9 < len(encoded) and encoded[at] == 0xFF:
-        if encoded[at + 1] in (0xC0, 0xC1, 0xC2):       # the frame: precision, height, width, …
-            return encoded[at + 4] == 8 and encoded[at + 9] in (1, 3)
-        at += 2 + int.from_bytes(encoded[at + 2:at + 4], "big")
-    return False
+    image = Image.open(io.BytesIO(encoded))
+    kind, deep = image.format, image.mode.startswith("I")
+    if image.mode == "F" or image.mode == "I" and kind not in ("PNG", "PPM"):
+        raise ValueError(f"samples of mode {image.mode} have no agreed range; convert them to 8 "
+                         "or 16 bits")
+    if deep and "transparency" in image.info:
+        raise ValueError("16-bit samples with a transparent one; convert them to RGBA")
+    image = ImageOps.exif_transpose(image)
+    if deep:
+        samples = np.asarray(image).astype(np.int64)
+        image = Image.fromarray(((samples + 128) // 257).clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 def for_dali(encoded: bytes) -> np.ndarray:
     """Return bytes that DALI decodes to what `decode` returns: a plain JPEG's own, else a PPM's."""
-    if not is_plain_jpeg(encoded):
+    image = Image.open(io.BytesIO(encoded))
+    if image.format not in ("JPEG", "MPO") or image.mode not in ("L", "RGB"):
         image = decode(encoded)
         encoded = b"P6 %d %d 255\n" % image.size + image.tobytes()
     return np.frombuffer(encoded, np.uint8)

@@ -1,4 +1,4 @@
-"""Which files a set on disk holds: image folders, RecordIO, CUB-200-2011, Stanford Dogs."""
+"""Which files a set on disk holds: image folders, RecordIO, Tiny ImageNet, CUB, Stanford Dogs."""
 import os
 from collections import Counter
 from dataclasses import dataclass
@@ -12,18 +12,17 @@ from common.data.recordio import RecordFile
 from common.distributed import warn
 from common.errors import DataError
 
+HIDDEN = (".", "__MACOSX")              # how names begin that are none of the data
+
 
 @dataclass
 class Files:
-    """A list of image files: len, [i] -> (label, encoded image), name(i).
-
-    path: the set's folder; boxes: (x, y, width, height) of the objects in pixels of each file.
-    """
-    path: Path
+    """A list of image files: len, [i] -> (label, encoded image), name(i)."""
+    path: Path                          # the set's folder
     classes: list[str]
     files: list[str]
     labels: list[int]
-    boxes: list[tuple] | None = None
+    boxes: list[tuple] | None = None    # (x, y, width, height) of the objects, in pixels
     in_file_order = False
 
     def __len__(self):
@@ -45,15 +44,12 @@ class Files:
 
 
 def images_below(folder: str, skipped: Counter, above=()) -> list[str]:
-    """Return the image files below a folder, sorted; linked folders too, but not in a circle.
-
-    Hidden files and folders are left out; other files that are no images, by their suffix or as no
-    regular file, are counted in `skipped`.
-    """
+    """Return the image files below a folder, sorted, linked folders too, but not in a circle;
+    hidden ones are left out, files that are no images counted in `skipped`, by suffix."""
     found, here = [], os.path.realpath(folder)
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         suffix = os.path.splitext(entry.name)[1].lower()
-        if is_hidden(entry.name):
+        if entry.name.startswith(HIDDEN):
             continue
         if entry.is_dir():
             if os.path.realpath(entry.path) not in (here, *above):
@@ -65,22 +61,14 @@ def images_below(folder: str, skipped: Counter, above=()) -> list[str]:
     return found
 
 
-def is_hidden(name: str) -> bool:
-    """Return whether a file or folder is none of the data: .name, macOS's __MACOSX."""
-    return name[0] == "." or name == "__MACOSX"
-
-
 def list_classes(folder: Path, names: list[str] | None = None, allow_empty: bool = False
                  ) -> dict[str, list[str]]:
-    """Return the image files of each class folder of `folder`, sorted by name.
-
-    names: the classes of the training images; other folders must be empty, some of these may lack.
-    allow_empty: classes may be empty.
-    """
+    """Return the image files of each class folder of `folder`, sorted by name; names: all classes,
+    which may be empty or lack here. Raises DataError for others, and for folders without images."""
     skipped = Counter()
     with reading(folder):
         classes = {sub.name: images_below(str(sub), skipped) for sub in sorted(folder.iterdir())
-                   if sub.is_dir() and not is_hidden(sub.name)}
+                   if sub.is_dir() and not sub.name.startswith(HIDDEN)}
     if skipped:
         warn(f"{folder}: {skipped.total()} files are no images and left out ("
              + ", ".join(f"{n} {suffix}" for suffix, n in skipped.most_common(5)) + ")")
@@ -108,64 +96,51 @@ def printable(names) -> list[str]:
     return [os.fsencode(name).decode("utf-8", "replace") for name in names]
 
 
+def inside(root: Path, name: str) -> Path:
+    """Return root/name where it is a folder, else root itself."""
+    return root / name if (root / name).is_dir() else root
+
+
+def open_folders(root: Path, parts: tuple[str, ...], val_split: float | None = None, seed: int = 0
+                 ) -> tuple[Files, Files]:
+    """Return the images of train/<class>/* and of the first of `parts`; val_split: of root/train
+    (or `root`) without and with a seeded share of each class, of one image to all but one."""
+    if not val_split:
+        train = list_classes(root / "train")
+        test = root / test_part(root, *parts)
+        return as_files(root / "train", train), as_files(test, list_classes(test, list(train)))
+    for part in parts:
+        if (root / part).exists():
+            raise DataError(f"{root / part}: there are test images, which --val_split replaces")
+    generator = torch.Generator().manual_seed(distributed.seed_of(seed, "val_split"))
+    train, test = {}, {}
+    for name, files in list_classes(inside(root, "train")).items():
+        count = min(max(1, round(val_split * len(files))), len(files) - 1)
+        order = torch.randperm(len(files), generator=generator).tolist()
+        test[name], train[name] = ([files[i] for i in sorted(part)]
+                                   for part in (order[:count], order[count:]))
+    return as_files(root, train), as_files(root, test)
+
+
 def test_part(root: Path, *parts: str) -> str:
     """Return the first of `parts` that `root` holds as a folder or RecordIO. Raises DataError."""
     for part in parts:
-        if any((root / f"{part}{end}").exists() for end in ("", ".rec", ".idx")):
+        if (root / part).exists() or (root / f"{part}.rec").exists():
             return part
     raise DataError(f"{root} holds neither {parts[0]} nor {parts[1]} (folders, or .rec and .idx); "
                     "--val_split 0.2 tests on a fifth of the training images")
 
 
-def open_folders(root: Path, parts: tuple[str, ...], val_split: float | None, seed: int
-                 ) -> tuple[Files, Files]:
-    """Return the images of train/<class>/* and of the first of `parts`, or see `split_classes`."""
-    if val_split:
-        return split_classes(root, parts, val_split, seed)
-    train = list_classes(root / "train")
-    test = root / test_part(root, *parts)
-    return as_files(root / "train", train), as_files(test, list_classes(test, list(train)))
-
-
-def split_classes(root: Path, parts: tuple[str, ...], share: float, seed: int
-                  ) -> tuple[Files, Files]:
-    """Return images of the class folders of root/train (or of `root`), for training and testing.
-
-    A seeded `share` of each class is for testing: at least one image, but never all of them.
-    """
-    for part in parts:
-        if (root / part).exists():
-            raise DataError(f"{root / part}: there are test images, which --val_split would "
-                            "replace")
-    generator = torch.Generator().manual_seed(distributed.seed_of(seed, "val_split"))
-    train, test = {}, {}
-    for name, files in list_classes(root / "train" if (root / "train").is_dir() else root
-                                    ).items():
-        count = min(max(1, round(share * len(files))), len(files) - 1)
-        chosen = set(torch.randperm(len(files), generator=generator)[:count].tolist())
-        test[name] = [file for i, file in enumerate(files) if i in chosen]
-        train[name] = [file for i, file in enumerate(files) if i not in chosen]
-    if not any(test.values()):
-        raise DataError(f"{root}: no class has two images to split")
-    return as_files(root, train), as_files(root, test)
-
-
-# ----------------------------------------------------------------------------------- streamed sets
-
 def open_sets(dataset: str, root: Path, val_split: float | None = None, seed: int = 0
               ) -> tuple[Files | RecordFile, Files | RecordFile]:
-    """Return training and test images of a streamed set.
-
-    imagenet, or any set like it: train and val (or test), as .rec files or class folders. Raises
-    DataError naming what is missing or wrong.
-    """
+    """Return training and test images of a streamed set, files or records. Raises DataError."""
     if dataset == "cub200":
         return cub200(inside(root, "CUB_200_2011"))
     if dataset == "stanford_dogs":
         root = inside(root, "stanford_dogs")
         if not (root / "train").is_dir() or (inside(root, "lists") / "train_list.mat").exists():
             return stanford_dogs(root)
-    if val_split or not any((root / f"train.{end}").exists() for end in ("rec", "idx")):
+    if val_split or not (root / "train.rec").exists():
         return open_folders(root, ("val", "test"), val_split, seed)
     part = test_part(root, "val", "test")
     train, test = (RecordFile(root / f"{name}.rec") for name in ("train", part))
@@ -175,23 +150,18 @@ def open_sets(dataset: str, root: Path, val_split: float | None = None, seed: in
     return train, test
 
 
-def inside(root: Path, name: str) -> Path:
-    """Return root/name where it is a folder, else root itself."""
-    return root / name if (root / name).is_dir() else root
-
-
 def cub200(root: Path) -> tuple[Files, Files]:
     """Return training and test images of CUB_200_2011/, with their boxes where these are there."""
     names, classes, labels, is_train = (table(root / f"{name}.txt") for name in (
         "images", "classes", "image_class_labels", "train_test_split"))
-    boxed = (root / "bounding_boxes.txt").is_file()
-    corners = table(root / "bounding_boxes.txt") if boxed else {}
+    boxes = root / "bounding_boxes.txt"
+    corners = table(boxes) if boxes.is_file() else {}
     number = {key: label for label, key in enumerate(classes)}
     titles = [row[0].split(".")[-1].replace("_", " ") for row in classes.values()]
     parts = {"1": [], "0": []}
     with reading(root, "a whole CUB_200_2011: its tables do not fit one another"):
         for key, (name, *_) in names.items():
-            box = [tuple(map(float, corners[key]))] if boxed else []
+            box = [tuple(map(float, corners[key]))] if corners else []
             row = str(root / "images" / name), number[labels[key][0]], *box
             parts[is_train[key][0]].append(row)
         return tuple(Files(root, titles, *map(list, zip(*rows, strict=True)))
@@ -208,8 +178,23 @@ def stanford_dogs(root: Path) -> tuple[Files, Files]:
             stored = loadmat(str(file))
             names = [str(cell.item()) for cell in stored["file_list"].ravel()]
             read.append(list(zip(names, map(int, stored["labels"].ravel()), strict=True)))
-    folders = {label: name.split("/")[0] for rows in read for name, label in rows}
-    number = {label: i for i, label in enumerate(sorted(folders))}
-    titles = [folders[label].split("-", 1)[-1].replace("_", " ") for label in number]
+    folders = dict(sorted((label, name.split("/")[0]) for rows in read for name, label in rows))
+    titles = [folder.split("-", 1)[-1].replace("_", " ") for folder in folders.values()]
+    number = {label: i for i, label in enumerate(folders)}
     return tuple(Files(root, titles, [str(root / "Images" / name) for name, _ in rows],
                        [number[label] for _, label in rows]) for rows in read)
+
+
+def tiny_imagenet(root: Path) -> tuple[Files, Files]:
+    """Return images of tiny-imagenet-200/, val/ by its annotations or sorted into class folders."""
+    root = inside(root, "tiny-imagenet-200")
+    classes, val, words = list_classes(root / "train"), root / "val", root / "words.txt"
+    train, names = as_files(root / "train", classes), list(classes)
+    titles = table(words, "\t") if words.is_file() else {}
+    train.classes = [titles.get(name, [name])[0].split(",")[0] for name in train.classes]
+    if any((val / name).is_dir() for name in names):        # sorted by hand: nothing may be left
+        return train, as_files(val, list_classes(val, names))
+    notes = table(val / "val_annotations.txt", "\t")
+    with reading(val / "val_annotations.txt", "lines of an image and a class of train/"):
+        labels = [names.index(row[0]) for row in notes.values()]
+    return train, Files(val, train.classes, [str(val / "images" / name) for name in notes], labels)

@@ -1,42 +1,33 @@
 """Batches of a data set that lies in memory, augmented all at once on the device."""
-import dataclasses
 import math
 
 import torch
+from torchvision.transforms.functional import pad
 
 from common import distributed
 from common.data.recipe import Recipe, normalise
-from common.errors import DataError
 from common.precision import full_precision
 
 
 class MemoryBatches:
     """Iterates over (images (B, 3, H, W) float32 normalised, labels (B,) int64) on the device.
 
-    seed given: training, each epoch a new permutation, crops and flips of `recipe`; every draw is a
-    function of (seed, epoch) and of the image's position in the permutation, so the batches are the
-    same on every device, with either loader, and however many ranks share them. seed None: every
-    image once, in stored order. size: (height, width) of resized images.
-
-    Of each batch of `batch_size` images a rank takes every world-th. In training a last partial
-    batch is filled up from its own images so that all ranks do equally many steps of equal size;
-    in evaluation nothing is repeated. channels_last: strides of the images.
+    seed given: training; every draw is a function of (seed, epoch) and of the image's position in
+    the epoch's permutation: the same on every device, with either loader, over any number of ranks.
+    seed None: every image once, in stored order. Of each batch of `batch_size` images a rank takes
+    every world-th; in training a partial one is filled up from its own images, so that all ranks do
+    equally many steps of equal size. size: (height, width) of resized images.
     """
 
     def __init__(self, images, labels, recipe: Recipe, *, size, batch_size, device, seed=None,
                  drop_last=False, loader="auto", workers=2, channels_last=False):
-        resized = recipe.crop == "resized"
+        filters = ("bilinear", "bicubic", "lanczos")[:2 if recipe.crop == "resized" else 3]
         recipe.check("a set in memory", crop=("padded", "resized"), resize=(None,),
-                     color_jitter=(0,), test_crop=(None, "whole"), padding_mode=(
-                         "constant", "reflect"), interpolation=(
-                         "bilinear", "bicubic", *["lanczos"] * (not resized)))
-        self.recipe = recipe = dataclasses.replace(recipe, padding=0) if resized else recipe
-        self.batch_size, self.device, self.seed = batch_size, device, seed
+                     color_jitter=(0,), test_crop=(None, "whole"), interpolation=filters,
+                     padding_mode=("constant", "reflect"))
+        self.recipe, self.batch_size, self.device, self.seed = recipe, batch_size, device, seed
         self.channels_last, self.workers = channels_last, workers
         self.count, self.stored, self.size = len(labels), images.shape[1:3], size
-        if recipe.padding_mode == "reflect" and recipe.padding >= min(self.stored):
-            raise DataError(f"images of {self.stored[0]}×{self.stored[1]} pixels cannot be padded "
-                            f"by {recipe.padding} of their reflection")
         self.steps = -(-self.count // batch_size)
         if drop_last and self.count > batch_size:
             self.steps = self.count // batch_size
@@ -44,8 +35,7 @@ class MemoryBatches:
         self.home = torch.device("cpu") if self.dali else device
         self.labels = torch.as_tensor(labels, device=self.home)
         stored = torch.from_numpy(images).to(self.home).permute(0, 3, 1, 2)
-        border = 0 if recipe.transform_first else recipe.padding
-        self.windows = sliding_windows(pad(stored, border, recipe.padding_mode), self.stored)
+        self.windows = self.all_windows(stored, 0 if recipe.transform_first else recipe.padding)
         self.set_epoch(0)
 
     def __len__(self):
@@ -83,7 +73,7 @@ class MemoryBatches:
             if not len(images):             # a rank without a share of the last test batch
                 return
             if self.recipe.transform and not self.recipe.transform_first:
-                images = self.recipe.transform(images, self.generator(step))
+                images = self.transformed(images, step)
             labels = self.labels[self.order[self.part(step)]].to(self.device, non_blocking=True)
             yield normalise(images, self.recipe, self.channels_last), labels
 
@@ -92,18 +82,24 @@ class MemoryBatches:
         size = self.batch_size // distributed.world()
         return slice(step * size, (step + 1) * size)
 
-    def generator(self, step: int) -> torch.Generator:
+    def transformed(self, images: torch.Tensor, step: int) -> torch.Tensor:
         seed = distributed.seed_of(self.seed, "transform", self.epoch, step, distributed.rank())
-        return torch.Generator().manual_seed(seed)
+        return self.recipe.transform(images, torch.Generator().manual_seed(seed))
+
+    def all_windows(self, images: torch.Tensor, border: int) -> torch.Tensor:
+        """Return windows (N, rows, columns, C, *stored) of padded images (N, C, H, W), a view."""
+        images = torch.cat([pad(piece, [border], padding_mode=self.recipe.padding_mode)
+                            for piece in images.split(1000)])       # they may be floats inside
+        return images.unfold(2, self.stored[0], 1).unfold(3, self.stored[1], 1).permute(
+            0, 2, 3, 1, 4, 5)
 
     def crop(self, step: int) -> torch.Tensor:
         """Return uint8 images of a step, cropped to the size they are stored in by one gather."""
         part, windows = self.part(step), self.windows
         index = self.order[part]
         if self.recipe.transform_first:
-            images = self.recipe.transform(windows[index, 0, 0], self.generator(step))
-            images = pad(images, self.recipe.padding, self.recipe.padding_mode)
-            windows = sliding_windows(images, self.stored)
+            windows = self.all_windows(self.transformed(windows[index, 0, 0], step),
+                                       self.recipe.padding)
             index = torch.arange(len(index), device=self.home)
         return windows[(index, *self.shifts[:, part])]
 
@@ -119,8 +115,7 @@ class MemoryBatches:
     def by_dali(self, steps):
         """Yield the same images, resized and flipped by DALI (resized ones within rounding)."""
         from nvidia.dali import fn, pipeline_def, types
-        filter = types.INTERP_CUBIC if self.recipe.interpolation == "bicubic" else \
-            types.INTERP_LINEAR
+        mode = types.INTERP_CUBIC if self.recipe.interpolation == "bicubic" else types.INTERP_LINEAR
         on_gpu = self.device.type == "cuda"
 
         def source(info):
@@ -140,7 +135,7 @@ class MemoryBatches:
                                                                batch_info=True)
             images = fn.slice(images.gpu() if on_gpu else images, corner, sides, axes=(0, 1))
             if self.recipe.crop == "resized":
-                images = fn.resize(images, size=self.size, interp_type=filter, antialias=True)
+                images = fn.resize(images, size=self.size, interp_type=mode, antialias=True)
             return fn.crop_mirror_normalize(images, crop=self.size, mirror=mirror,
                                             dtype=types.UINT8, output_layout="CHW")
 
@@ -157,23 +152,9 @@ def run(pipe, device) -> torch.Tensor:
     return images.clone() if stream else images     # DALI uses its GPU buffer again after the copy
 
 
-def pad(images: torch.Tensor, border: int, mode: str = "constant") -> torch.Tensor:
-    """Return images (N, C, H, W) with a border of zeros, or ("reflect") of their reflection."""
-    if mode == "constant":
-        return torch.nn.functional.pad(images, (border,) * 4)
-    for dim in (2, 3):                      # torch reflects no bytes
-        last = images.shape[dim] - 1
-        position = torch.arange(-border, last + border + 1, device=images.device).abs()
-        images = images.index_select(dim, last - (last - position).abs())
-    return images
-
-
 def draw_boxes(count: int, size, scale, ratio, generator: torch.Generator) -> torch.Tensor:
-    """Return crops (4, count) of (top, left, height, width) in images of `size` (height, width).
-
-    As torchvision's RandomResizedCrop: of ten draws of area and ratio the first that fits, else the
-    largest central crop within the range of ratios.
-    """
+    """Return crops (4, count) of (top, left, height, width) in images of `size` (height, width), as
+    torchvision's RandomResizedCrop draws them."""
     height, width = size
     share, turn = torch.rand(2, 10, count, generator=generator)
     area = height * width * (scale[0] + (scale[1] - scale[0]) * share)
@@ -192,35 +173,21 @@ def draw_boxes(count: int, size, scale, ratio, generator: torch.Generator) -> to
 
 
 def resize_boxes(images: torch.Tensor, boxes: torch.Tensor, size, filter: str) -> torch.Tensor:
-    """Return crops `boxes` (4, B) of images (B, C, H, W) uint8, each resized to `size` (H, W).
-
-    Boxes are (top, left, height, width). Antialiased, by two products with the filter's weights.
-    """
+    """Return crops `boxes` (4, B) as of draw_boxes, of images (B, C, H, W) uint8, each resized to
+    `size` (H, W): antialiased, by two products with the filter's weights."""
     crops = images.float()
-    for dim, (begin, length) in ((2, boxes[0::2]), (3, boxes[1::2])):
-        weights = taps(begin, length, images.shape[dim], size[dim - 2], filter)[:, None]
+    for dim, (begin, length) in ((2, boxes[0::2, :, None, None]), (3, boxes[1::2, :, None, None])):
+        index = torch.arange(images.shape[dim], device=images.device)
+        scale = length / size[dim - 2]
+        centre = (torch.arange(size[dim - 2], device=images.device)[:, None] + 0.5) * scale + begin
+        x = ((index + 0.5 - centre) / scale.clamp(min=1)).abs()         # (B, after, before)
+        if filter == "bicubic":                 # Keys' cubic with a = -0.5
+            near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
+            weights = torch.where(x < 1, near, torch.where(x < 2, far, 0))
+        else:
+            weights = (1 - x).clamp(min=0)
+        weights = weights * ((index >= begin) & (index < begin + length))
+        weights = (weights / weights.sum(2, keepdim=True))[:, None]
         with full_precision(images.device.type):            # TF32 would change 2 % of the bytes
             crops = weights @ crops if dim == 2 else crops @ weights.mT
     return crops.round_().clamp_(0, 255).to(torch.uint8)
-
-
-def taps(begin: torch.Tensor, length: torch.Tensor, before: int, after: int, filter: str
-         ) -> torch.Tensor:
-    """Return weights (B, after, before) to resize pixels [begin, begin + length) (B,) of a side."""
-    begin, length = begin[:, None, None], length[:, None, None]
-    scale = length / after
-    position = torch.arange(before, device=begin.device)
-    centre = (torch.arange(after, device=begin.device)[:, None] + 0.5) * scale + begin
-    x = ((position + 0.5 - centre) / scale.clamp(min=1)).abs()
-    if filter == "bicubic":                     # Keys' cubic with a = -0.5
-        near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
-        weights = torch.where(x < 1, near, torch.where(x < 2, far, 0))
-    else:
-        weights = (1 - x).clamp(min=0)
-    weights = weights * ((position >= begin) & (position < begin + length))
-    return weights / weights.sum(2, keepdim=True)
-
-
-def sliding_windows(images: torch.Tensor, size) -> torch.Tensor:
-    """Return all windows of `size` in images (N, C, H, W): a view (N, rows, columns, C, *size)."""
-    return images.unfold(2, size[0], 1).unfold(3, size[1], 1).permute(0, 2, 3, 1, 4, 5)

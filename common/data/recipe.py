@@ -8,8 +8,7 @@ import torch
 
 from common.errors import RunError
 
-# Channel means and standard deviations in [0, 1] as the papers' programs have them; those of
-# other sets are computed from the training images.
+# Channel means and standard deviations in [0, 1] as the papers' programs have them
 STATISTICS = {
     "cifar10": ((125.3 / 255, 123.0 / 255, 113.9 / 255), (63.0 / 255, 62.1 / 255, 66.7 / 255)),
     "cifar100": ((129.3 / 255, 124.1 / 255, 112.4 / 255), (68.2 / 255, 65.4 / 255, 70.4 / 255)),
@@ -23,32 +22,23 @@ STATISTICS = {
 class Recipe:
     """What is done to images; memory.py and stream.py both read it (None: the data set's usual).
 
-    resize, before the crop: "shorter" side to image_size * 256/224, or "square".
-    crop: "padded", RandomCrop of the image with `padding` pixels around it, zeros ("constant") or
-        its reflection ("reflect"); "resized", RandomResizedCrop of `scale` and `ratio`; "random",
-        RandomCrop; "centre", the whole central square (streamed sets). Usual: padded for sets in
-        memory (by 2 up to 32 pixels a side, else 4), resized for streamed ones.
-    flip: RandomHorizontalFlip. Usual: all sets but digits.
-    color_jitter: ColorJitter of brightness, contrast and saturation.
-    transform(images uint8 (B, 3, H, W), CPU generator) -> images uint8, after crop and flip
-        (transform_first: before).
-    test_crop: "centre", of the shorter side made image_size * 256/224, or "whole".
-    interpolation: "bilinear", "bicubic" or "lanczos" (bilinear to shrink), antialiased.
-    mean, std: of pixels in [0, 1].
+    crop: "padded", RandomCrop of the image with `padding` pixels around it; "resized",
+    RandomResizedCrop; "random", RandomCrop; "centre", the whole central square (streamed sets).
+    Usual: padded for sets in memory (by 2 up to 32 pixels a side, else 4), resized for others.
     """
+    resize: str | None = None           # before the crop: "shorter" to image_size·256/224, "square"
     crop: str | None = None
     padding: int | None = None
-    padding_mode: str = "constant"
+    padding_mode: str = "constant"      # zeros, or "reflect"
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    resize: str | None = None
-    interpolation: str = "bilinear"
-    flip: bool | None = None
-    color_jitter: float = 0.0
-    transform: Callable | None = None
-    transform_first: bool = False
-    test_crop: str | None = None
-    mean: tuple[float, ...] | None = None
+    interpolation: str = "bilinear"     # "bicubic", "lanczos" (bilinear to shrink); antialiased
+    flip: bool | None = None            # RandomHorizontalFlip; usual: all sets but digits
+    color_jitter: float = 0.0           # ColorJitter of brightness, contrast and saturation
+    transform: Callable | None = None   # (uint8 (B, 3, H, W), CPU generator) -> uint8; after all
+    transform_first: bool = False       # before crop and flip
+    test_crop: str | None = None        # "centre", of "shorter" made image_size·256/224; "whole"
+    mean: tuple[float, ...] | None = None   # of pixels in [0, 1], as std
     std: tuple[float, ...] | None = None
 
     def check(self, engine: str, **possible):
@@ -98,8 +88,3 @@ def unnormalise(images: torch.Tensor, info) -> torch.Tensor:
 def to_uint8(images: torch.Tensor, info) -> torch.Tensor:
     """Return normalised images as uint8 pixels, rounded."""
     return unnormalise(images, info).mul_(255).round_().clamp_(0, 255).to(torch.uint8)
-
-
-def to_arrays(images: torch.Tensor, info) -> np.ndarray:
-    """Return normalised images (B, 3, H, W) as (B, H, W, 3) uint8 arrays, for drawing."""
-    return to_uint8(images, info).permute(0, 2, 3, 1).cpu().numpy()

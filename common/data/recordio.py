@@ -1,11 +1,10 @@
-"""RecordIO, MXNet's container of labelled images, in pure Python: writing and random access.
+"""RecordIO, MXNet's container of labelled images: writing and random access.
 
-A `.rec` file is a sequence of records, each padded with zeros to a multiple of 4 bytes:
+A `.rec` file is a sequence of records, little-endian, padded with zeros to a multiple of 4 bytes:
     u32 magic, u32 part << 29 | length, then `length` bytes of
     u32 flag, f32 label, u64 id, u64 id2, `flag` further f32 labels, the encoded image
-all little-endian; part is 0 for whole records and 1, 2, 3 for first, middle and last pieces of a
-record that was split where it held the magic number. The `.idx` file beside it has a line
-`key <tab> byte offset` for each record.
+part is 0 for whole records; 1, 2, 3 for first, middle and last pieces of a record that was split
+where it held the magic number. The `.idx` file has a line `key <tab> byte offset` for each record.
 """
 import os
 import struct
@@ -22,24 +21,15 @@ UNNAMED = 1000                          # classes of a file without names: Image
 
 
 def pack(label: float, key: int, image: bytes, job: int = 0) -> bytes:
-    """Return one record: the encoded image with its label, ready to be appended to a .rec file.
-
-    job: a number in id2, which readers pass over. Raises ValueError for images of 512 MB and more.
-    """
+    """Return the record of an encoded image; job: a number in id2, which readers pass over."""
     length = HEADER.size + len(image)
-    if length >= 1 << 29:
-        raise ValueError(f"{len(image)} bytes are too many for a record")
     return b"".join((FRAME.pack(MAGIC, length), HEADER.pack(0, label, key, job), image,
                      bytes(-length % 4)))
 
 
 class RecordFile:
-    """Random access to a .rec file by the number of a record (not by key).
-
-    len(file) records; file[i] -> (label, encoded image as bytes), of several labels the first;
-    classes: the names that make_recordio.py left beside the file, or none. Can be pickled and
-    shared by processes. Raises DataError naming the file, or the file and the record.
-    """
+    """Random access to a .rec file by the number of a record (not by key): len, [i] -> (first
+    label, encoded image), name(i); `classes` as make_recordio.py names them, or none."""
     in_file_order = True                # is best read in about the order of the file
 
     def __init__(self, path):
@@ -52,9 +42,7 @@ class RecordFile:
                 raise ValueError("empty")
         names = self.path.with_name(self.path.stem + "_classes.txt")
         self.classes = read_text(names).splitlines() if names.exists() else []
-        some = min(256, len(self)) if self.classes else 1   # labels that names.txt lacks are seen
-        for i in np.linspace(len(self) - 1, 0, some, dtype=int):
-            self[i]                     # the last one first: a file that was cut off lacks it
+        self[len(self) - 1]             # a file that was cut off lacks it
 
     def __len__(self):
         return len(self.offsets)
@@ -75,22 +63,18 @@ class RecordFile:
         return self.__dict__ | {"file": None}
 
     def name(self, i: int) -> str:
-        """Return how a message calls record i."""
         return f"{self.path}: record {i} (byte {self.offsets[i]})"
 
     def facts(self) -> bytes:
         """Return what tells this file from a changed one: offsets and length."""
         return self.offsets.tobytes() + str(self.path.stat().st_size).encode()
 
-    def parts(self, i: int) -> list[bytes]:
-        """Return the payload of record i, with the magic numbers that it was split at.
-
-        Raises ValueError or struct.error for what is no record.
-        """
+    def parts(self, i: int):
+        """Yield the payload of record i, with the magic numbers that it was split at."""
         if self.file is None:
             self.file = open(self.path, "rb", buffering=0)
-        parts, position = [], int(self.offsets[i])
-        while True:
+        part, position = 1, int(self.offsets[i])
+        while part in (1, 2):
             frame = os.pread(self.file.fileno(), FRAME.size, position)
             if len(frame) < FRAME.size:
                 raise ValueError("truncated")
@@ -99,7 +83,5 @@ class RecordFile:
             data = os.pread(self.file.fileno(), length, position + FRAME.size)
             if magic != MAGIC or len(data) < length:
                 raise ValueError("truncated" if magic == MAGIC else "no magic number")
-            parts += [struct.pack("<I", MAGIC), data] if part > 1 else [data]
-            if part in (0, 3):
-                return parts
+            yield struct.pack("<I", MAGIC) + data if part > 1 else data
             position += FRAME.size + length + -length % 4

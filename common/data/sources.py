@@ -1,19 +1,18 @@
 """Which data sets exist, and how those that fit in memory are read: as uint8 arrays (`Split`)."""
 import hashlib
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections import namedtuple
 from pathlib import Path
 
 import numpy as np
 import torch
 import torchvision
 from torchvision.transforms import functional as TF
-from tqdm import tqdm
+from tqdm.contrib.concurrent import thread_map
 
 from common import distributed
-from common.data.images import decode, read_text, reading, table
-from common.data.lists import as_files, list_classes, open_folders
+from common.data.images import decode, reading
+from common.data.lists import inside, open_folders, tiny_imagenet
 from common.data.recordio import UNNAMED
 from common.distributed import log, warn
 from common.errors import DataError
@@ -25,34 +24,28 @@ CIFAR = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datase
 ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 
 
-@dataclass
-class Split:
-    """Images (N, H, W, 3) uint8 and labels (N,) int64 of one part of a data set."""
-    images: np.ndarray
-    labels: np.ndarray
-
-    def take(self, index) -> "Split":
-        return Split(self.images[index], self.labels[index])
+Split = namedtuple("Split", "images, labels")       # (N, H, W, 3) uint8, (N,) int64 of one part
 
 
 def read(name: str, root: Path, image_size: int | None, workers: int,
          val_split: float | None = None, seed: int = 0):
-    """Return training Split, test Split and class names of a data set.
+    """Return training Split, test Split and class names of a data set. Raises DataError.
 
-    image_size resizes where the stored images are of another size: image files by their shorter
-    side, then a central crop; arrays to the square. `workers` threads decode image files.
-    Raises DataError naming the file or folder that is missing, empty or damaged.
+    image_size: of the images, if not the stored one; files are resized by their shorter side, then
+    cropped, arrays to the square. `workers` threads decode image files.
     """
+    image_size = image_size or {"digits": 32, "tiny-imagenet-200": 64}.get(name)
     if name == "digits":
-        return read_digits(image_size or 32)
-    if name in CIFAR:
+        train, test, classes = read_digits()
+    elif name in CIFAR:
         train, test, classes = read_cifar(name, root, workers)
-    elif name == "tiny-imagenet-200":
-        return read_tiny_imagenet(root, image_size or 64, workers)
     elif name == "npz":
         train, test, classes = read_npz(root)
+    elif name == "tiny-imagenet-200":
+        train, test, classes = decode_parts(tiny_imagenet(root), image_size, workers)
     else:
-        train, test, classes = read_folder(root, image_size, workers, val_split, seed)
+        parts = open_folders(root, ("test", "val"), val_split, seed)
+        train, test, classes = decode_parts(parts, image_size, workers)
     if image_size and (image_size, image_size) != train.images.shape[1:3]:
         train, test = (Split(resize(part.images, image_size), part.labels)
                        for part in (train, test))
@@ -70,32 +63,28 @@ def resize(images: np.ndarray, size: int) -> np.ndarray:
                       for piece in pieces]).numpy()
 
 
-def read_digits(size: int):
-    """Return scikit-learn's 1,797 handwritten digits, enlarged; every fifth of a class is test."""
+def read_digits():
+    """Return scikit-learn's 1,797 handwritten digits; every fifth of a class is test."""
     from sklearn.datasets import load_digits
     digits = load_digits()
-    images = resize(np.repeat((digits.images * (255 / 16)).astype(np.uint8)[..., None], 3, 3), size)
-    position = np.empty(len(images), np.int64)             # within the own class
+    images = np.repeat((digits.images * (255 / 16)).astype(np.uint8)[..., None], 3, 3)
+    labels, test = digits.target.astype(np.int64), np.zeros(len(images), bool)
     for c in range(10):
-        position[digits.target == c] = np.arange((digits.target == c).sum())
-    data, test = Split(images, digits.target.astype(np.int64)), position % 5 == 4
-    return data.take(~test), data.take(test), [str(c) for c in range(10)]
+        test[np.flatnonzero(labels == c)[4::5]] = True
+    return *(Split(images[part], labels[part]) for part in (~test, test)), list(map(str, range(10)))
 
 
 def read_cifar(name: str, root: Path, workers: int):
-    """Return CIFAR from <name>.npz, from train/ and test/ folders, or from torchvision's archive.
-
-    Where none of them is in `root` the archive is downloaded (its checksum verified before
-    anything in it is unpickled).
-    """
+    """Return CIFAR from <name>.npz, train/ and test/ folders, or torchvision's archive, which is
+    downloaded where `root` has none of them; its checksum comes before unpickling."""
     if root.name == CIFAR[name].base_folder:               # the archive's inner folder
         root = root.parent
-    folders = root / name if (root / name).is_dir() else root
+    folders = inside(root, name)
     file = root if root.suffix == ".npz" else root / f"{name}.npz"
     if file.exists():
         train, test, classes = read_npz(file)
     elif (folders / "train").is_dir():
-        train, test, classes = read_folder(folders, 32, workers)
+        train, test, classes = decode_parts(open_folders(folders, ("test", "val")), 32, workers)
     else:
         train, test, classes = read_cifar_archive(name, root)
     if train.images.shape[1:] != (32, 32, 3) or len(classes) != int(name.removeprefix("cifar")):
@@ -128,7 +117,7 @@ def read_npz(file: Path):
             raise ValueError("no zip archive")
         with np.load(file, allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in ARRAYS}
-            classes = [str(c) for c in stored["classes"]] if "classes" in stored else None
+            classes = [str(c) for c in stored["classes"]] if "classes" in stored else []
     splits = []
     for part in ("train", "test"):
         images, labels = arrays[f"{part}_images"], arrays[f"{part}_labels"]
@@ -137,52 +126,29 @@ def read_npz(file: Path):
             raise DataError(f"{file}: {part}_images {images.dtype} {images.shape} and "
                             f"{part}_labels {labels.dtype} {labels.shape} are not uint8 "
                             "(N, height, width, 3) and integers (N,)")
-        splits.append(Split(images, labels.astype(np.int64).ravel()))
-    most = max(len(splits[0].labels), UNNAMED)
-    count = len(classes) if classes else min(int(splits[0].labels.max()) + 1, most)
-    for part, split in zip(("train", "test"), splits, strict=True):
-        if split.labels.min() < 0 or split.labels.max() >= count:
-            raise DataError(f"{file}: {part}_labels run from {split.labels.min()} to "
-                            f"{split.labels.max()}, beyond the {count} classes")
-    empty = np.flatnonzero(np.bincount(splits[0].labels, minlength=count) == 0)
+        labels = labels.astype(np.int64).ravel()
+        if not classes:
+            count = min(int(labels.max()) + 1, max(len(labels), UNNAMED))
+            classes = [str(c) for c in range(count)]
+        if labels.min() < 0 or labels.max() >= len(classes):
+            raise DataError(f"{file}: {part}_labels run from {labels.min()} to {labels.max()}, "
+                            f"beyond the {len(classes)} classes")
+        splits.append(Split(images, labels))
+    empty = np.flatnonzero(np.bincount(splits[0].labels, minlength=len(classes)) == 0)
     if len(empty):
         warn(f"{file}: no training image of class {', '.join(map(str, empty[:9]))}")
-    return *splits, classes or [str(c) for c in range(count)]
+    return *splits, classes
 
 
-# -------------------------------------------------------------------------------- image folders
-
-def read_folder(root: Path, image_size: int | None, workers: int, val_split=None, seed=0):
-    """Return train/<class>/* and test/<class>/* (or val/<class>/*); val_split: a part of train/."""
-    parts, splits = open_folders(root, ("test", "val"), val_split, seed), []
+def decode_parts(parts, image_size: int | None, workers: int):
+    """Return training Split, test Split and class names of two lists of image files."""
+    splits = []
     for part in parts:
         splits.append(Split(decode_files(part.files, image_size, workers), np.array(part.labels)))
         height, width = splits[0].images.shape[1:3]
         if height == width:
             image_size = height                             # test images follow the training ones
     return *splits, parts[0].classes
-
-
-def read_tiny_imagenet(root: Path, image_size: int, workers: int):
-    """Return tiny-imagenet-200 as unzipped: val/ by its annotation file, or in class folders."""
-    root = root / "tiny-imagenet-200" if (root / "tiny-imagenet-200").is_dir() else root
-    classes = list_classes(root / "train")
-    train, names, val = as_files(root / "train", classes), list(classes), root / "val"
-    if any((val / name).is_dir() for name in names):        # sorted by hand: nothing may be left
-        test = as_files(val, list_classes(val, names))
-        files, labels = test.files, test.labels
-    else:
-        notes = val / "val_annotations.txt"
-        rows = table(notes, "\t")
-        with reading(notes, "lines of an image and a class of train/"):
-            files = [str(val / "images" / image) for image in rows]
-            labels = [names.index(row[0]) for row in rows.values()]
-    words = root / "words.txt"
-    titles = dict(line.split("\t", 1) for line in read_text(words).splitlines()
-                  if "\t" in line) if words.is_file() else {}
-    return (Split(decode_files(train.files, image_size, workers), np.array(train.labels)),
-            Split(decode_files(files, image_size, workers), np.array(labels)),
-            [titles.get(name, name).split(",")[0] for name in train.classes])
 
 
 def decode_files(files: list[str], image_size: int | None, workers: int) -> np.ndarray:
@@ -204,18 +170,13 @@ def decode_files(files: list[str], image_size: int | None, workers: int) -> np.n
                             f"{first.shape[1]}×{first.shape[0]}; give --image_size")
         images[i] = image
 
-    with ThreadPoolExecutor(workers) as pool:
-        for _ in tqdm(pool.map(store, range(len(files))), total=len(files), desc="decoding",
-                      leave=False, disable=distributed.rank() != 0 or len(files) < 5000):
-            pass
+    thread_map(store, range(len(files)), max_workers=workers, desc="decoding", leave=False,
+               disable=distributed.rank() != 0 or len(files) < 5000)
     return images
 
 
 def balanced(split: Split, per_class: int, classes: list[str], generator, flag: str):
-    """Take up to `per_class` images of each class at random: (taken Split, the rest).
-
-    Warns, naming `flag`, when a class has fewer.
-    """
+    """Return a Split of up to `per_class` random images of each class, and one of the rest."""
     order = torch.randperm(len(split.labels), generator=generator).numpy()
     members = [order[split.labels[order] == c] for c in range(len(classes))]
     least = min(range(len(classes)), key=lambda c: len(members[c]))
@@ -223,7 +184,8 @@ def balanced(split: Split, per_class: int, classes: list[str], generator, flag: 
         warn(f"{flag} {per_class}: class {classes[least]} has only {len(members[least])} images "
              "left; all of them are taken")
     taken = np.sort(np.concatenate([rows[:per_class] for rows in members]))
-    return split.take(taken), split.take(np.setdiff1d(np.arange(len(split.labels)), taken))
+    rest = np.setdiff1d(order, taken)
+    return tuple(Split(split.images[rows], split.labels[rows]) for rows in (taken, rest))
 
 
 def fingerprint(*splits: Split) -> str:

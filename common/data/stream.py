@@ -1,15 +1,11 @@
-"""Loaders that read large images from disk as training goes: lists of files, RecordIO.
-
-An epoch's images, their order and their augmentation are functions of (seed, epoch, rank), so a
-resumed run goes on as one that was never stopped, with any number of workers.
-"""
+"""Loaders that read large images from disk as training goes: lists of files, RecordIO."""
 import dataclasses
 import gc
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from torchvision.transforms import RandomResizedCrop, v2
 
 from common import distributed
@@ -20,21 +16,18 @@ from common.errors import DataError
 
 AHEAD = 2                               # batches that DALI prepares in advance
 WINDOW = 4096                           # records that are shuffled with one another
-# DALI's filters to shrink and to enlarge with
 FILTERS = {"lanczos": ("TRIANGULAR", "LANCZOS3"), "bilinear": ("TRIANGULAR", "LINEAR"),
-           "bicubic": ("CUBIC", "CUBIC")}
+           "bicubic": ("CUBIC", "CUBIC")}           # DALI's to shrink and to enlarge
 
 
 class Stream:
     """(B, 3, S, S) float32 normalised images and (B,) int64 labels of `data`; both loaders' part.
 
     data: `Files` or `RecordFile`; recipe: all of its fields set. batch_size: images of one step
-    over all `world` processes; this one is `rank`. len: steps; `count`: images in all.
-
+    over all `world` processes. Everything drawn is a function of (seed, epoch, rank).
     train: every rank does equally many steps of equal size, for which at most one image a rank is
-    seen twice in an epoch; drop_last: no partial batch at an epoch's end. Files are in a new
-    permutation each epoch; records in the file's order through a window of shuffled records, with
-    shards that rotate from epoch to epoch. Otherwise every image is seen once over all ranks.
+    seen twice in an epoch. Files are in a new permutation each epoch; records in the file's order
+    through a window of shuffled records, with shards that rotate. Else every image is seen once.
     """
 
     def __init__(self, data, recipe: Recipe, *, image_size: int, batch_size: int, device,
@@ -109,10 +102,7 @@ class Stream:
             return label, read(encoded)
 
     def boxes(self) -> torch.Tensor | None:
-        """Return true boxes (x1, y1, x2, y2) in pixels of this rank's images, (N, 4) float32.
-
-        In order; None where the set has none or test images are cropped. Reads each image's size.
-        """
+        """Return this rank's boxes (N, 4) of x1, y1, x2, y2, or None; not of cropped images."""
         if getattr(self.data, "boxes", None) is None or self.recipe.test_crop != "whole":
             return None
         sizes = torch.tensor([Image.open(self.data.files[i]).size for i in self.shard])
@@ -121,14 +111,9 @@ class Stream:
         return (corners * self.size / sizes.repeat(1, 2)).clamp(0, self.size)
 
 
-# ------------------------------------------------------------------------------------------- DALI
-
 class DaliStream(Stream):
-    """DALI decodes and augments: on the GPU where the batches are wanted there.
-
-    What DALI cannot decode, or not as Pillow does, Pillow decodes before it. The pipeline is made
-    anew for each epoch: that makes an epoch a function of its number.
-    """
+    """DALI decodes and augments, on the GPU where the batches are wanted there; each epoch, a
+    function of its number, has a pipeline of its own."""
 
     def batches(self):
         """Yield images and labels from start_step on. Raises DataError naming a damaged image."""
@@ -206,10 +191,9 @@ class DaliStream(Stream):
             elif recipe.crop == "resized":
                 images = fn.random_resized_crop(images, size=square, **area, **filters)
         if recipe.color_jitter:
-            low, high = 1 - recipe.color_jitter, 1 + recipe.color_jitter
-            factors = [fn.random.uniform(range=(low, high)) for _ in range(3)]
-            images = fn.color_twist(images, brightness=factors[0], contrast=factors[1],
-                                    saturation=factors[2])
+            span = 1 - recipe.color_jitter, 1 + recipe.color_jitter
+            images = fn.color_twist(images, **{what: fn.random.uniform(range=span) for what in (
+                "brightness", "contrast", "saturation")})
         mirror = fn.random.coin_flip(probability=0.5) if recipe.flip else 0
         if recipe.transform:                        # of bytes
             return fn.crop_mirror_normalize(images, crop=square, mirror=mirror, dtype=types.UINT8,
@@ -219,8 +203,6 @@ class DaliStream(Stream):
             "CHW", mean=[255 * v for v in recipe.mean], std=[255 * v for v in recipe.std])
 
 
-# ------------------------------------------------------------------------------------------ torch
-
 class TorchStream(Stream):
     """The same augmentation by Pillow and torchvision in the processes of a DataLoader."""
 
@@ -229,7 +211,7 @@ class TorchStream(Stream):
         gc.collect()            # a forked worker that clears away a DALI pipeline never returns
         order = self.order()[self.start_step * self.batch_size:]
         items = [(i, self.number("item", i)) for i in order]
-        loader = DataLoader(Images(self), sampler=items, batch_size=self.batch_size,
+        loader = DataLoader(self, sampler=items, batch_size=self.batch_size,
                             num_workers=self.workers, pin_memory=self.device.type == "cuda",
                             generator=torch.Generator())   # else it draws from torch's global one
         try:
@@ -238,44 +220,33 @@ class TorchStream(Stream):
             message = str(fault).strip().splitlines()[-1]
             raise DataError(message.split("DataError: ", 1)[-1]) from None
 
-
-class Images(Dataset):
-    """Augmented uint8 images of a Stream; [(i, seed)] -> (image, label)."""
-
-    def __init__(self, stream: Stream):
-        self.stream, self.recipe, self.size = stream, stream.recipe, stream.size
-        crop = {"centre": self.centre, "random": v2.RandomCrop(self.size), "resized": self.resized}
-        jitter = [v2.ColorJitter(*(self.recipe.color_jitter,) * 3)]
-        self.augment = v2.Compose([
-            crop[self.recipe.crop], v2.PILToTensor(), *jitter * bool(self.recipe.color_jitter),
-            *[v2.RandomHorizontalFlip()] * self.recipe.flip])
-
-    def __getitem__(self, item: tuple[int, int]):
+    def __getitem__(self, item: tuple[int, int]) -> tuple[torch.Tensor, int]:
+        """Return the augmented uint8 image and the label of (item, seed)."""
         i, seed = item
-        label, image = self.stream.item(i)
-        if self.stream.resize:
-            image = self.resize(image, self.stream.side, self.stream.resize == "square")
+        label, image = self.item(i)
+        if self.resize:
+            image = self.resized(image, self.side, self.resize == "square")
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            return self.augment(image), label
+            image = v2.functional.pil_to_tensor(self.cropped(image))
+            if self.recipe.color_jitter:
+                image = v2.ColorJitter(*(self.recipe.color_jitter,) * 3)(image)
+            return v2.RandomHorizontalFlip(0.5 * self.recipe.flip)(image), label
 
-    def resized(self, image):
-        """Return a RandomResizedCrop of the recipe."""
+    def cropped(self, image):
+        """Return the recipe's crop of a PIL image."""
+        if self.recipe.crop == "random":
+            return v2.RandomCrop(self.size)(image)
+        if self.recipe.crop == "centre":                    # as DALI's
+            left, top = ((side - self.size + 1) // 2 for side in image.size)
+            return image.crop((left, top, left + self.size, top + self.size))
         top, left, h, w = RandomResizedCrop.get_params(image, self.recipe.scale, self.recipe.ratio)
-        return self.resize(image.crop((left, top, left + w, top + h)), self.size, square=True)
+        return self.resized(image.crop((left, top, left + w, top + h)), self.size, square=True)
 
-    def centre(self, image):
-        """Return the central square of an image."""
-        left, top = ((side - self.size + 1) // 2 for side in image.size)   # as DALI does
-        return image.crop((left, top, left + self.size, top + self.size))
-
-    def resize(self, image, side: int, square: bool):
-        """Resize a PIL image to a square or by its shorter side.
-
-        Lanczos gives way to bilinear where both sides shrink.
-        """
+    def resized(self, image, side: int, square: bool):
+        """Return a PIL image resized to a square or by its shorter side."""
         name = self.recipe.interpolation
-        if name == "lanczos" and min(image.size) >= side:
+        if name == "lanczos" and min(image.size) >= side:   # as DALI's filters to shrink
             name = "bilinear"
         size = [side if square else max(side, round(length * side / min(image.size)))
                 for length in image.size]               # rounded as DALI does

@@ -14,12 +14,11 @@ ALL = [name for names in NAMES.values() for name in names]
 
 def build(name: str, num_classes: int, image_size: int = 32, *, initial_channels: int = 64,
           dropout: float = 0.0, **options) -> nn.Module:
-    """Return the network `name` for RGB images of about `image_size` pixels a side.
+    """Return the network `name`. Raises ValueError, RunError for sizes that it cannot have.
 
     image_size: chooses the stem's stride and, from 128 pixels on, ImageNet's ResNet; only deit_s
     takes no other size. initial_channels: 64 is the network as published, 16 a quarter of all its
     widths. dropout: probability before the classifier. Transformers also take drop_path.
-    Raises ValueError for an unknown name, RunError for sizes that the network cannot have.
     """
     for specs, family in FAMILIES.values():
         if name in specs:

@@ -1,12 +1,10 @@
 #!/usr/bin/env python3
 """Writes a checkpoint's network for other programs.
 
-    python common/models/export.py CHECKPOINT OUT.pth     # a state_dict
+    python common/models/export.py CHECKPOINT OUT.pth     # a state_dict, in torchvision's names if
+                                                          # the network is torchvision's
     python common/models/export.py CHECKPOINT OUT.onnx    # needs onnx and onnxscript
-
-The state_dict has torchvision's names where the network is torchvision's, our own names else.
 """
-import importlib.util
 import re
 import sys
 from pathlib import Path
@@ -26,10 +24,8 @@ ONE = r"^(?:q\.)?one\."
 
 
 def with_torchvisions_names(state: dict, arch: str, classes: int) -> tuple[dict, str] | None:
-    """Return the state_dict for torchvision's model `arch`, and a description; None if none fits.
-
-    Without the classifier where that is wider, as SAFuse's.
-    """
+    """Return the state_dict for torchvision's model `arch`, without a classifier that does not fit,
+    and a description; None if the rest does not fit either."""
     name = TORCHVISION.get(arch, arch)
     if name not in torchvision.models.list_models(module=torchvision.models):
         return None
@@ -47,8 +43,6 @@ def with_torchvisions_names(state: dict, arch: str, classes: int) -> tuple[dict,
 
 def write_onnx(state: dict, identity: dict, args: dict, classes: int, path: Path):
     """Write a network of common/models as ONNX, for batches of any size."""
-    if not all(map(importlib.util.find_spec, ("onnx", "onnxscript"))):
-        raise RunError(f"{path}: pip install onnx onnxscript")
     size = args.get("image_size") or {"tiny-imagenet-200": 64, "imagenet": 224}.get(
         identity["dataset"], 32)
     try:

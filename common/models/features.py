@@ -15,8 +15,7 @@ class Backbone(nn.Module):
     """A network of `build` without its classifier: images (B, 3, H, W) -> (middle, pooled).
 
     middle (B, channels, h, w): feature map after stage `layer`, counted from 1 (Swin: after patch
-    merging; ViT: after block `layer`, patch tokens only). pooled (B, width): what the classifier
-    sees. Raises RunError unless `layer` is one before the last.
+    merging; ViT: after block `layer`, patch tokens only). pooled: (B, width).
     """
 
     def __init__(self, network: nn.Module, layer: int, image_size: int):
@@ -58,14 +57,7 @@ class Backbone(nn.Module):
 
 
 def build_backbone(name: str, image_size: int, layer: int, **options) -> Backbone:
-    """Return the network `name` without its classifier, for images of `image_size` pixels.
-
-    Up to 64 pixels the convolutional ones have a stem of stride 1. Raises RunError for sizes that
-    the network cannot have.
-    """
+    """Return the network `name` without its classifier, for images of `image_size` pixels; up to 64
+    the convolutional ones have a stem of stride 1."""
     form = image_size if image_size > 64 or name in ("deit_s", "swin_t") else 32
-    try:
-        return Backbone(models.build(name, 1000, form, **options), layer, image_size)
-    except (ValueError, RuntimeError) as fault:
-        raise RunError(f"{name} cannot have {options} on {image_size} pixels: "
-                       f"{str(fault).splitlines()[0]}") from None
+    return Backbone(models.build(name, 1000, form, **options), layer, image_size)

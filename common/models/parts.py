@@ -1,6 +1,4 @@
 """What the families of networks share."""
-from collections.abc import Callable, Sequence
-
 from torch import Tensor, nn
 
 from common.mixing import mixup
@@ -23,13 +21,9 @@ def norm_relu(channels: int, momentum: float = 0.1) -> list[nn.Module]:
     return [nn.BatchNorm2d(channels, momentum=momentum), nn.ReLU(inplace=True)]
 
 
-def make_stages(block: Callable[[int, int, int], nn.Module], in_channels: int,
-                widths: Sequence[int], depths: Sequence[int],
-                strides: Sequence[int] = (1, 2, 2, 2)) -> list[nn.Sequential]:
-    """Return stages of `depths` blocks, made by block(in_channels, out_channels, stride).
-
-    strides: of each stage's first block.
-    """
+def make_stages(block, in_channels: int, widths, depths, strides=(1, 2, 2, 2)) -> list[nn.Module]:
+    """Return stages of `depths` blocks, made by block(in_channels, out_channels, stride), the first
+    of each with one of `strides`."""
     stages = []
     for width, depth, stride in zip(widths, depths, strides, strict=False):
         blocks = [block(in_channels, width, stride)]
@@ -39,14 +33,13 @@ def make_stages(block: Callable[[int, int, int], nn.Module], in_channels: int,
 
 
 class Network(nn.Module):
-    """Stem, stages, tail, global average pooling, dropout, linear classifier.
+    """Stem, stages, tail, global average pooling, dropout, linear classifier: (B, num_classes).
 
-    Returns logits (B, num_classes). With a permutation `perm` (B,) it mixes activations (Manifold
-    Mixup, Verma et al. 2019): h·lam + h[perm]·(1 - lam) after stage `layer`, 0: the input; `lam` a
-    scalar or (B,).
+    With a permutation `perm` (B,) it mixes activations (Manifold Mixup, Verma et al. 2019):
+    h·lam + h[perm]·(1 - lam) after stage `layer`, 0: the input; `lam` a scalar or (B,).
     """
 
-    def __init__(self, stem: nn.Module, stages: Sequence[nn.Module], tail: nn.Module,
+    def __init__(self, stem: nn.Module, stages: list[nn.Module], tail: nn.Module,
                  features: int, num_classes: int, dropout: float = 0.0):
         super().__init__()
         self.stem, self.stages, self.tail = stem, nn.ModuleList(stages), tail
@@ -64,25 +57,21 @@ class Network(nn.Module):
 
 
 class PreActBlock(nn.Module):
-    """Pre-activation residual block (He et al. 2016): two 3×3 convolutions, or a bottleneck.
-
-    The first 3×3 convolution has the stride; where the shape changes, the shortcut is a 1×1
-    convolution of the activated input.
-    """
+    """Pre-activation residual block (He et al. 2016): two 3×3 convolutions, or a bottleneck; where
+    the shape changes, the shortcut is a 1×1 convolution of the activated input."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, bottleneck: bool = False):
         super().__init__()
         self.activation = nn.Sequential(*norm_relu(in_channels))
         if bottleneck:
             width = out_channels // 4
-            self.convs = nn.Sequential(
-                conv(in_channels, width, 1),
-                *norm_relu(width), conv(width, width, 3, stride),
-                *norm_relu(width), conv(width, out_channels, 1))
+            layers = [conv(in_channels, width, 1), *norm_relu(width),
+                      conv(width, width, 3, stride), *norm_relu(width),
+                      conv(width, out_channels, 1)]
         else:
-            self.convs = nn.Sequential(
-                conv(in_channels, out_channels, 3, stride),
-                *norm_relu(out_channels), conv(out_channels, out_channels, 3))
+            layers = [conv(in_channels, out_channels, 3, stride), *norm_relu(out_channels),
+                      conv(out_channels, out_channels, 3)]
+        self.convs = nn.Sequential(*layers)
         same = stride == 1 and in_channels == out_channels
         self.shortcut = None if same else conv(in_channels, out_channels, 1, stride)
 
@@ -101,9 +90,11 @@ def post_act_block(kind, in_channels: int, out_channels: int, stride: int, **opt
     return kind(in_channels, out_channels // kind.expansion, stride, project, **options)
 
 
-def he_init(network: nn.Module) -> nn.Module:
-    """Initialise convolutions from N(0, 2 / (k²·out_channels)); return the network."""
+def he_init(network: Network, zero_bias: bool = True) -> Network:
+    """Set convolutions to N(0, 2 / (k²·out_channels)), by default the classifier's bias to 0."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    if zero_bias:
+        nn.init.zeros_(network.fc.bias)
     return network

@@ -50,11 +50,8 @@ def preact(name, num_classes, image_size, channels, dropout) -> Network:
 
 
 def postact(name, num_classes, image_size, channels, dropout) -> nn.Module:
-    """Return a ResNet or ResNeXt, stride on the 3×3 convolution.
-
-    Below 128 pixels (ResNeXt-29: at any size, He initialisation): torchvision's blocks behind a 3×3
-    stem, PyTorch's default initialisation. From 128 pixels on: torchvision's network.
-    """
+    """Return torchvision's ResNet or ResNeXt; below 128 pixels, its blocks behind a 3×3 stem with
+    PyTorch's default initialisation (ResNeXt-29: at any size, He initialisation)."""
     block, depths, groups, width = POSTACT[name]
     if image_size >= 128 and len(depths) == 4:
         if channels != 64:
@@ -71,7 +68,6 @@ def postact(name, num_classes, image_size, channels, dropout) -> nn.Module:
     if len(depths) == 3:
         he_init(network)
         nn.init.kaiming_normal_(network.fc.weight)
-        nn.init.zeros_(network.fc.bias)
     return network
 
 
@@ -92,11 +88,8 @@ class BiasedBlock(nn.Module):
 
 
 def wide(name, num_classes, image_size, channels, dropout) -> Network:
-    """Return a Wide ResNet.
-
-    With biases (SAGE, ResizeMix): `BiasedBlock`, default initialisation. Without (Soft
-    Augmentation, SAMix): `PreActBlock`, He initialisation.
-    """
+    """Return a Wide ResNet: of `BiasedBlock`, default initialisation (SAGE, ResizeMix), or of
+    `PreActBlock`, He initialisation (Soft Augmentation, SAMix)."""
     depth, factor, biased, momentum = WIDE[name]
     base = channels // 4                         # the paper's 16
     widths = [base * factor * 2 ** stage for stage in range(3)]
@@ -104,7 +97,4 @@ def wide(name, num_classes, image_size, channels, dropout) -> Network:
         parts.stem(base, image_size, biased),
         make_stages(BiasedBlock if biased else PreActBlock, base, widths, [(depth - 4) // 6] * 3),
         nn.Sequential(*norm_relu(widths[-1], momentum)), widths[-1], num_classes, dropout)
-    if not biased:
-        he_init(network)
-        nn.init.zeros_(network.fc.bias)
-    return network
+    return network if biased else he_init(network)

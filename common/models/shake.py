@@ -32,10 +32,8 @@ class Scale(torch.autograd.Function):
 
 
 class ShakeDrop(nn.Module):
-    """Training: with probability p, of the whole batch, x·a forward and the gradient times b.
-
-    a ~ U(-1, 1) and b ~ U(0, 1) for each sample. Evaluation: x·(1 - p).
-    """
+    """Training: with probability p, of the whole batch, x·a, and the gradient times b, a ~ U(-1, 1)
+    and b ~ U(0, 1) for each sample. Evaluation: x·(1 - p)."""
 
     def __init__(self, p: float):
         super().__init__()
@@ -84,7 +82,7 @@ def pyramid(name, num_classes, image_size, channels, dropout) -> Network:
         stages[stage].append(PyramidUnit(channels, width, stride, 0.5 * share))
         channels = 4 * width
     return he_init(Network(begin, stages, nn.Sequential(*norm_relu(channels)), channels,
-                           num_classes, dropout))
+                           num_classes, dropout), zero_bias=False)
 
 
 class Shortcut(nn.Module):
@@ -92,16 +90,14 @@ class Shortcut(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, stride: int):
         super().__init__()
-        self.stride = stride
-        self.convs = nn.ModuleList(conv(in_channels, out_channels // 2, 1) for _ in range(2))
+        self.convs = nn.ModuleList(conv(in_channels, out_channels // 2, 1, stride)
+                                   for _ in range(2))
         self.norm = nn.BatchNorm2d(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(x)
-        shifted = F.pad(x, (-1, 1, -1, 1))
-        halves = [conv(z[:, :, ::self.stride, ::self.stride])
-                  for conv, z in zip(self.convs, (x, shifted), strict=True)]
-        return self.norm(torch.cat(halves, 1))
+        first, second = self.convs
+        return self.norm(torch.cat([first(x), second(F.pad(x, (-1, 1, -1, 1)))], 1))
 
 
 def make_branch(in_channels: int, out_channels: int, stride: int, resnext: bool) -> nn.Sequential:
@@ -117,10 +113,8 @@ def make_branch(in_channels: int, out_channels: int, stride: int, resnext: bool)
 
 
 class ShakeBlock(nn.Module):
-    """x + a·f(x) + (1 - a)·g(x): a ~ U(0, 1) for each sample, drawn anew for the gradient.
-
-    Evaluation: a = 1/2.
-    """
+    """x + a·f(x) + (1 - a)·g(x): a ~ U(0, 1) for each sample, drawn anew for the gradient; 1/2 in
+    evaluation."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, resnext: bool = False):
         super().__init__()
@@ -148,9 +142,7 @@ def shake(name, num_classes, image_size, channels, dropout) -> Network:
     width = width * channels // 64
     stem_width = channels if resnext else channels // 4
     widths, depths = [width, 2 * width, 4 * width], [2 if resnext else 4] * 3
-    network = he_init(Network(
+    return he_init(Network(
         stem(stem_width, image_size, bias=True),
         make_stages(partial(ShakeBlock, resnext=resnext), stem_width, widths, depths),
         nn.ReLU(), widths[-1], num_classes, dropout))
-    nn.init.zeros_(network.fc.bias)
-    return network

@@ -1,9 +1,5 @@
-"""torchvision's DeiT-S (Touvron et al. 2021), Swin-T (Liu et al. 2021) and ConvNeXt-T (Liu et al.
-2022), with drop path: `drop_path` is the last block's probability, growing linearly from 0.
-
-Patches of 16 (DeiT) or 4 pixels; below 64 pixels ConvNeXt's stem is a 3×3 convolution of stride 1.
-DeiT-S is torchvision's ViT in the published sizes, without the distillation token.
-"""
+"""torchvision's DeiT-S (Touvron et al. 2021; a ViT, without the distillation token), Swin-T (Liu et
+al. 2021) and ConvNeXt-T (Liu et al. 2022; below 64 pixels with a 3×3 stem of stride 1)."""
 from torch import nn
 from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 from torchvision.models.swin_transformer import SwinTransformer
@@ -21,7 +17,7 @@ SPECS = {                      # blocks, width of the (first) stage at 64 initia
 
 
 def transformer(name, num_classes, image_size, channels, dropout, drop_path=0.0) -> nn.Module:
-    """Return a transformer or ConvNeXt."""
+    """Return one of SPECS; drop_path: the last block's probability, growing linearly from 0."""
     depths, width = SPECS[name]
     width = width * channels // 64
     if name == "deit_s":
@@ -34,11 +30,9 @@ def transformer(name, num_classes, image_size, channels, dropout, drop_path=0.0)
             block.dropout = StochasticDepth(p, "row")
             block.mlp.append(StochasticDepth(p, "row"))
         nn.init.trunc_normal_(network.heads.head.weight, std=0.02)   # torchvision's is 0
-        head = network.heads, "head"
     elif name == "swin_t":
         network = SwinTransformer([4, 4], width, depths, [3, 6, 12, 24], [7, 7],
                                   stochastic_depth_prob=drop_path, num_classes=num_classes)
-        head = network, "head"
     else:
         outputs = [2 * width, 4 * width, 8 * width, None]
         blocks = map(CNBlockConfig, [width, *outputs], outputs, depths)
@@ -47,7 +41,8 @@ def transformer(name, num_classes, image_size, channels, dropout, drop_path=0.0)
             network.features[0][0] = conv(3, width, 3, bias=True)
             nn.init.trunc_normal_(network.features[0][0].weight, std=0.02)
             nn.init.zeros_(network.features[0][0].bias)
-        head = network.classifier, "2"
     if dropout:
-        setattr(*head, nn.Sequential(nn.Dropout(dropout), getattr(*head)))
+        linear = [name for name, part in network.named_modules() if isinstance(part, nn.Linear)]
+        head = network.get_submodule(linear[-1])
+        network.set_submodule(linear[-1], nn.Sequential(nn.Dropout(dropout), head))
     return network

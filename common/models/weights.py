@@ -16,17 +16,11 @@ CLASSIFIERS = ("fc.", "heads.", "head.", "classifier.2.")
 
 
 def load_pretrained(network, args):
-    """Load the weights that --pretrained names, if any; see `load_weights`."""
-    if args.pretrained:
-        load_weights(network, args.pretrained, args.arch)
-
-
-def load_weights(network, source: str, arch: str):
-    """Load torchvision's ImageNet weights (source "torchvision") or a file's into a network.
-
-    What the network lacks is left out; a classifier that does not fit keeps its initial values.
-    Raises DataError naming the source when it is missing, no file of weights, or does not fit.
-    """
+    """Load the weights that --pretrained names, if any: torchvision's for ImageNet or a file's; a
+    classifier that does not fit keeps its initial values. Raises DataError."""
+    source, arch = args.pretrained, args.arch
+    if not source:
+        return
     state = read(download(arch) if source == "torchvision" else Path(source).expanduser())
     own = network.state_dict()
     loaded = {name: state[name] for name, value in own.items()
@@ -42,10 +36,8 @@ def load_weights(network, source: str, arch: str):
 
 
 def read(path: Path) -> dict[str, torch.Tensor]:
-    """Return the state_dict in a file, read with weights_only. Raises DataError.
-
-    It may be under "state_dict" or "model", with DDP's or torch.compile's prefixes.
-    """
+    """Return the state_dict in a file, read with weights_only; it may be under "state_dict" or
+    "model", with DDP's or torch.compile's prefixes. Raises DataError."""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):    # of many trainers
             state = torch.load(path, map_location="cpu", weights_only=True)
@@ -68,15 +60,13 @@ def read(path: Path) -> dict[str, torch.Tensor]:
 
 
 def download(arch: str) -> Path:
-    """Return the file of torchvision's ImageNet weights in torch.hub's cache. Raises DataError.
-
-    Downloaded where it is missing; its SHA-256 is checked at every use.
-    """
+    """Return the file of torchvision's ImageNet weights in torch.hub's cache, downloaded where it
+    is missing, its SHA-256 checked at every use. Raises DataError."""
     try:
         url = torchvision.models.get_model_weights(TORCHVISION.get(arch, arch)).IMAGENET1K_V1.url
     except (ValueError, AttributeError):
         raise DataError(f"torchvision has no ImageNet weights of {arch}") from None
-    path = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1])
+    path = Path(torch.hub.get_dir(), "checkpoints", Path(url).name)
     expected = path.stem.rsplit("-", 1)[1]
     try:
         if not path.exists():
