@@ -190,9 +190,9 @@ class Mixer:
         if self.room == "sage":
             scaler = torch.amp.GradScaler(images.device.type, enabled=args.amp == "fp16")
             mixed = program.mix_batch(net, images, labels, args, info, draws, scaler)
-        else:
-            mixed = program.mix_batch(images, labels, args, info, draws)
-        return mixed.images, mixed.targets
+            return mixed.images, mixed.targets
+        mixed, targets, _ = program.mix_batch(images, labels, args, info, draws)
+        return mixed, targets
 
 
 def slic(images, n_segments, compactness: float = 10.0, iterations: int = 10):

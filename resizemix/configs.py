@@ -11,8 +11,7 @@ CONFIGS = {
     "cifar100_ss": SHAKE_SHAKE | {"dataset": "cifar100"},
     "imagenet_res": {
         "dataset": "imagenet", "arch": "resnet101", "epochs": 300, "lr": 0.5, "weight_decay": 4e-5,
-        "batch_size": 512, "warmup_epochs": 0, "image_size": 224},      # 64 on each of 8 GPUs
-}
+        "batch_size": 512, "warmup_epochs": 0, "image_size": 224}}     # 64 on each of 8 GPUs
 METHODS = {                             # the rows of the paper's tables
     "baseline": {"resizemix": False},
     "cutout": {"resizemix": False, "cutout": 16},
@@ -20,8 +19,4 @@ METHODS = {                             # the rows of the paper's tables
     "randaugment": {"resizemix": False, "randaugment": True},
     "autoaugment": {"resizemix": False, "autoaugment": True},
     "resizemix": {},
-    "resizemix+": {"randaugment": True},
-}
-TITLES = {"baseline": "Plain training", "cutmix": "CutMix", "cutout": "Cutout",
-          "randaugment": "RandAugment", "autoaugment": "AutoAugment", "resizemix": "ResizeMix",
-          "batch_aug": "batch augmentation"}                # in pictures
+    "resizemix+": {"randaugment": True}}

@@ -15,13 +15,14 @@ import signal
 import sys
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)        # no traceback of Ctrl-C while importing
 
 import torch
+from torch.utils.benchmark import Timer
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import AutoAugmentPolicy
 
 from common import data, distributed, evaluation, flags, mixing, models, plots, runtime
@@ -32,14 +33,12 @@ from common.flags import add_boolean, amount, count, number, positive, share
 from common.models.weights import load_pretrained
 from common.run import Run, StepSums, about
 from resizemix import configs, randaugment
-from resizemix.cost import latency, multiply_adds
 from resizemix.mixing import CropTest, cutmix, draw_corners, draw_scale, resize_mix
 
+SWITCHES = ("cutout", "randaugment", "autoaugment", "resizemix", "batch_aug")
 LAUNCHERS = {"none": [], "pytorch": ["RANK"], "slurm": ["SLURM_PROCID", "MASTER_ADDR"]}
 CIFAR = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2023, 0.1994, 0.2010)}
 
-
-# ------------------------------------------------------------------------------------------ flags
 
 def parse_args(argv=None):
     """Return the flags; usage errors exit with code 2."""
@@ -62,8 +61,7 @@ def parse_args(argv=None):
     add("--min_lr", type=amount, default=1e-5, help="at the end of the cosine")
     add("--warmup_epochs", type=count)
     add("--warmup_start_lr", type=amount, default=1e-5)
-    add("--restart_epochs", type=positive, nargs="*", default=[],
-        help="lengths of cosine cycles that begin after one another, instead of one cosine")
+    add("--restart_epochs", type=positive, nargs="*", default=[], help="lengths of several cosines")
     add("--lr_schedule", choices=["cosine", "step"], default="cosine")
     add("--milestones", type=count, nargs="*", default=[], help="step: epochs of the LR changes")
     add("--gamma", type=amount, default=0.1, help="step: LR factor at these epochs")
@@ -81,11 +79,10 @@ def parse_args(argv=None):
     add("--resizemix_high", type=positive_share, default=0.8, help="ResizeMix: largest scale")
     add_boolean(add, "--batch_aug", False, "train on two RandAugments of each mixed batch")
     add_boolean(add, "--crop_test", False, "evaluate the whole image and its centre together")
-    flags.add_flags(
-        parser, data.NAMES, models.ALL,
-        {"data_dir": ["--data_path"], "root_dir": ["--save"], "arch": ["--net_name"],
-         "lr": ["--init_lr"], "print_freq": ["--report_freq"], "resume": ["--load_path"]},
-        pretrained="")
+    flags.add_flags(parser, data.NAMES, models.ALL, {
+        "data_dir": ["--data_path"], "root_dir": ["--save"], "arch": ["--net_name"],
+        "lr": ["--init_lr"], "print_freq": ["--report_freq"], "resume": ["--load_path"]
+    }, pretrained="")
 
     first = parser.peek(argv)
     config = configs.CONFIGS[first.config] | configs.METHODS.get(first.method, {})
@@ -113,7 +110,7 @@ def parse_args(argv=None):
 
 def method_name(args) -> str:
     """Return the names of what is on, as in 'randaugment-resizemix'; 'baseline' if nothing is."""
-    names = [name for name in configs.TITLES if getattr(args, name, False)]
+    names = [name for name in SWITCHES if getattr(args, name)]
     return "-".join(["cutmix"] * (args.cutmix_prob > 0) + names) or "baseline"
 
 
@@ -130,15 +127,8 @@ def check_launcher(args):
 
 # ----------------------------------------------------------------------------------------- mixing
 
-class Mixed(NamedTuple):
-    """A batch for the network, and the partners, for the preview."""
-    images: torch.Tensor            # (B, 3, H, W), or (2B, 3, H, W) under --batch_aug
-    targets: torch.Tensor           # (B, num_classes), or twice these
-    perm: torch.Tensor | None = None
-
-
-def mix_batch(images, labels, args, info, generator) -> Mixed:
-    """Return the batch mixed by the methods that are on, with draws from `generator`."""
+def mix_batch(images, labels, args, info, generator) -> tuple:
+    """Return mixed images (2B under --batch_aug), soft targets, and the partners or None."""
     n, size, perm = len(images), tuple(images.shape[-2:]), None
     compiled = partial(runtime.compiled, args=args)
     targets = mixing.probabilities(labels, info.num_classes)
@@ -146,7 +136,6 @@ def mix_batch(images, labels, args, info, generator) -> Mixed:
         centres = mixing.draw_pixels(n, size, generator)
         images = compiled(mixing.cutout)(images, centres, args.cutout)
     by_cutmix = torch.rand((), generator=generator) < args.cutmix_prob
-
     if by_cutmix or args.resizemix:
         perm = mixing.draw_perm(n, generator)
         if by_cutmix:
@@ -159,21 +148,17 @@ def mix_batch(images, labels, args, info, generator) -> Mixed:
             # not compiled: nearly every scale would be a new shape
             images, ratio = resize_mix(images, perm, scale, corners)
         targets = mixing.soft_targets(labels, perm, ratio, info.num_classes)
-
     if args.batch_aug:
         images = randaugment.batch_aug(images, generator, mean=info.mean, std=info.std)
         targets = torch.cat([targets, targets])
-    return Mixed(images, targets, perm)
+    return images, targets, perm
 
 
 # --------------------------------------------------------------------------------------- training
 
 def step_rate(args, step: int, epoch_steps: int) -> float:
-    """Return the learning rate of training step `step`, counted from 0 over all epochs.
-
-    Linear warm-up, then a half cosine to --min_lr, or one from --lr for each of --restart_epochs
-    (Loshchilov & Hutter 2017), or times --gamma at each of the --milestones.
-    """
+    """Return the learning rate of step `step` of the run, from 0; --restart_epochs: cosines from
+    --lr that begin after one another (Loshchilov & Hutter 2017)."""
     warmup = args.warmup_epochs * epoch_steps
     if step < warmup:
         return args.warmup_start_lr + (args.lr - args.warmup_start_lr) * step / warmup
@@ -190,10 +175,10 @@ def step_rate(args, step: int, epoch_steps: int) -> float:
 
 def training_step(model, images, labels, args, info, generator, scaler):
     """Leave the gradients of one step in the parameters; return the loss and the logits."""
-    mixed = mix_batch(images, labels, args, info, generator)
+    mixed, targets, _ = mix_batch(images, labels, args, info, generator)
     with runtime.autocast(args, images.device):
-        logits = model(mixed.images)
-    loss = mixing.soft_cross_entropy(logits, mixed.targets)
+        logits = model(mixed)
+    loss = mixing.soft_cross_entropy(logits, targets)
     scaler.scale(loss).backward()
     return loss, logits[:len(labels)]                       # of --batch_aug's first half
 
@@ -220,17 +205,34 @@ def train_one_epoch(net, model, loader, optimizer, scaler, args, info, run):
     return sums
 
 
+@torch.no_grad()
+def multiply_adds(net, image_size: int) -> int:
+    """Return the multiply-adds of one image (no biases) in a network on the CPU."""
+    with FlopCounterMode(display=False) as counter:
+        copy.deepcopy(net).eval()(torch.zeros(1, 3, image_size, image_size))
+    return counter.get_total_flops() // 2
+
+
+@torch.no_grad()
+def latency(net, image_size: int, device: torch.device) -> str:
+    """Return the median time of a forward pass: of 32 images on a GPU, of 1 on a CPU."""
+    images = torch.zeros(32 if device.type == "cuda" else 1, 3, image_size, image_size)
+    timer = Timer("net(images)", num_threads=torch.get_num_threads(),
+                  globals={"net": copy.deepcopy(net).eval(), "images": images.to(device)})
+    seconds = timer.blocked_autorange(min_run_time=2).median
+    return f"{1000 * seconds:.2f} ms for a batch of {len(images)} ({device.type})"
+
+
 def draw_preview(path, train, args, info):
     """Draw the first training batch, mixed; return the path."""
     train.set_epoch(0)
     images, labels = next(iter(train))
     args = copy.copy(args)
     args.cutmix_beta, args.resizemix_low, args.resizemix_high = 32.0, 0.55, 0.8     # well mixed
-    mixed = mix_batch(images, labels, args, info, distributed.step_generator(args.seed, 0, 0))
-    rows = {"image": images, "partner": None if mixed.perm is None else images[mixed.perm],
-            "mixed": mixed.images[:len(images)]}
-    title = " and ".join(configs.TITLES[name] for name in method_name(args).split("-"))
-    return plots.preview(path, f"{title} on {info.name}", rows, mixed.targets[:len(images)], info)
+    n, generator = len(images), distributed.step_generator(args.seed, 0, 0)
+    mixed, targets, perm = mix_batch(images, labels, args, info, generator)
+    rows = {"image": images, "partner": None if perm is None else images[perm], "mixed": mixed[:n]}
+    return plots.preview(path, f"{method_name(args)} on {info.name}", rows, targets[:n], info)
 
 
 def load_data(args, device):
@@ -255,7 +257,6 @@ def main(argv=None):
     args = parse_args(argv)
     check_launcher(args)
     device = runtime.setup(args)
-
     train, test, info = load_data(args, device)
     torch.manual_seed(args.seed)
     net = models.build(args.arch, info.num_classes, info.image_size,
@@ -268,7 +269,6 @@ def main(argv=None):
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     log(f"{about(info, net, train, args)}; {cost / 1e6:,.1f} M multiply-adds an image; "
         f"method {method_name(args)}")
-
     run = Run(args, device, info, [method_name(args)], model=net, optimizer=optimizer,
               scaler=scaler)
     if args.evaluate or args.preview:
@@ -285,14 +285,12 @@ def main(argv=None):
         log(f"latency: {latency(net, info.image_size, device)}")
     if args.evaluation:
         log(f"test: {evaluation.sentence(evaluation.evaluate(judged, test, args, info))}")
-
     while not run.over:
         sums = train_one_epoch(net, model, train, optimizer, scaler, args, info, run)
         row, timing = {"lr": optimizer.param_groups[0]["lr"]} | sums.result(), run.clock()
         distributed.share_buffers(net)
         row |= evaluation.columns(evaluation.evaluate(judged, test, args, info))
         run.end_epoch(row | timing, row["test_accuracy"], sums)
-
     evaluation.report(judged, test, args, info, run)
     run.finish(f"{method_name(args)}, {args.arch} on {info.name}", draw_preview, train, args, info)
     return net

@@ -4,15 +4,13 @@
     python resizemix/make_recordio.py imagenet/train records/train
     python resizemix/make_recordio.py imagenet/val records/val --classes records/train_classes.txt
 
-Labels number the class folders in alphabetical order; PREFIX_classes.txt names them. The images are
-shuffled once, because readers stream the file in order and shuffle a window only. Unreadable files
-are left out and listed in PREFIX_unreadable.txt. The same command continues a run that was stopped,
-even killed; the index is written last, and no program reads PREFIX.rec without it.
+Labels number the classes of PREFIX_classes.txt. The images are shuffled once, since readers shuffle
+a window only; unreadable files are left out and listed in PREFIX_unreadable.txt. The same command
+continues a run that was stopped, even killed: the index is written last.
 """
 import io
 import os
 import signal
-import struct
 import sys
 from functools import partial
 from pathlib import Path
@@ -27,13 +25,11 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from common import distributed, flags, runtime
-from common.data import recordio
 from common.data.images import decode, read_text, reason
 from common.data.lists import list_classes, printable
+from common.data.recordio import FRAME, HEADER, MAGIC, pack
 from common.errors import DataError
 from common.files import lock, write_atomic
-
-HEAD = struct.Struct("<IIIfQQ")         # a record's frame and header
 
 
 def parse_args(argv=None):
@@ -69,36 +65,31 @@ def make_record(item: int, args, items, job: int) -> tuple[bytes, str]:
     """Return an item's record and '', or b'' and why its image cannot be read."""
     path, label = items[item]
     try:
-        encoded = encode(Path(args.images, path), args.resize, args.quality)
-        return recordio.pack(label, item, encoded, job), ""
+        encoded = Path(args.images, path).read_bytes()
+        kind, image = Image.open(io.BytesIO(encoded)).format, decode(encoded)
+        factor = min(1, args.resize / min(image.size)) if args.resize else 1
+        if factor < 1:
+            image = image.resize([max(args.resize, round(side * factor)) for side in image.size],
+                                 Image.Resampling.BICUBIC)
+        if factor < 1 or args.quality or kind not in ("JPEG", "PNG"):
+            out = io.BytesIO()
+            image.save(out, "JPEG", quality=args.quality or 95)
+            encoded = out.getvalue()
+        return pack(label, item, encoded, job), ""
     except Exception as fault:              # Pillow raises nearly anything for damaged files
         return b"", reason(fault)
-
-
-def encode(path: Path, side: int | None, quality: int | None) -> bytes:
-    """Return an image file as JPEG or PNG, its shorter side at most `side`."""
-    data = path.read_bytes()
-    kind, image = Image.open(io.BytesIO(data)).format, decode(data)
-    factor = min(1, side / min(image.size)) if side else 1
-    if kind in ("JPEG", "PNG") and factor == 1 and not quality:
-        return data
-    if factor < 1:
-        image = image.resize([max(side, round(length * factor)) for length in image.size],
-                             Image.Resampling.BICUBIC)
-    out = io.BytesIO()
-    image.save(out, "JPEG", quality=quality or 95)
-    return out.getvalue()
 
 
 def find_written(rec, job: int) -> dict[int, int]:
     """Return byte offsets by item of an unfinished run's whole records in the open file `rec`; cut
     off the rest. Raises DataError where it holds anything but records of this `job`."""
     index, end, size = {}, 0, rec.seek(0, os.SEEK_END)
-    while end + HEAD.size <= size:
+    while end + FRAME.size + HEADER.size <= size:
         rec.seek(end)
-        magic, length, _, _, item, made_by = HEAD.unpack(rec.read(HEAD.size))
-        after = end + recordio.FRAME.size + length + -length % 4
-        if (magic, made_by) != (recordio.MAGIC, job) or after > size:
+        magic, length = FRAME.unpack(rec.read(FRAME.size))
+        _, _, item, made_by = HEADER.unpack(rec.read(HEADER.size))
+        after = end + FRAME.size + length + -length % 4
+        if (magic, made_by) != (MAGIC, job) or after > size:
             break
         index[item], end = end, after
     if size and not index:

@@ -1,5 +1,4 @@
-"""ResizeMix (Qin et al. 2020): a whole image, made small, is pasted into another one. Also this
-paper's CutMix, which cuts whole pixels, and the central crop of its evaluation."""
+"""ResizeMix (Qin et al. 2020), this paper's CutMix, and the central crop of its evaluation."""
 import torch
 from torch import Tensor, nn
 
@@ -12,8 +11,7 @@ def box_size(image_size: tuple[int, int], scale: float) -> tuple[int, int]:
 
 
 def clip_corners(centres: Tensor, size: tuple[int, int], image_size: tuple[int, int]) -> Tensor:
-    """Return upper left corners (B, 2) y, x of boxes of `size` (h, w) around `centres` (B, 2),
-    moved inside where they would leave the image."""
+    """Return upper left corners (B, 2) of boxes of `size` around `centres` (B, 2), moved inside."""
     size, image_size = torch.tensor(size), torch.tensor(image_size)
     return (centres - size // 2).clamp(min=0).minimum(image_size - size)
 
@@ -25,10 +23,7 @@ def draw_scale(generator: torch.Generator, low: float = 0.1, high: float = 0.8) 
 
 def draw_corners(n: int, image_size: tuple[int, int], scale: float,
                  generator: torch.Generator | None = None) -> Tensor:
-    """Return upper left corners (n, 2) y, x of small images in images of `image_size` (H, W).
-
-    Centres are uniform and boxes are moved inside: corners at the border are likelier.
-    """
+    """Return upper left corners (n, 2) y, x of small images whose centres are uniform."""
     centres = draw_pixels(n, image_size, generator)
     return clip_corners(centres, box_size(image_size, scale), image_size)
 
@@ -43,11 +38,8 @@ def nearest_index(size: int, length: int, scale: float, device) -> Tensor:
 def resize_mix(images: Tensor, perm: Tensor, scale: float | Tensor, corners: Tensor
                ) -> tuple[Tensor, Tensor]:
     """Paste image perm[i], resized by `scale`, into image i at corners[i] (the paper's eq. 2-4).
-
-    `images` (B, C, H, W) in any range; `scale` in (0, 1], a float or CPU scalar, since it sets a
-    size; `corners` (B, 2) integers y, x. Returns the mixed images and ratio (B,), the share of the
-    first image's pixels that stay.
-    """
+    `scale` in (0, 1], a float or CPU scalar, since it sets a size; `corners` (B, 2) integers y, x.
+    Returns the mixed images and ratio (B,), the share of pixels that stay."""
     (n, channels, height, width), device = images.shape, images.device
     perm, corners = (t.to(device, non_blocking=True).long() for t in (perm, corners))
     h, w = box_size((height, width), scale)
@@ -66,11 +58,8 @@ def resize_mix(images: Tensor, perm: Tensor, scale: float | Tensor, corners: Ten
 
 def cutmix(images: Tensor, perm: Tensor, centre: Tensor, lam: float | Tensor
            ) -> tuple[Tensor, Tensor]:
-    """CutMix as this paper's baseline has it, in whole pixels and with one box for the batch.
-
-    `centre` (2,) integers y, x; `lam` in [0, 1]. Returns the mixed images and ratio (B,), the
-    share of pixels that stay.
-    """
+    """CutMix as this paper's baseline has it, in whole pixels, with one box for the batch around
+    `centre` (2,) y, x. Returns the mixed images and ratio (B,), the share of pixels that stay."""
     size, cut = images.shape[-2:], (1 - torch.as_tensor(lam).double()).sqrt()
     halves = torch.stack([(length * cut).long() // 2 for length in size])
     low, end = (centre - halves).clamp(min=0), (centre + halves).minimum(torch.tensor(size))

@@ -1,4 +1,4 @@
-"""RandAugment (Cubuk et al. 2020) in this paper's two forms, and AutoAugment (2019)."""
+"""RandAugment (Cubuk et al. 2020) of loaded images and of mixed batches, and AutoAugment (2019)."""
 import functools
 import math
 
@@ -9,8 +9,6 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from common.randaugment import BLENDS, Operation, apply_operations, blur, both_signs
-
-# --------------------------------------------------------------------- drawn for each loaded image
 
 # lowest and highest setting; of Solarize in pixel values, of Posterize in bits, else factors
 PER_IMAGE = {"Identity": (0, 1), "AutoContrast": (0, 1), "Invert": (0, 1), "Equalize": (0, 1),
@@ -24,8 +22,7 @@ def value(low: float, high: float, magnitude: float) -> float:
 
 
 def randaugment(images: Tensor, operations: Tensor, magnitude: float = 14) -> Tensor:
-    """Return images (B, 3, H, W) uint8 after operations[i, 0], operations[i, 1], … on image i;
-    `operations` (B, count): CPU indices into PER_IMAGE."""
+    """Return images uint8 after `operations` (B, count), CPU indices into PER_IMAGE, on each."""
     settings = {name: value(*limits, magnitude) for name, limits in PER_IMAGE.items()}
     table = [Operation(name, setting - 1 if name in BLENDS else
                        setting / 255 if name == "Solarize" else int(setting))
@@ -59,8 +56,6 @@ def autoaugment(images: Tensor, generator: torch.Generator, kind: v2.AutoAugment
     chosen = chosen.where(applied <= probability[policy], len(table) - 1)
     return apply_operations(images, [table] * 2, chosen.T)
 
-
-# --------------------------------------------------------------------- drawn once for a mixed batch
 
 def affine(images: Tensor, a=1.0, b=0.0, c=0.0, d=0.0, e=1.0, f=0.0) -> Tensor:
     """Return images whose pixel (x, y), from the middle, is pixel (ax + by + c, dx + ey + f) of
@@ -99,8 +94,7 @@ PER_BATCH = {
     "contrast": (0.1, 1.9, TF.adjust_contrast),
     "color": (0.1, 1.9, TF.adjust_saturation),
     "sharpness": (0.1, 1.9, sharpness),
-    "brightness": (0.1, 1.9, TF.adjust_brightness),
-}
+    "brightness": (0.1, 1.9, TF.adjust_brightness)}
 GEOMETRIC = ("shear_x", "shear_y", "translate_x", "translate_y", "rotate")      # with a sign
 
 
@@ -125,6 +119,6 @@ def batch_randaugment(images: Tensor, operations: list[tuple[int, int]], *, mean
 
 
 def batch_aug(images: Tensor, generator: torch.Generator, *, mean, std) -> Tensor:
-    """Return two independent `batch_randaugment` views of a mixed batch: 2B images."""
+    """Return two views of a mixed batch, 2B images, each by operations drawn for all of it."""
     return torch.cat([batch_randaugment(images, draw_batch_operations(generator),
                                         mean=mean, std=std) for _ in range(2)])

@@ -40,8 +40,7 @@ CONFIGS |= {
     "cifar100_swin_t": {**VIT, "arch": "swin_t", "mode": ("nearest",), "lr": 5e-4,
                         "block_lr": 5e-4, "drop_path": 0.2},
     "cifar100_convnext_t": {**VIT, "arch": "convnext_t", "image_size": 32, "lr": 1e-3,
-                            "block_lr": 7.5e-4, "drop_path": 0.1},
-}
+                            "block_lr": 7.5e-4, "drop_path": 0.1}}
 
 # The authors' folders, our name of each; their files, behind the network's name; what a file has
 # beside the alias. Tiny's file that promises mask_adjust 0.25 has 0, as in its table.
@@ -74,11 +73,9 @@ FILES = {
     ("cub200", "cub"): {"l2_a2_bili_val_dp01_mb_mlr5e_4_1xb16_ep200": {}},
     ("aircrafts", "aircraft"): {"l2_a2_bili_val_dp01_mb_mlr5e_4_1xb16_ep200": {}},
     ("inaturalist2017", "inat2017"): {"l2_a2_bili_val_dp01_mb_mlr1e_4_bb_mlr0_4xb64_ep100": {}},
-    ("place205", "places205"): {"l2_a2_bili_val_dp01_mb_mlr1e_4_bb_mlr0_4xb64_ep100": {}},
-}
+    ("place205", "places205"): {"l2_a2_bili_val_dp01_mb_mlr1e_4_bb_mlr0_4xb64_ep100": {}}}
 
-# What --method changes: AutoMix's settings, of all and by alias, and the Beta parameters of Mixup
-# and CutMix in the paper's tables
+# What --method changes: AutoMix's settings, of all and by alias; Mixup's and CutMix's alpha
 METHODS = {"samix": "SAMix", "automix": "AutoMix", "mixup": "Mixup", "cutmix": "CutMix",
            "vanilla": "Plain training"}
 AUTOMIX = {"mask_loss_kind": "l1", "mode": ("nearest",), "dropout": 0.0,
@@ -88,33 +85,29 @@ AUTOMIX_OWN = {
     "imagenet_r50": {"block_momentum": 0.0},            # as its 100-epoch file
     **dict.fromkeys(["cifar100_r18", "cifar100_rx50", "cifar100_wrn28_8", "tiny_r18", "tiny_rx50"],
                     {"lam_concat": False}),
-    "cub_rx50": {"mask_loss_kind": "l1_variance"},
-    "aircraft_r18": {"ema_end": 0.99999},
+    "cub_rx50": {"mask_loss_kind": "l1_variance"}, "aircraft_r18": {"ema_end": 0.99999},
     "aircraft_rx50": {"ema_end": 0.99999, "mask_loss_kind": "l1_variance"},
     "places205_r50": {"block_min_lr": 1e-3},
     "cifar100_deit_s": {**VIT_RATES, "warmup_epochs": 5}, "cifar100_swin_t": VIT_RATES,
-    "cifar100_convnext_t": {"lr": 2e-3, "block_lr": 1e-3, "clip_grad": 0.0},
-}
+    "cifar100_convnext_t": {"lr": 2e-3, "block_lr": 1e-3, "clip_grad": 0.0}}
 ALPHAS = {"imagenet": (0.2, 1.0), "cifar100": (1.0, 0.2), "tiny-imagenet-200": (1.0, 1.0),
           "cub200": (0.2, 1.0)}         # mixup, cutmix
 
 
 def find(name: str) -> tuple[str, dict]:
-    """Return alias and overrides of an alias or file name, with or without path and `.py`.
-
-    Raises ValueError for another name, or one that several folders have.
-    """
+    """Return alias and overrides of an alias or file name, with or without path and `.py`; for
+    another name, or one that several folders have, ValueError."""
     *path, file = name.removesuffix(".py").split("/")
-    found = [(alias, {}) for alias in CONFIGS if alias == name]
+    found = {name: {}} if name in CONFIGS else {}
     for (folder, family), files in FILES.items():
         for alias in CONFIGS:
             own = files.get(file.removeprefix(alias.removeprefix(f"{family}_") + "_"))
             if alias.startswith(family) and own is not None and (not path or folder in path):
-                found.append((alias, own))
+                found[alias] = own
     if len(found) != 1:
-        raise ValueError(f"{name!r} is one of {', '.join(alias for alias, _ in found)}: give the "
-                         "path" if found else f"{name!r} is none of {', '.join(CONFIGS)}")
-    return found[0]
+        raise ValueError(f"{name!r} is one of {', '.join(found)}: give the path" if found else
+                         f"{name!r} is none of {', '.join(CONFIGS)}")
+    return found.popitem()
 
 
 def config(name: str, method: str = "samix") -> dict:

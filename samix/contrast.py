@@ -9,8 +9,7 @@ from common.precision import full_precision
 
 
 class Encoder(nn.Module):
-    """A backbone as `momentum.Branch` has, of `width` pooled features, and MoCo v2's projection
-    through `neck` units: images -> (middle feature map, embedding (B, dim))."""
+    """A backbone and MoCo v2's projection: images -> (middle feature map, embedding (B, dim))."""
 
     def __init__(self, backbone: nn.Module, width: int, dim: int = 128, neck: int = 2048):
         super().__init__()
@@ -23,8 +22,7 @@ class Encoder(nn.Module):
 
 
 class Queue(nn.Module):
-    """The keys of past images, (size, dim), the negatives of all losses; the same on all ranks, so
-    outside what DistributedDataParallel wraps, which would send it around at every step."""
+    """The keys of past images, the negatives; alike on all ranks, so outside what DDP wraps."""
 
     def __init__(self, size: int, dim: int):
         super().__init__()
@@ -73,8 +71,7 @@ def mixed_nce(mixed: Tensor, first: Tensor, second: Tensor, lam: float | Tensor,
 
 def mixed_pair(mixed: Tensor, first: Tensor, second: Tensor, lam: float | Tensor,
                temperature: float = 0.2) -> Tensor:
-    """Return the binary cross entropy of which of its two images a mixture shows, at ratio lam: the
-    local part of the mixing objective (section 3.2), without a queue."""
+    """Return the binary cross entropy of which image a mixture shows at ratio lam (section 3.2)."""
     difference = similarity(mixed, first, temperature) - similarity(mixed, second, temperature)
     return (lam * F.softplus(-difference) + (1 - lam) * F.softplus(difference)).mean()
 

@@ -5,8 +5,7 @@
     python samix/linear_probe.py --weights random --arch resnet18 --dataset cifar100 --data_dir data
     torchrun --nproc_per_node=8 samix/linear_probe.py --weights … --data_dir imagenet --amp bf16
 
-Network and data set are those of the checkpoint; `random` probes an untrained network. The training
-images are seen once, without augmentation; the regression on standardised features converges.
+Network and data set are those of the checkpoint; the regression on standardised features converges.
 """
 import signal
 import sys

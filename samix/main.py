@@ -39,8 +39,6 @@ from samix.schedule import cosine, ema_momentum, parameter_groups, step_rates
 LEARNED = ("samix", "automix")          # methods with a MixBlock
 
 
-# ------------------------------------------------------------------------------------------ flags
-
 def parse_args(argv=None):
     """Return the flags; usage errors end the program with exit code 2."""
     parser = flags.Parser(__doc__)
@@ -330,7 +328,6 @@ def main(argv=None):
         row |= evaluation.columns(next(iter(heads.values())))
         row |= {f"{name}_accuracy": head["top1"] for name, head in heads.items()}
         run.end_epoch(row | timing, row["test_accuracy"], sums)
-
     evaluation.report(headline, test, args, info, run)
     if args.method in LEARNED:
         log(report(run))

@@ -50,8 +50,7 @@ class MixBlock(nn.Module):
 
     'samix': lambda multiplies the features, query and key see both images, the value is non-linear.
     'automix': the query sees the first image, the key, of the same weights, the second, the value
-    is linear; with lam_concat lambda is one more input channel, else masks do not depend on it.
-    """
+    is linear; with lam_concat lambda is one more input channel, else masks do not depend on it."""
 
     def __init__(self, in_channels: int, lam_mul_k: float = -1, mode: str = "bilinear",
                  dropout: float = 0, variant: str = "samix", lam_concat: bool = True):
@@ -77,11 +76,8 @@ class MixBlock(nn.Module):
 
     def forward(self, features: Tensor, lam: float | Tensor, perm: Tensor, scale_factor: int, *,
                 partners: Tensor | None = None, mode: str | None = None) -> Tensor:
-        """Return masks (B, 2, scale_factor·h, scale_factor·w) >= 0 that sum to 1, float32.
-
-        `features` (B, C, h, w); `lam`, a scalar or (B,): the first image's share; image i is mixed
-        with perm[i], its features of `partners` where these are of another view.
-        """
+        """Return float32 masks (B, 2, scale_factor·h, scale_factor·w) of images with shares `lam`,
+        a scalar or (B,), mixed with perm[i], whose features are of `partners` if given."""
         perm = perm.to(features.device, non_blocking=True)
         lam = per_image(lam, features).to(features.dtype).view(-1, 1, 1, 1)
         # channels last: 1×1 convolutions and the attention's tokens are then the same memory
@@ -112,12 +108,8 @@ class MixBlock(nn.Module):
 
 def mask_loss(mask: Tensor, lam: float | Tensor, margin: float = 0.1,
               kind: str = "l1_variance") -> Tensor:
-    """Return how far the batch's mean mask is from lambda (section 3.3), beyond `margin`, a scalar.
-
-    `mask`: masks (B, 2, H, W), or the partners' share alone (B, H, W). 'l1_variance' and
-    'l2_variance' reward contrast, so they can be negative; 'l1' is AutoMix's; 'sparsity' ignores
-    lambda.
-    """
+    """Return how far masks (B, 2, H, W), or partners' shares (B, H, W), are in mean from lambda
+    beyond `margin` (section 3.3); variances reward contrast, and 'sparsity' ignores lambda."""
     share = mask[:, -1] if mask.ndim == 4 else mask
     if kind == "sparsity":
         return ((share * (1 - share)).mean() - margin).clamp(min=0)
@@ -135,8 +127,7 @@ def mask_columns(mask: Tensor) -> dict:
 
 
 def adjust_mask(mask: Tensor, lam: float | Tensor, margin: float = 0.0) -> Tensor:
-    """Return masks (B, 2, H, W) rescaled so that the first one's mean is `lam`, a scalar or (B,),
-    where it is further than `margin` from it."""
+    """Return masks (B, 2, H, W) of mean `lam`, rescaled where further than `margin` from it."""
     first = mask[:, 0].clamp(1e-8, 1 - 1e-8)
     mean, lam = first.mean((1, 2), keepdim=True), per_image(lam, mask).view(-1, 1, 1)
     lower, higher = first * (lam / mean), 1 - (1 - first) * ((1 - lam) / (1 - mean))
@@ -153,8 +144,7 @@ def plain_near_ends(mask: Tensor, lam: Tensor, lam_margin: float = 0.08) -> Tens
 
 
 def mix(images: Tensor, mask: Tensor, perm: Tensor, partners: Tensor | None = None) -> Tensor:
-    """Return images (B, C, H, W) mixed by a mask (B, 2, H, W): mask 0 shows image i, mask 1 image
-    perm[i], of `partners` where these are other views."""
+    """Return images mixed by masks (B, 2, H, W) with images[perm], or with partners[perm]."""
     perm = perm.to(images.device, non_blocking=True)
     others = (images if partners is None else partners)[perm]
     return torch.lerp(others, images, mask[:, :1].to(images.dtype))

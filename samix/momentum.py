@@ -33,10 +33,8 @@ def momentum_update(k: nn.Module, q: nn.Module, momentum: float):
 def head_loss(logits: Tensor, targets: Tensor, head: str = "ce", neg_weight: float = 1.0,
               smoothing: float = 0.0) -> Tensor:
     """Return the loss of `logits` (B, K) against labels (B,) or soft targets (B, K), mean over B.
-
-    'ce': cross entropy, labels smoothed by `smoothing`. 'bce': binary cross entropies, summed over
-    the classes; `neg_weight` (eta, section 3.2) weighs those of classes not in the image.
-    """
+    'bce': binary cross entropies, summed over the classes; `neg_weight` (eta, section 3.2) weighs
+    those of classes not in the image."""
     logits = logits.float()
     if head == "ce":
         return F.cross_entropy(logits, targets, label_smoothing=smoothing)

@@ -40,8 +40,7 @@ METHODS = {"samix": "SAMix", "moco": "MoCo v2"}
 CONFIGS = {                             # the blur is for large images alone
     "cifar100_r18": {"dataset": "cifar100", "arch": "resnet18", "blur": 0.0, "queue": 4096},
     "imagenet_r18": {"dataset": "imagenet", "arch": "resnet18", "blur": 0.5, "queue": 65536},
-    "imagenet_r50": {"dataset": "imagenet", "arch": "resnet50", "blur": 0.5, "queue": 65536},
-}
+    "imagenet_r50": {"dataset": "imagenet", "arch": "resnet50", "blur": 0.5, "queue": 65536}}
 
 
 def parse_args(argv=None):
@@ -231,7 +230,6 @@ def main(argv=None):
         warn_of_collapse(row, run)
         row["knn_accuracy"] = knn_accuracy(net.q.backbone, test, info.num_classes, args)
         run.end_epoch(row | timing, None, sums)
-
     run.finish(f"{METHODS[args.method]}, {args.arch} on {info.name} (accuracy: queries nearest to "
                "their own key)", draw_preview, net, train, args, info)
     log(f"now: python samix/linear_probe.py --weights {run.folder / 'checkpoint.pt'}")

@@ -14,8 +14,7 @@ def ema_momentum(step: int, total: int, base: float, end: float, start: float) -
 
 
 def parameter_groups(net, args) -> list[dict]:
-    """Return what learns, q and the MixBlock apart; under AdamW norms, biases, tokens and positions
-    have groups without decay."""
+    """Return what learns, q and the MixBlock apart; AdamW decays no norm, bias, token, position."""
     groups = {}
     for name, parameter in net.named_parameters():
         if parameter.requires_grad:

@@ -1,8 +1,5 @@
-"""Two random views of each image (MoCo v2's augmentation): crop, flip, colours, grey, blur.
-
-Colours change by one affine map of an image's channels, as by DALI's color_twist: brightness,
-contrast (around mid-grey), saturation and hue (a turn of the colour plane).
-"""
+"""Two random views of each image (MoCo v2's augmentation): crop, flip, colours, grey, blur. Colours
+change by one affine map of the channels, as by DALI's color_twist; hue: a turn of their plane."""
 import math
 from typing import NamedTuple
 
@@ -30,8 +27,7 @@ class View(NamedTuple):
 
 
 def draw_view(n: int, size, generator, *, scale=(0.2, 1.0), blur: float = 0.5) -> View:
-    """Return draws for n images of `size` (height, width): crops of a share `scale` of the area;
-    `blur`: its probability."""
+    """Return draws for n images of `size` (H, W): crops of a share `scale`; blur: probability."""
     boxes = draw_boxes(n, size, scale, SCALE_RATIO, generator)
     flip, jittered, grey, blurred, width = torch.rand(5, n, generator=generator)
     change = (2 * torch.rand(4, n, generator=generator) - 1) * (jittered < JITTERED)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,8 +23,8 @@ from common import checkpoint, distributed, gradcam, models, plots
 from common.data import Recipe
 from common.errors import DataError, RunError
 from common.mixing import draw_lambda, draw_pixels
-from resizemix import cost, mixing, randaugment
 from resizemix import main as resizemix
+from resizemix import mixing, randaugment
 
 TINY = "--net_name wrn16_8 --initial_channels 4 --init_lr 0.05 --warmup_epochs 0 --device cpu"
 SMALL = f"--dataset digits --image_size 16 --labels_per_class 12 --batch_size 30 {TINY}".split()
@@ -242,8 +243,9 @@ def test_learning_rates():
 def mix(words, number=0):
     images, labels = batch()
     args = arguments(words)
-    return images, labels, resizemix.mix_batch(images, labels, args, Ten,
-                                               torch.Generator().manual_seed(number))
+    mixed = resizemix.mix_batch(images, labels, args, Ten, torch.Generator().manual_seed(number))
+    return images, labels, SimpleNamespace(**dict(zip(("images", "targets", "perm"), mixed,
+                                                      strict=True)))
 
 
 def test_mixed_batches_and_their_targets():
@@ -305,8 +307,8 @@ def test_autoaugment_changes_each_image_by_its_own_policy():
 
 def test_costs():
     net = resizemix.models.build("wresnet40_2", 100, 32)
-    assert cost.multiply_adds(net, 32) == pytest.approx(356.8e6, rel=0.01)
-    line = cost.latency(net, 8, torch.device("cpu"))
+    assert resizemix.multiply_adds(net, 32) == pytest.approx(356.8e6, rel=0.01)
+    line = resizemix.latency(net, 8, torch.device("cpu"))
     assert re.fullmatch(r"[\d.]+ ms for a batch of 1 \(cpu\)", line)
 
 
