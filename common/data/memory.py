@@ -94,49 +94,43 @@ class MemoryBatches:
             0, 2, 3, 1, 4, 5)
 
     def crop(self, step: int) -> torch.Tensor:
-        """Return uint8 images of a step, cropped to the size they are stored in by one gather."""
+        """Return uint8 images of a step, cropped by one gather and resized."""
         part, windows = self.part(step), self.windows
         index = self.order[part]
         if self.recipe.transform_first:
             windows = self.all_windows(self.transformed(windows[index, 0, 0], step),
                                        self.recipe.padding)
             index = torch.arange(len(index), device=self.home)
-        return windows[(index, *self.shifts[:, part])]
-
-    def by_torch(self, step: int) -> torch.Tensor:
-        """Return cropped, resized and flipped uint8 images of a step."""
-        images, part = self.crop(step), self.part(step)
+        images = windows[(index, *self.shifts[:, part])]
         if self.recipe.crop == "resized" or self.size != self.stored:
             images = resize_boxes(images, self.boxes[:, part], self.size, self.recipe.interpolation)
+        return images
+
+    def by_torch(self, step: int) -> torch.Tensor:
+        """Return cropped and flipped uint8 images of a step."""
+        images = self.crop(step)
         if not self.recipe.flip:
             return images
-        return torch.where(self.flips[part, None, None, None], images.flip(3), images)
+        return torch.where(self.flips[self.part(step), None, None, None], images.flip(3), images)
 
     def by_dali(self, steps):
-        """Yield the same images, resized and flipped by DALI (resized ones within rounding)."""
+        """Yield the same images, brought to the device and flipped by DALI."""
         from nvidia.dali import fn, pipeline_def, types
-        mode = types.INTERP_CUBIC if self.recipe.interpolation == "bicubic" else types.INTERP_LINEAR
         on_gpu = self.device.type == "cuda"
 
         def source(info):
             if info.iteration >= len(steps):
                 raise StopIteration
             step = steps[info.iteration]
-            part = self.part(step)
             images = self.crop(step).permute(0, 2, 3, 1).contiguous().numpy()
-            corner, sides = self.boxes[:, part].int().view(2, 2, -1).mT.contiguous().numpy()
-            return images, corner, sides, self.flips[part].int().numpy()
+            return images, self.flips[self.part(step)].int().numpy()
 
         @pipeline_def(batch_size=-(-self.batch_size // distributed.world()),
                       num_threads=self.workers, exec_dynamic=True,
-                      device_id=self.device.index if on_gpu else None)
+                      device_id=(self.device.index or 0) if on_gpu else None)
         def pipeline():
-            images, corner, sides, mirror = fn.external_source(source, num_outputs=4,
-                                                               batch_info=True)
-            images = fn.slice(images.gpu() if on_gpu else images, corner, sides, axes=(0, 1))
-            if self.recipe.crop == "resized":
-                images = fn.resize(images, size=self.size, interp_type=mode, antialias=True)
-            return fn.crop_mirror_normalize(images, crop=self.size, mirror=mirror,
+            images, mirror = fn.external_source(source, num_outputs=2, batch_info=True)
+            return fn.crop_mirror_normalize(images.gpu() if on_gpu else images, mirror=mirror,
                                             dtype=types.UINT8, output_layout="CHW")
 
         pipe = pipeline()
