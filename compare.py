@@ -64,16 +64,15 @@ def read(folder: Path, last: int) -> SimpleNamespace:
 
 def find(folders: list[str], last: int) -> list[list]:
     """Return runs in groups that differ in nothing but the seed, in the order of `folders`."""
-    found, groups = {}, {}
+    groups = {}
     for folder in map(Path, folders):
         paths = sorted(folder.glob("args.json")) or sorted(folder.rglob("args.json"))
         if not paths:
             raise RunError(f"{folder}: no run (a folder with args.json) there")
-        found |= {path.resolve(): path.parent for path in paths}
-    for run in (read(folder, last) for folder in found.values()):
-        key = run.program, *((name, str(value)) for name, value in sorted(run.flags.items())
-                             if name not in IGNORED)
-        groups.setdefault(key, []).append(run)
+        for run in (read(path.parent, last) for path in paths):
+            key = run.program, *((name, str(value)) for name, value in sorted(run.flags.items())
+                                 if name not in IGNORED)
+            groups.setdefault(key, []).append(run)
     return list(groups.values())
 
 
@@ -87,7 +86,7 @@ def labels(groups: list[list]) -> list[str]:
         words = [f"{name} {' '.join(map(str, value)) if isinstance(value, list) else value}"
                  for name, value in run.flags.items() if name not in IGNORED
                  and any(other[name] != value for other in alike)]
-        words = ", ".join([method] * bool(method) + words)
+        words = ", ".join(filter(None, (method, *words)))
         names.append(": ".join(filter(None, (run.name, words))) or run.folder.name)
     return names
 

@@ -3,8 +3,8 @@
     mixer = torch.hub.load("owner/mixup-zoo", "mixer", method="sage", num_classes=100)
     mixed, targets = mixer(images, labels, model)       # then cross-entropy with soft targets
 
-`source="local"` and a path take a checkout. They run the programs' own code, imported under a name
-of its own: the caller's modules `common`, `sage`, … stay the caller's.
+`source="local"` and a path take a checkout. The programs' own code runs, imported as mixup_zoo.…:
+the caller's modules `common`, `sage`, … stay the caller's.
 """
 import builtins
 import contextlib
@@ -26,13 +26,10 @@ dependencies = ["torch", "torchvision", "numpy", "tqdm"]
 _ROOMS = ("common", "sage", "safuse", "soft_aug", "samix", "resizemix")
 
 
-def _import(name, globals=None, locals=None, fromlist=(), level=0):
-    """`import` as our modules see it: `common` is mixup_zoo.common, at any time."""
-    room = name.partition(".")[0]
-    if level or room not in _ROOMS:
-        return builtins.__import__(name, globals, locals, fromlist, level)
-    whole = builtins.__import__(f"mixup_zoo.{name}", globals, locals, fromlist)
-    return whole if fromlist else getattr(whole, room)
+def _import(name, *more):
+    """`from … import` as our modules see it: `common` is mixup_zoo.common, at any time."""
+    ours = name.partition(".")[0] in _ROOMS
+    return builtins.__import__(f"mixup_zoo.{name}" if ours else name, *more)
 
 
 class _Loader(importlib.machinery.SourceFileLoader):
@@ -105,25 +102,19 @@ class _Draws:
 
 
 class _Activations(nn.Module):
-    """A network as OcCaMix asks it: class activations by its last feature map and classifier."""
+    """A network as OcCaMix asks it: class activations of its last feature map by its classifier,
+    which must be its last Linear layer."""
 
     def __init__(self, net):
         super().__init__()
         self.net = net
 
     def activation_maps(self, images):
-        heads, maps = [part for part in self.net.modules() if isinstance(part, nn.Linear)], []
-
-        def note(part, args, out):
-            if isinstance(out, torch.Tensor) and out.ndim == 4 and out[0, 0].numel() > 1 \
-                    and heads and out.shape[1] == heads[-1].in_features:
-                maps.append(out)
-
-        with nn.modules.module.register_module_forward_hook(note):
+        maps, layer = [], _ours("common.gradcam").last_layer(self.net, images)
+        with layer.register_forward_hook(lambda part, args, out: maps.append(out)):
             self.net(images)
-        if not maps:
-            raise ValueError("occamix needs a network whose last feature map a Linear layer reads")
-        return _ours("safuse.network").activation_maps(maps[-1], heads[-1].weight)
+        *_, head = (part for part in self.net.modules() if isinstance(part, nn.Linear))
+        return _ours("safuse.network").activation_maps(maps[-1], head.weight)
 
 
 @contextlib.contextmanager
@@ -143,12 +134,11 @@ def _untouched(net: nn.Module):
 class Mixer:
     """A callable (images, labels, model=None) -> (mixed images, soft targets (B, num_classes)).
 
-    method: one of _METHODS; images (B, 3, H, W), normalised by `mean` and `std`; labels: class
-    indices (B,), or (not of softcrop) probabilities (B, num_classes); model: for puzzle, comix,
-    sage and occamix (whose network ends in a Linear layer); its statistics, gradients and mode
-    stay. seed: of the draws; each rank, DataLoader worker and epoch draws its own. A call's
-    `generator` is used instead; seeded once and copied into workers, it repeats itself each epoch.
-    prob: of mixing a batch. options: the program's flags, e.g. rand_pos=0.1.
+    images (B, 3, H, W), normalised by `mean` and `std`; labels: class indices (B,), or (not of
+    softcrop) probabilities (B, num_classes); model: for puzzle, comix, sage and occamix; its
+    statistics, gradients and mode stay. seed: of the draws; each rank, DataLoader worker and epoch
+    draws its own. A call's `generator` is used instead. prob: of mixing a batch. options: the
+    program's flags, e.g. rand_pos=0.1.
     """
 
     def __init__(self, method: str, num_classes: int, *, mean=(0.485, 0.456, 0.406),
@@ -174,8 +164,7 @@ class Mixer:
         half = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         self.args.amp = {None: "off", torch.bfloat16: "bf16", torch.float16: "fp16"}[half]
         with _untouched(net), torch.enable_grad(), torch.autocast(kind, enabled=False):
-            mixed, targets = self.mix(images.detach(), labels, net, draws)
-        return mixed.detach(), targets
+            return self.mix(images.detach(), labels, net, draws)
 
     def mix(self, images, labels, net, draws):
         """Return the program's own mixture, and its targets."""
@@ -189,15 +178,8 @@ class Mixer:
             return mixed.images, program.targets_of(labels, mixed, args, info.num_classes)
         if self.room == "sage":
             scaler = torch.amp.GradScaler(images.device.type, enabled=args.amp == "fp16")
-            mixed = program.mix_batch(net, images, labels, args, info, draws, scaler)
-            return mixed.images, mixed.targets
-        mixed, targets, _ = program.mix_batch(images, labels, args, info, draws)
-        return mixed, targets
-
-
-def slic(images, n_segments, compactness: float = 10.0, iterations: int = 10):
-    """SLIC superpixels (B, H, W) int64 of images (B, 3, H, W) in [0, 1], on their device."""
-    return _ours("safuse.superpixels").slic(images, n_segments, compactness, iterations)
+            return program.mix_batch(net, images, labels, args, info, draws, scaler)[:2]
+        return program.mix_batch(images, labels, args, info, draws)[:2]
 
 
 class SAMix(nn.Module):
@@ -205,7 +187,7 @@ class SAMix(nn.Module):
 
     backbone: images (B, 3, H, W) -> (middle feature map (B, C, h, w), pooled features (B, width)).
     Train the parameters that require a gradient; call `update()` after each of the `total_steps`
-    steps of the optimizer. options: samix/main.py's flags by their names.
+    steps of the optimizer. options: samix/main.py's flags.
     """
 
     def __init__(self, backbone: nn.Module, num_classes: int, *, total_steps: int,
@@ -239,7 +221,7 @@ class SAMix(nn.Module):
         self.step += 1
 
 
-mixer, samix = Mixer, SAMix
+mixer, samix, slic = Mixer, SAMix, _ours("safuse.superpixels").slic
 # The networks, untrained: name(num_classes, image_size=32, **options); initial_channels, dropout
 globals().update({name: partial(_ours("common.models").build, name)
                   for name in _ours("common.models").ALL})

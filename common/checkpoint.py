@@ -20,10 +20,8 @@ def digest(content) -> bytes:
 
 
 def save(folder: Path, state: dict, name: str = NEWEST):
-    """Write `state` (tensors, numbers, strings, lists and dicts of them) to folder/name.
-
-    The newest checkpoint before it becomes checkpoint.prev.pt; on a full disk it stays.
-    """
+    """Write `state` (tensors, numbers, strings, lists and dicts of them) to folder/name; the newest
+    checkpoint before it becomes checkpoint.prev.pt. On a full disk all stays."""
     path, buffer = folder / name, io.BytesIO()
     torch.save(state, buffer)
     buffer.write(digest(buffer.getbuffer()))                 # torch itself checks no CRC
@@ -47,11 +45,9 @@ def load(path) -> dict:
 
 
 def resume(source: str, folder: Path) -> dict | None:
-    """Return the state to go on from, None for a fresh start. Never overwrites another run.
-
-    source '': start fresh. 'auto': newest valid checkpoint of the folder, if any; a damaged newer
-    one is named and put aside. A path: that file.
-    """
+    """Return the state to go on from, None for a fresh start. source '': start fresh; 'auto': the
+    newest valid checkpoint, if any, a damaged newer one is named and put aside; a path: that file.
+    Raises RunError where another run would be overwritten."""
     newest, previous = folder / NEWEST, folder / PREVIOUS
     empty = not newest.exists() and not previous.exists()
     if source and source != "auto":

@@ -8,8 +8,6 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from common.errors import RunError
-
 
 def rank() -> int:
     """Return the number of this process among all (0 without torchrun)."""
@@ -77,14 +75,6 @@ def share_buffers(net):
     if world() > 1:
         for buffer in net.buffers():
             dist.broadcast(buffer, 0)
-
-
-def per_rank(batch_size: int) -> int:
-    """Return the images of this process in a step of `batch_size` over all processes."""
-    if batch_size % world():
-        raise RunError(f"--batch_size {batch_size} cannot be shared by {world()} processes: "
-                       f"take a multiple of {world()}")
-    return batch_size // world()
 
 
 def seed_of(*numbers) -> int:

@@ -18,15 +18,13 @@ FGSM = (4, 8)                                       # steps in 1/255
 
 
 def bin_sums(logits: Tensor, labels: Tensor, bins: int = BINS) -> Tensor:
-    """Return (3, bins) float64 sums of logits (N, C): confidence, hits, count of each bin.
-
-    Bin i holds confidences in (i/bins, (i+1)/bins] (Guo et al. 2017, section 2).
-    """
+    """Return (3, bins) float64 sums of logits (N, C): confidence, hits, count of each bin; bin i
+    holds confidences in (i/bins, (i+1)/bins] (Guo et al. 2017, section 2)."""
     confidence, predicted = logits.float().softmax(1).double().max(1)
     edges = torch.linspace(0, 1, bins + 1, device=logits.device, dtype=torch.float64)
     index = torch.bucketize(confidence, edges[1:-1])
     values = torch.stack([confidence, (predicted == labels).double(), torch.ones_like(confidence)])
-    return torch.zeros_like(values[:, :1]).repeat(1, bins).index_add_(1, index, values)
+    return values.new_zeros(3, bins).index_add_(1, index, values)
 
 
 def reliability_bins(logits: Tensor, labels: Tensor, bins: int = BINS):
@@ -185,8 +183,7 @@ def draw(path: Path, title: str, results: dict):
     plots.frame(left, title=f"Reliability, ECE {100 * results['clean']['ece']:.2f} %",
                 xlabel="confidence", xlim=(0, 1), ylim=(0, 1))
 
-    middle.plot(list(seen), list(seen.values()), color=plots.BLUE, marker="o", markersize=4,
-                linewidth=1.8, clip_on=False)
+    middle.plot(list(seen), list(seen.values()), "o-", color=plots.BLUE, clip_on=False)
     plots.frame(middle, title="Occlusion", xlabel="visible fraction of the image, %",
                 ylabel="accuracy, %", xlim=(0, 100), ylim=(0, 100))
 
@@ -194,6 +191,5 @@ def draw(path: Path, title: str, results: dict):
                        color=[plots.MUTED, *[plots.BLUE] * (len(bars) - 1)])
     right.bar_label(drawn, fmt="%.1f", padding=3, fontsize=8, color=plots.INK)
     right.invert_yaxis()
-    plots.frame(right, title="Attacks" + " and corruptions" * (len(bars) > 3),
-                xlabel="accuracy, %", xlim=(0, 108))
+    plots.frame(right, title="Attacks and corruptions", xlabel="accuracy, %", xlim=(0, 108))
     plots.save_figure(figure, path)

@@ -123,12 +123,10 @@ def add_flags(parser, datasets, archs, names: dict, **defaults):
         "(drawn by --seed)", type=number(above=0, high=0.9))
     add("image_size", "side of the square images in pixels, if not the data set's", type=positive)
     add("arch", ", ".join(archs), choices=archs, metavar="NET")
-    add("initial_channels", "64 is the network as published, 16 has a quarter of all its widths",
-        type=number(int, low=4))
+    add("initial_channels", "64: as published; 16: a quarter as wide", type=number(int, low=4))
     if "pretrained" in defaults:
-        add("pretrained", "begin with ImageNet weights: torchvision's (downloaded; the meaning of "
-            "the flag alone), a file's, or none", type=weights, nargs="?", const="torchvision",
-            metavar="FILE")
+        add("pretrained", "begin with ImageNet weights: torchvision's (the flag alone), a file's, "
+            "or none", type=weights, nargs="?", const="torchvision", metavar="FILE")
     add("epochs", "passes over the training images", type=positive)
     add("batch_size", "images of a step, over all processes", type=positive)
     add("lr", "learning rate", type=amount)
@@ -145,13 +143,11 @@ def add_flags(parser, datasets, archs, names: dict, **defaults):
 def add_run_time_flags(group, resume):
     """Add the flags of the machine, of resume, evaluation and pictures; resume: its other names."""
     add = group.add_argument
-    add("--device", choices=["auto", "cpu", "cuda"], default="auto",
-        help="auto: the GPU where there is one")
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: a GPU, if any")
     add("--amp", choices=["off", "bf16", "fp16"], default="off",
         help="autocast precision; fp16 scales the loss and needs a GPU")
     add_boolean(add, "--compile", False, "torch.compile the network and the mixing")
-    add_boolean(add, "--channels_last", True,
-                "memory format of the network; on, it measured faster everywhere")
+    add_boolean(add, "--channels_last", True, "memory format of the network (faster)")
     add("--loader", choices=["auto", "dali", "torch"], default="auto",
         help="who makes the batches; both augment alike, auto: the faster")
     add("--resume", *resume, type=path, metavar="auto|PATH",

@@ -56,8 +56,8 @@ def draw(path, net, test, args, info):
         return
     images, layer = next(iter(test))[0][:8], args.target_layer
     net.eval()
-    maps, logits = grad_cam(net, find_layer(net, layer) if layer else last_layer(net, images),
-                            images)
+    part = find_layer(net, layer) if layer else last_layer(net, images)
+    maps, logits = grad_cam(net, part, images)
     rows = {"image": images, "Grad-CAM": maps, "seen": images * maps[:, None]}
     plots.preview(path, f"{args.arch} on {info.name}, {layer or 'last feature map'}", rows,
                   logits[:, :info.num_classes].softmax(1), info)

@@ -1,8 +1,7 @@
 """Mixup, CutMix, Cutout, soft targets and their losses; the random draws they share.
 
 Draws are arguments of the mixing functions: the same draws give the same result on every device,
-without host synchronisation. They come from a CPU `torch.Generator` (which, copied into workers of
-a DataLoader, repeats itself each epoch), or by default from torch's own (which does not).
+without host synchronisation. They come from a CPU `torch.Generator`, by default torch's own.
 """
 from collections.abc import Callable
 
@@ -51,7 +50,7 @@ def send(values: Tensor, device: torch.device) -> Tensor:
 
 
 def check_floats(images: Tensor):
-    """Raise TypeError unless the images are floating point, as blends of bytes are wrong."""
+    """Raise TypeError unless the images are floating point."""
     if not images.is_floating_point():
         raise TypeError(f"images must be floating point, not {images.dtype}")
 
@@ -89,11 +88,9 @@ def mixup(images: Tensor, perm: Tensor, lam: float | Tensor) -> tuple[Tensor, Te
 
 def cutmix(images: Tensor, perm: Tensor, centre: Tensor, lam: float | Tensor
            ) -> tuple[Tensor, Tensor]:
-    """CutMix (Yun et al. 2019): a box of x[perm], sqrt(1 - lam) of each side, is pasted into x.
-
-    `centre` (y, x) of the box in pixels, (2,) or (B, 2); `lam` in [0, 1], a scalar or (B,). The box
-    is clipped to the image, its edges truncated to whole pixels. Returns the mixed images and ratio
-    (B,), the exact share of pixels that stay.
+    """CutMix (Yun et al. 2019): a box of x[perm], sqrt(1 - lam) of each side, is pasted into x;
+    the second result is the exact share (B,) of pixels that stay. `centre` (y, x) of the box in
+    pixels, (2,) or (B, 2); `lam` in [0, 1], a scalar or (B,); edges in whole pixels, truncated.
     """
     centre = centre.to(images.device, non_blocking=True)
     cut = (1 - per_image(lam, images)).sqrt()                # share of each side
@@ -106,10 +103,8 @@ def cutmix(images: Tensor, perm: Tensor, centre: Tensor, lam: float | Tensor
 
 
 def cutout(images: Tensor, centres: Tensor, side: float) -> Tensor:
-    """Cutout (DeVries & Taylor 2017): a square of every image becomes 0, the mean colour.
-
-    `centres` (B, 2) pixels y, x: the square reaches from side // 2 before to side // 2 after.
-    """
+    """Cutout (DeVries & Taylor 2017): a square of every image becomes 0, the mean colour; it
+    reaches from side // 2 before to side // 2 after `centres`, (B, 2) pixels y, x."""
     centres = centres.to(images.device, non_blocking=True)
     edges = zip((centres - side // 2).unbind(1), (centres + side // 2).unbind(1), strict=True)
     return images.masked_fill(box_mask(edges, images.shape[-2:])[:, None], 0)
@@ -125,9 +120,8 @@ def probabilities(labels: Tensor, num_classes: int) -> Tensor:
 
 
 def soft_targets(labels: Tensor, perm: Tensor, ratio: Tensor, num_classes: int) -> Tensor:
-    """Return targets (B, num_classes): `ratio` (B,) of the labels', the rest of `labels[perm]`'s.
-    `labels`: class indices (B,), or probabilities (B, num_classes), such as smoothed or mixed ones.
-    """
+    """Return targets (B, num_classes): `ratio` (B,) of the labels', the rest of `labels[perm]`'s;
+    `labels`: class indices (B,), or probabilities (B, num_classes)."""
     return mixup(probabilities(labels, num_classes), perm, ratio)[0]
 
 
@@ -137,7 +131,7 @@ def input_gradient(model: nn.Module, images: Tensor, labels: Tensor, *,
 
     `loss` of outputs and labels: by default the mean cross-entropy. The pass is in evaluation mode,
     or with `train` in training mode, where BatchNorm's running statistics follow. Gradients of the
-    parameters and modes stay. Inside wrappers and torch.compile the plain module is used.
+    parameters and modes stay. Of wrappers and torch.compile the plain module is used.
     """
     check_floats(images)
     while isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) \
@@ -163,8 +157,3 @@ def softmax_bce(logits: Tensor, targets: Tensor) -> Tensor:
         share = logits.float().softmax(1)
         # a NaN would end the process here (on a GPU for good): pass it on to the caller instead
         return F.binary_cross_entropy(share.nan_to_num(), targets.float()) + 0 * share.mean()
-
-
-def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return the cross entropy of `logits` (B, C) against probabilities (B, C), mean over B."""
-    return F.cross_entropy(logits.float(), targets.float())

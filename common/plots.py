@@ -53,20 +53,18 @@ def curves(path: Path, title: str, history: list[dict]):
     save_figure(figure, path)
 
 
-def shares(target: torch.Tensor, classes: list[str], most: int = 3) -> str:
+def shares(target: torch.Tensor, classes: list[str]) -> str:
     """Return 'cat 63 %\\ndog 37 %' of one soft target (num_classes,); of digits '4: 63 %'."""
-    values, index = target.float().cpu().topk(min(most, len(target)))
-    names = [classes[i][:16] + ":" * classes[i][-1:].isdigit() for i in index.tolist()]
-    return "\n".join(f"{name} {100 * v:.0f} %" for v, name in
-                     zip(values.tolist(), names, strict=True) if v >= 0.005)
+    most = target.float().cpu().topk(min(3, len(target)))
+    names = [classes[i][:16] + ":" * classes[i][-1:].isdigit() for i in most.indices]
+    return "\n".join(f"{name} {100 * value:.0f} %" for name, value in
+                     zip(names, most.values, strict=True) if value >= 0.005)
 
 
 def preview(path, title: str, rows: dict, targets: torch.Tensor, info) -> Path:
     """Write a picture of a batch's eight images that are mixed most, with label shares below.
-
     rows: name -> images (B, 3, H, W), normalised, or maps (B, H, W) drawn in grey from their own
-    minimum to their maximum, or None; targets (B, num_classes) belong to the last row.
-    """
+    minimum to their maximum, or None; targets (B, num_classes) belong to the last row."""
     distance, pictures = (targets.float().amax(1) - 0.5).abs(), {}
     chosen = distance.argsort(stable=True)[:8].sort().values
     for name, batch in rows.items():
@@ -77,22 +75,19 @@ def preview(path, title: str, rows: dict, targets: torch.Tensor, info) -> Path:
     return grid(path, title, pictures, [shares(target, info.classes) for target in targets[chosen]])
 
 
-def grid(path, title: str, rows: dict, captions: list[str] | dict, side: float = 1.25) -> Path:
-    """Write a picture with a row for each entry of `rows`: name -> arrays (H, W[, 3]).
-
-    captions: below the last row, or name -> captions of that row; side: of a picture, in inches.
-    """
-    captions = captions if isinstance(captions, dict) else {list(rows)[-1]: captions}
+def grid(path, title: str, rows: dict, captions: list[str], side: float = 1.25) -> Path:
+    """Write a picture with a row for each entry of `rows`: name -> arrays (H, W[, 3]); captions
+    stand below the last row. side: of an array, in inches."""
     columns = min(map(len, rows.values()))
     figure = new_figure(side * columns + 0.3, 1.06 * side * len(rows) + 0.75, title)
     axes = figure.subplots(len(rows), columns, squeeze=False)
     for line, (name, pictures) in zip(axes, rows.items(), strict=True):
-        for axis, picture, number in zip(line, pictures, range(columns), strict=False):
+        for axis, picture in zip(line, pictures, strict=False):
             axis.imshow(picture, cmap="gray", interpolation="nearest")
             axis.set(xticks=[], yticks=[])
             axis.spines[:].set_visible(False)
-            if name in captions:
-                axis.set_xlabel(captions[name][number], fontsize=7, color=MUTED)
         line[0].set_ylabel(name, fontsize=9, color=INK)
+    for axis, caption in zip(axes[-1], captions, strict=False):
+        axis.set_xlabel(caption, fontsize=7, color=MUTED)
     save_figure(figure, path)
     return Path(path)

@@ -6,11 +6,8 @@ import torch
 
 @contextlib.contextmanager
 def full_precision(device_type: str):
-    """Inside, float32 matrix products are exact: no autocast, and no TF32 on a GPU.
-
-    Inductor's kernels follow the setting at the time of the call: hold it around a compiled
-    function too.
-    """
+    """Inside, float32 matrix products are exact: no autocast, and no TF32 on a GPU. Inductor's
+    kernels follow the setting at the time of the call: use it around a compiled function too."""
     if torch.compiler.is_compiling():                       # dynamo can trace this getter alone
         before = "high" if torch.backends.cuda.matmul.allow_tf32 else "highest"
     else:

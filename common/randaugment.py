@@ -1,8 +1,6 @@
 """RandAugment (Cubuk et al. 2020) and other policies of torchvision's operations, on uint8 batches.
-
-Images with the same kind of operation are computed together; their draws are on the CPU, so that
-the sizes of these groups need no host synchronisation.
-"""
+Images with the same kind of operation are computed together; draws are on the CPU, so that the
+sizes of these groups need no host synchronisation."""
 import functools
 import math
 from typing import NamedTuple
@@ -20,7 +18,6 @@ WARPS = ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate")
 BLENDS = ("Brightness", "Color", "Contrast", "Sharpness")
 OPERATIONS = ("Identity", *WARPS, *BLENDS, "Posterize", "Solarize", "AutoContrast", "Equalize")
 ORDER = (*OPERATIONS[:-2], "Invert", *OPERATIONS[-2:])      # groups are neighbours
-SPACE = v2.RandAugment()._AUGMENTATION_SPACE
 
 
 class Operation(NamedTuple):
@@ -41,21 +38,21 @@ def both_signs(name: str, space: tuple, level: int | None, bins: int, height: in
 @functools.lru_cache(maxsize=64)
 def _table(level, height, width):
     """RandAugment's operations at a level: 2k is OPERATIONS[k], 2k + 1 its negative."""
+    space = v2.RandAugment()._AUGMENTATION_SPACE
     return tuple(op for name in OPERATIONS
-                 for op in both_signs(name, SPACE[name], level, 31, height, width))
+                 for op in both_signs(name, space[name], level, 31, height, width))
 
 
-def draw_randaugment(n: int, generator=None, num_ops: int = 2):
-    """Return uniform draws: indices of OPERATIONS (num_ops, n), negative signs (num_ops, n)."""
-    ops = torch.randint(len(OPERATIONS), (num_ops, n), generator=generator)
-    return ops, torch.rand(num_ops, n, generator=generator) < 0.5
+def draw_randaugment(n: int, generator=None):
+    """Return uniform draws for two operations: indices of OPERATIONS, negative signs, (2, n)."""
+    ops = torch.randint(len(OPERATIONS), (2, n), generator=generator)
+    return ops, torch.rand(2, n, generator=generator) < 0.5
 
 
-def rand_augment(images: Tensor, ops: Tensor, negative: Tensor, levels: list[int] | None = None
-                 ) -> Tensor:
-    """Return images after ops[0] at levels[0] (0 to 30; 9), then ops[1], …; equal to torchvision.
+def rand_augment(images: Tensor, ops: Tensor, negative: Tensor, levels=(9, 9)) -> Tensor:
+    """Return images after ops[0] at levels[0] of 30, then ops[1], …; equal to torchvision.
     ops, negative: of `draw_randaugment`."""
-    tables = [_table(level, *images.shape[2:]) for level in levels or [9] * len(ops)]
+    tables = [_table(level, *images.shape[2:]) for level, _ in zip(levels, ops, strict=False)]
     return apply_operations(images, tables, 2 * ops + negative)
 
 
@@ -67,34 +64,31 @@ def randaugment(images: Tensor, generator, level: float = 9.0, std: float = 0.0)
 
 
 def apply_operations(images: Tensor, tables: list[tuple[Operation, ...]], chosen: Tensor) -> Tensor:
-    """Return images after tables[0][chosen[0, i]], then tables[1][chosen[1, i]], … for image i.
-
-    images (B, 3, H, W) uint8, H and W at least 3; chosen (len(tables), B) int64 on the CPU.
-    """
+    """Return images after tables[0][chosen[0, i]], then tables[1][chosen[1, i]], … for image i:
+    images (B, 3, H, W) uint8, H and W at least 3; chosen (len(tables), B) int64 on the CPU."""
     position = torch.arange(len(images))                    # row -> original image
     for table, codes in zip(tables, chosen, strict=True):
-        sort = sorted(range(len(table)), key=lambda k, table=table: ORDER.index(table[k].name))
-        codes, order = torch.tensor(sort).argsort()[codes[position]].sort()
-        counts = torch.bincount(codes, minlength=len(table))
-        images = _apply(images[send(order, images.device)], [table[k] for k in sort], counts)
+        kinds = torch.tensor([ORDER.index(op.name) for op in table])[codes[position]]
+        order = kinds.argsort()
         position = position[order]
+        sizes = torch.bincount(kinds, minlength=len(ORDER)).tolist()
+        images = _apply(images[send(order, images.device)], table, codes[position], sizes)
     return images[send(position.argsort(), images.device)]
 
 
-def _apply(images, table, counts):
-    """Apply table[0] to the first counts[0] images, table[1] to the next, …; sorted by ORDER."""
-    sizes = torch.zeros(len(ORDER), dtype=torch.int64).index_add(
-        0, torch.tensor([ORDER.index(op.name) for op in table]), counts).tolist()
+def _apply(images, table, codes, sizes):
+    """Return image i after table[codes[i]]; `sizes`: images of each operation, in its ORDER."""
     groups = [sizes[0], sum(sizes[1:6]), sum(sizes[6:10]), sizes[10], sum(sizes[11:13]),
               *sizes[13:]]
-    values = torch.tensor([op.magnitude for op in table], dtype=torch.float64)
+    values = torch.tensor([op.magnitude for op in table], dtype=torch.float64)[codes]
     _, _, changes, bits, thresholds, *_ = (
-        part[:, None, None, None] for part in values.repeat_interleave(counts).split(groups))
+        part[:, None, None, None] for part in values.split(groups))
     same, warped, blended, posterized, solarized, stretched, equalized = images.split(groups)
-    warps = [k for k, op in enumerate(table) if op.name in WARPS]
-    sources = _sources(*images.shape[2:], tuple(table[k] for k in warps), images.device)
-    index = sources.repeat_interleave(send(counts[warps], images.device), 0,
-                                      output_size=len(warped))[:, None].expand(-1, 3, -1)
+    is_warp = torch.tensor([op.name in WARPS for op in table])
+    warps = (is_warp.cumsum(0) - 1)[codes].split(groups)[1]
+    sources = _sources(*images.shape[2:], tuple(op for op in table if op.name in WARPS),
+                       images.device)
+    index = sources[send(warps, images.device)][:, None].expand(-1, 3, -1)
     padded = F.pad(warped.flatten(2), (1, 0))               # pixel 0: black
     masks = send((256 - 2 ** (8 - bits)).to(torch.uint8), images.device)
     bright = (solarized >= send(255 * thresholds.float(), images.device)).to(torch.uint8)

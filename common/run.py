@@ -113,13 +113,11 @@ class Run:
         """Load the weights that --evaluate names (else --resume's, else best.pt), or, for a
         preview, --resume's. Returns the file, None for a fresh network."""
         evaluate, path = self.args.evaluate, self.args.resume
-        if evaluate and evaluate != "auto":
-            path = evaluate
-        elif path == "auto":
+        if path == "auto":
             newest = self.folder / checkpoint.NEWEST
             path = newest if newest.exists() else ""
-        if not path and evaluate:
-            path = self.folder / checkpoint.BEST
+        if evaluate:
+            path = evaluate if evaluate != "auto" else path or self.folder / checkpoint.BEST
         if not path:
             return None
         state = checkpoint.load(path)
@@ -130,10 +128,8 @@ class Run:
         return Path(path)
 
     def start(self, start_epoch: int | None = None, **facts):
-        """Take the folder, resume as --resume says, write args.json with `facts`.
-
-        start_epoch: where to begin, whatever the checkpoint says.
-        """
+        """Take the folder, resume as --resume says, write args.json with `facts`. start_epoch:
+        where to begin, whatever the checkpoint says."""
         if self.writes:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.lock = files.lock(self.folder / ".lock")           # until the process ends
@@ -320,7 +316,7 @@ class Run:
         """Return the closing line: median of the last ten epochs' test accuracy, and spread."""
         values = self.column("test_accuracy")
         if not values:
-            return "no epoch was left to train"
+            return f"{len(self.history)} epochs are done"
         last = values[-10:]
         median = statistics.median(last)
         spread = max(max(last) - median, median - min(last))
@@ -329,14 +325,14 @@ class Run:
                 f"(± {spread:.2f}); best {max(values):.2f} %; last {values[-1]:.2f} %; "
                 f"{statistics.mean(self.column('seconds')):.1f} s of training an epoch")
 
-    def finish(self, title: str, draw=None, *what):
+    def finish(self, title: str, draw, *what):
         """Log the result, draw curves.png, and mixed.png by draw(path, *what)."""
         log(self.report())
         if not self.writes:
             return
         plots.curves(self.folder / "curves.png", title, self.history)
-        picture = draw and draw(self.folder / "mixed.png", *what)
-        if self.events and picture:
+        picture = draw(self.folder / "mixed.png", *what)
+        if self.events:
             pixels = np.asarray(Image.open(picture).convert("RGB"))
             self.events.add_image("mixed images", pixels, dataformats="HWC")
             self.events.flush()

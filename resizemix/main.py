@@ -178,7 +178,7 @@ def training_step(model, images, labels, args, info, generator, scaler):
     mixed, targets, _ = mix_batch(images, labels, args, info, generator)
     with runtime.autocast(args, images.device):
         logits = model(mixed)
-    loss = mixing.soft_cross_entropy(logits, targets)
+    loss = torch.nn.functional.cross_entropy(logits.float(), targets)
     scaler.scale(loss).backward()
     return loss, logits[:len(labels)]                       # of --batch_aug's first half
 

@@ -56,7 +56,9 @@ def load(name: str, data_dir: str, recipe: Recipe = USUAL, *, batch_size: int, d
     a folder or imagenet without a test part. drop_last: no partial batch at an epoch's end (unless
     the whole set is one). workers: threads that decode files or run DALI.
     """
-    distributed.per_rank(batch_size)                        # or RunError
+    if batch_size % distributed.world():
+        raise RunError(f"--batch_size {batch_size} is no multiple of the {distributed.world()} "
+                       "processes")
     root = Path(os.path.expanduser(data_dir))
     if val_split and name not in ("folder", "imagenet"):
         raise RunError(f"--val_split is for --dataset folder and imagenet; {name} has test images")

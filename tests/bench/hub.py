@@ -24,7 +24,7 @@ import torch
 
 from common import data, models
 from common.distributed import step_generator
-from common.mixing import soft_cross_entropy, softmax_bce
+from common.mixing import softmax_bce
 from safuse import main as safuse
 from safuse import network
 from safuse.mixing import area_ratio
@@ -51,7 +51,7 @@ def program_step(room, args, net, info, images, labels, generator):
         counts = network.superpixel_pool(images, mixed.fused, mixed.from_b.shape[1])[1]
         targets = safuse.soft_targets(labels, mixed.perm, 1 - area_ratio(counts, mixed.from_b),
                                       info.num_classes)
-        return soft_cross_entropy(net(mixed.images), targets).backward()
+        return torch.nn.functional.cross_entropy(net(mixed.images), targets).backward()
     step, scaler = importlib.import_module(f"{room}.main").training_step, torch.amp.GradScaler(
         enabled=False)
     if room == "sage":
@@ -97,7 +97,7 @@ def difference(method, words) -> float:
     optimizers = [torch.optim.SGD(net.parameters(), 0.05, momentum=0.9) for net in nets]
     mixer = torch.hub.load(ROOT, "mixer", source="local", method=method, mean=info.mean,
                            std=info.std, num_classes=info.num_classes)
-    loss = softmax_bce if room == "sage" else soft_cross_entropy
+    loss = softmax_bce if room == "sage" else torch.nn.functional.cross_entropy
     for step, (images, labels) in zip(range(words.steps), endless(loader), strict=False):
         for optimizer in optimizers:
             optimizer.zero_grad()
