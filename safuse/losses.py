@@ -6,8 +6,7 @@ from torch import Tensor
 from common import distributed
 
 
-def local_cross_entropy(logits: Tensor, labels: Tensor, selected: Tensor,
-                        weights: Tensor | None = None) -> Tensor:
+def local_cross_entropy(logits, labels, selected, weights=None) -> Tensor:
     """Return the cross-entropy of the selected superpixels, a scalar: mean over the images of sums
     (LGCOAMix), or of averages with `weights` (B, T) >= 0, which get no gradient (SAFuse). `logits`
     (B, T, K); `labels`, `selected` (B, T)."""
@@ -18,8 +17,7 @@ def local_cross_entropy(logits: Tensor, labels: Tensor, selected: Tensor,
     return (losses.view(selected.shape) * share).sum() / len(selected)
 
 
-def superpixel_contrastive(logits: Tensor, labels: Tensor, selected: Tensor,
-                           weights: Tensor | None = None, *, temperature: float = 0.7,
+def superpixel_contrastive(logits, labels, selected, weights=None, *, temperature: float = 0.7,
                            base_temperature: float = 0.07) -> Tensor:
     """Return the supervised contrastive loss of the selected superpixels of all processes: the mean
     of l_i (LGCOAMix), weighed by `weights` (B, T) >= 0 without gradient (SAFuse).

@@ -5,8 +5,7 @@ program, with CutMix and plain training to compare them with.
 a CPU trial       python safuse/main.py --dataset digits --initial_channels 16 --epochs 12 \\
                       --schedule step --milestones 6 10 --batch_size 100 --LR 0.05
 one GPU           python safuse/main.py --method safuse --dataset cifar100 --data_dir data
-eight GPUs        torchrun --nproc_per_node=8 safuse/main.py --method lgcoamix --dataset cub200 \\
-                      --data_dir data --arch resnet50 --batch_size 64
+eight GPUs        torchrun --nproc_per_node=8 safuse/main.py … --batch_size 64
 two machines      torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d \\
                       --rdzv_endpoint=HOST:29500 safuse/main.py …
 
@@ -26,6 +25,7 @@ if __name__ == "__main__":
 
 import torch
 import torch.nn.functional as F
+from torchvision.ops import box_iou
 
 from common import data, distributed, evaluation, flags, plots, runtime
 from common.data.recipe import Recipe, unnormalise
@@ -36,7 +36,6 @@ from common.mixing import cutmix, draw_centre, draw_lambda, draw_perm, probabili
 from common.models.weights import load_pretrained
 from common.run import Run, StepSums, about
 from safuse import losses, mixing, network, superpixels
-from safuse.localisation import localise
 from safuse.recipes import CROPS, SCHEDULES, defaults, learning_rate
 
 METHODS = {"safuse": "SAFuse", "lgcoamix": "LGCOAMix", "occamix": "OcCaMix", "cutmix": "CutMix",
@@ -57,8 +56,7 @@ def parse_args(argv=None):
     add("--start_epoch", "--START_EPOCH", type=count, help="first epoch, counted from 0")
     add("--RESUME", dest="resume", type=lambda text: "auto" * flags.boolean(text), nargs="?",
         const="auto", metavar="BOOL", help="the same as --resume auto")
-    add("--schedule", choices=[*SCHEDULES, "step"],
-        help="of the learning rate; A, B, C: the papers', of 600 epochs (C: 300)")
+    add("--schedule", choices=[*SCHEDULES, "step"], help="of the LR; A, B, C: the papers'")
     add("--milestones", type=count, nargs="*", default=[], help="step: epochs of the LR changes")
     add("--gamma", type=amount, default=0.1, help="step: LR factor at these epochs")
     add_boolean(add, "--nesterov", False, "Nesterov's momentum")
@@ -71,8 +69,7 @@ def parse_args(argv=None):
     add("--N_min", type=positive, help="least number of superpixels asked of an image")
     add("--N_max", type=positive, help="and the most")
     add("--compactness", type=number(above=0), help="of the superpixels, against colour")
-    add("--superpixels", choices=["slic", "skimage"], default="slic",
-        help="batched on the device, or scikit-image's on the CPU")
+    add("--superpixels", choices=["slic", "skimage"], default="slic", help="batched, or on the CPU")
     add("--cells", type=positive, default=3, help="occamix: most attentive cells of an image")
 
     add = parser.add_argument_group("safuse and lgcoamix").add_argument
@@ -83,8 +80,7 @@ def parse_args(argv=None):
     add("--temp", type=number(above=0), default=0.7, help="temperature of the contrastive loss")
     add("--attention_score", choices=["post_norm", "pre_norm"], default="post_norm",
         help="sum over a superpixel's channels after LayerNorm (as published) or before it")
-    add("--label_share", choices=["both", "attention"],
-        help="the label's share of an image is that of attention, or the mean of it and of area")
+    add("--label_share", choices=["both", "attention"], help="by attention, or both it and area")
     flags.add_flags(
         parser, data.NAMES, network.ARCHS,
         {"data_dir": ["--data_path"], "epochs": ["--NB_EPOCH"], "lr": ["--LR"],
@@ -230,6 +226,23 @@ def report(net, test, args, info, run, checkpoint=None):
 
 
 @torch.no_grad()
+def localise(net, test, args) -> tuple[float, float]:
+    """Return the % of test images whose box has an IoU of 0.5: right class, class given."""
+    boxes, hits, start = test.boxes(), torch.zeros(3, device=test.device), 0
+    net.eval()
+    for images, labels in evaluation.batches(test, args):
+        with runtime.autocast(args, images.device):
+            logits, maps = net(images), net.activation_maps(images)
+        found = network.boxes_of(maps[torch.arange(len(labels)), labels], *images.shape[2:])
+        given = box_iou(found, boxes[start:start + len(labels)].cpu().float()).diagonal() >= 0.5
+        right = given & (logits.argmax(1) == labels).cpu()
+        hits += torch.tensor([right.sum(), given.sum(), len(labels)], device=hits.device)
+        start += len(labels)
+    right, given, count = distributed.total(hits).tolist()
+    return 100 * right / count, 100 * given / count
+
+
+@torch.no_grad()
 def draw_preview(path, net, train, args, info):
     """Draw training images mixed by the method, with their superpixels; return the path."""
     train.set_epoch(0)
@@ -266,7 +279,6 @@ def main(argv=None):
         choose_gpus(args.gpu_ids)
     device = runtime.setup(args)
 
-    # Data, network, optimizer
     pixels = {} if args.normalise else {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
     recipe = Recipe(padding=args.padding, **CROPS.get(args.dataset, {}), **pixels)
     train, test, info = data.load(args.dataset, args.data_dir, recipe, device=device,
@@ -283,7 +295,6 @@ def main(argv=None):
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     log(f"{about(info, net, train, args)}; method {args.method}")
 
-    # The run: its folder, its history, and where it goes on
     run = Run(args, device, info, [args.method], {"method": args.method}, model=net,
               optimizer=optimizer, scaler=scaler)
     if args.evaluate or args.preview:
@@ -297,7 +308,6 @@ def main(argv=None):
     if not run.resumed:
         load_pretrained(net.encoder, args)
 
-    # The epochs
     while not run.over:
         rate = learning_rate(run.epoch, args.lr, args.schedule, args.milestones, args.gamma)
         for group in optimizer.param_groups:
@@ -308,7 +318,6 @@ def main(argv=None):
         row |= evaluation.columns(evaluation.evaluate(net, test, args, info))
         run.end_epoch(row | timing, row["test_accuracy"], sums)
 
-    # The report
     report(net, test, args, info, run)
     run.finish(f"{args.method}, {args.arch} on {info.name}", draw_preview, net, train, args, info)
     return net

@@ -57,8 +57,7 @@ def top_superpixels(scores: Tensor, counts: Tensor, ratio: float, *, at_least_on
 
 
 @torch.no_grad()
-def attentive_superpixels(scores: Tensor, labels: Tensor, cells: int = 3, *,
-                          num_b: int | None = None) -> Tensor:
+def attentive_superpixels(scores: Tensor, labels: Tensor, cells: int = 3, *, num_b=None) -> Tensor:
     """Return the superpixels (B, num_b) bool of each image's most attentive cells (OcCaMix): each
     takes the superpixel with the largest share of its area inside; of equals, the lowest. `scores`
     (B, h, w) of the cells; `labels` (B, H, W) superpixels below `num_b`."""
@@ -72,5 +71,4 @@ def attentive_superpixels(scores: Tensor, labels: Tensor, cells: int = 3, *,
     empty = torch.zeros(*best.shape[:2], num_b, device=scores.device)
     area = empty.scatter_add(2, spread, torch.ones_like(inside)).clamp(min=1)
     found = (empty.scatter_add(2, spread, inside) / area).argmax(2)        # the first of equals
-    return torch.zeros(batch, num_b, dtype=torch.bool, device=scores.device).scatter_(
-        1, found, True)
+    return scores.new_zeros(batch, num_b, dtype=torch.bool).scatter_(1, found, True)

@@ -6,16 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision import models
-from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from common.errors import RunError
-from common.models.parts import PreActBlock, conv, make_stages, post_act_block
+from common.models.parts import PreActBlock, conv, make_stages, norm_relu, post_act_block
+from common.models.resnet import POSTACT
 
-# block, depths, options of the block
-RESNETS = {
-    "resnet18": (BasicBlock, (2, 2, 2, 2), {}),
-    "resnet50": (Bottleneck, (3, 4, 6, 3), {}),
-    "resnext50": (Bottleneck, (3, 4, 6, 3), {"groups": 32, "base_width": 4})}
+RESNETS = {"resnet18": "resnet18", "resnet50": "resnet50", "resnext50": "resnext50_32x4d"}
 ARCHS = (*RESNETS, "deit_b16")
 
 
@@ -26,15 +22,15 @@ class ResNet(nn.Module):
 
     def __init__(self, arch: str, form: int, channels: int):
         super().__init__()
-        kind, depths, options = RESNETS[arch]
+        kind, depths, groups, width = POSTACT[RESNETS[arch]]
         preact = form == 64 and arch != "resnext50"
         self.conv1 = conv(3, channels, 7, 2) if form == 224 else conv(3, channels, 3)
         self.bn1 = nn.Identity() if preact else nn.BatchNorm2d(channels)
         self.relu = nn.Identity() if preact else nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, 2, 1) if form == 224 else nn.Identity()
         self.widths = [channels, *(channels * 2 ** i * kind.expansion for i in range(4))]
-        block = partial(PreActBlock, bottleneck=kind is Bottleneck) if preact else \
-            partial(post_act_block, kind, **options)
+        block = partial(PreActBlock, bottleneck=kind.expansion > 1) if preact else \
+            partial(post_act_block, kind, groups=groups, base_width=width)
         self.layer1, self.layer2, self.layer3, self.layer4 = make_stages(
             block, channels, self.widths[1:], depths, (1, 2, 2, 1 if form == 224 else 2))
 
@@ -83,11 +79,9 @@ class Decoder(nn.Module):
             self.skips = widths[-2::-1]
         channels = widths[-1]
         for (out, stride), skip in zip_longest(steps, [0, *self.skips], fillvalue=0):
-            size = {"kernel_size": 3, "padding": 1, "output_padding": 1} if stride == 2 else \
-                {"kernel_size": 1}
-            self.steps.append(nn.Sequential(
-                nn.ConvTranspose2d(channels + skip, out, stride=stride, bias=False, **size),
-                nn.BatchNorm2d(out), nn.ReLU(inplace=True)))
+            inputs, kernel, border = channels + skip, 2 * stride - 1, stride - 1
+            step = nn.ConvTranspose2d(inputs, out, kernel, stride, border, border, bias=False)
+            self.steps.append(nn.Sequential(step, *norm_relu(out)))
             self.channels = channels = out
         self.steps[-1].pop(2)
 
@@ -192,6 +186,19 @@ class Network(nn.Module):
 def activation_maps(features: Tensor, weight: Tensor) -> Tensor:
     """Return max(0, weight (K, C) · features (B, C, h, w)) (Zhou et al. 2016): (B, K, h, w)."""
     return torch.einsum("kc,bchw->bkhw", weight, features).relu()
+
+
+def boxes_of(maps: Tensor, height: int, width: int) -> Tensor:
+    """Return boxes (B, 4) of x1, y1, x2, y2 in height × width images, on the CPU: of the largest
+    4-connected component, in enlarged maps (B, h, w), of at least a fifth of the maximum."""
+    from skimage.measure import label, regionprops
+    maps = F.interpolate(maps.detach().float()[:, None], (height, width), mode="bilinear")[:, 0]
+    boxes = []
+    for mask in (maps >= 0.2 * maps.amax((1, 2), keepdim=True)).cpu().numpy():
+        regions = regionprops(label(mask, connectivity=1))
+        top, left, bottom, right = max(regions, key=lambda region: region.area).bbox
+        boxes.append((left, top, right, bottom))
+    return torch.tensor(boxes, dtype=torch.float32)
 
 
 def init(layer: nn.Module, xavier: bool):

@@ -192,8 +192,7 @@ def borders(pixels: Tensor, labels: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def slic(images: Tensor, n_segments: int | Tensor, compactness: float = 10.0,
-         iterations: int = 10) -> Tensor:
+def slic(images: Tensor, n_segments, compactness: float = 10.0, iterations: int = 10) -> Tensor:
     """Return superpixels 0, 1, … (B, H, W) of `images` (B, 3, H, W), sRGB in [0, 1] or bytes, each
     stretched to [0, 1] first. `n_segments` (an int, or (B,) on the CPU) and `compactness` as in
     skimage.segmentation.slic. Raises ValueError for normalised images, on a CPU."""
@@ -218,6 +217,5 @@ def slic_skimage(images: Tensor, n_segments: int | Tensor, compactness: float = 
     numbers = torch.as_tensor(n_segments).expand(len(images)).tolist()
     pixels = images.permute(0, 2, 3, 1).float().cpu().numpy()
     with ThreadPoolExecutor() as pool:
-        labels = pool.map(lambda image, n: one(image, n, compactness, start_label=0), pixels,
-                          numbers)
+        labels = pool.map(lambda x, n: one(x, n, compactness, start_label=0), pixels, numbers)
     return torch.from_numpy(np.stack(list(labels))).to(images.device)

@@ -75,8 +75,6 @@ def _resolve(counts: Tensor) -> Tensor:
     return extra.scatter_add_(-1, second, pays[1].float())
 
 
-# ---- labelling by graph cuts on the CPU, as the paper's program does
-
 def _best_labels(unary: np.ndarray, halves: list[tuple[int, int]], weight: int) -> np.ndarray:
     """Return one output's labels (n², 2): `unary` (n², N) an input's cost in each block, `halves`
     the pairs that may share one, `weight` of neighbours an integer."""
@@ -103,7 +101,7 @@ def _best_labels(unary: np.ndarray, halves: list[tuple[int, int]], weight: int) 
 @torch.compiler.disable
 def _label_gco(cost: Tensor, compatibility: Tensor, labels0: Tensor, *, beta: float, gamma: float,
                tau: float, hard: bool, set_resolve: bool, niter: int) -> Tensor:
-    """Return labels (P, N, n, n, 2), output by output."""
+    """Return labels (P, N, n, n, 2) by graph cuts, output by output, as the paper's program."""
     n = cost.shape[1]
     weight = min(int(np.float32(beta) * EDGE_SCALE), graphcut.MAX_TERM // TABLE_SCALE)
     labels = labels0.flatten(2)[..., None].repeat(1, 1, 1, 2).cpu()
@@ -130,8 +128,6 @@ def _label_gco(cost: Tensor, compatibility: Tensor, labels0: Tensor, *, beta: fl
                 extra = _resolve(torch.from_numpy(counts)[None])[0].numpy()
     return labels.view(*labels0.shape, 2).to(cost.device)
 
-
-# ---- labelling on the device, all parts at once
 
 def _sweep_terms(counts: Tensor, cost: Tensor, eye: Tensor, limit: float):
     """Return, for N whole labels and halves of the three most used inputs (L in all), the halves'
@@ -203,8 +199,6 @@ def _label_device(cost: Tensor, compatibility: Tensor, labels0: Tensor, *, beta:
     return pairs.gather(2, best).view(parts, n, side, side, 2)
 
 
-# ---- the whole of it
-
 @torch.no_grad()
 def label_parts(cost: Tensor, compatibility: Tensor, prior: Tensor, labels0: Tensor, *,
                 beta: float = 0.32, gamma: float = 1.0, eta: float = 0.05, thres: float = 0.83,
@@ -237,8 +231,7 @@ def blend(images: Tensor, targets: Tensor, labels: Tensor) -> tuple[Tensor, Tens
     check_floats(images)
     _, n, _, height, width = images.shape
     side = labels.shape[2]
-    rows, columns = (torch.arange(length, device=images.device) * side // length
-                     for length in (height, width))
+    rows, columns = (torch.arange(s, device=images.device) * side // s for s in (height, width))
     pixels = labels[:, :, rows[:, None], columns][:, :, None].expand(*images.shape, 2)
     mixed = (images.gather(1, pixels[..., 0]) + images.gather(1, pixels[..., 1])) / 2
     shares = block_masks(labels, n).mean((2, 3))

@@ -19,8 +19,7 @@ SOLVERS = ("auto", "gco", "device")
 MAX_TERM = 10**7               # gco ends the process at larger ones
 
 
-def solve(unary: Tensor, weight_x: Tensor, weight_y: Tensor, *, solver: str = "auto",
-          threads: int = 0) -> Tensor:
+def solve(unary: Tensor, weight_x: Tensor, weight_y: Tensor, *, solver="auto", threads=0) -> Tensor:
     """Return labels l (B, h, w) int64 of 0 .. L-1 that (nearly) minimize the sum over blocks of
     unary[l] plus the sum over neighbours of weight * ((l - l') / (L-1))**2.
 
@@ -53,8 +52,8 @@ def build_graph(unary: np.ndarray, site: np.ndarray, weights: np.ndarray, table:
     """Return gco's graph of unary (sites, L), weights of `neighbours(site)` and a table (L, L).
     One thread at a time: gco keeps its graphs in one unguarded table."""
     if GCO is None:
-        raise RunError("the solver gco needs gco-wrapper, which is not installed here (pip install "
-                       "gco-wrapper; Python 3.12 at most); --solver device does without it")
+        raise RunError("the solver gco needs gco-wrapper (pip install gco-wrapper; Python 3.12 at "
+                       "most); --solver device does without it")
     graph = GCO()
     graph.create_general_graph(*unary.shape)
     graph.set_data_cost(np.ascontiguousarray(unary))

@@ -4,11 +4,9 @@ vanilla, input (Mixup), manifold, cutmix, saliencymix, puzzle, comix, sage.
 
 a CPU trial       python sage/main.py --dataset digits --method sage --initial_channels 16
 one GPU           python sage/main.py --dataset cifar100 --data_dir data --method sage --amp bf16
-eight GPUs        torchrun --nproc_per_node=8 sage/main.py --dataset cifar100 --method sage \\
-                      --batch_size 104
+eight GPUs        torchrun --nproc_per_node=8 sage/main.py … --batch_size 104
 two machines      torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d \\
-                      --rdzv_endpoint=HOST:29500 sage/main.py --dataset cifar100 --method sage \\
-                      --batch_size 112
+                      --rdzv_endpoint=HOST:29500 sage/main.py … --batch_size 112
 
 --batch_size counts the images of a step over all processes, and is a multiple of their number.
 """
@@ -71,9 +69,8 @@ def parse_args(argv=None):
     add("--mixup_alpha", type=number(), default=1.0, help="of Beta (saliencymix: 1) or Dirichlet")
     add_boolean(add, "--in_batch", False, "a lambda an image (not of saliencymix and comix)")
     add("--prob_mix", type=share, default=1.0, help="fraction of the batch that is mixed")
-    add("--mix_schedule", choices=["fixed", "scheduled", "delayed"], default="fixed",
-        help="prob_mix over the epochs: constant, growing until, or zero before")
-    add("--mix_scheduled_epoch", type=positive, default=300)
+    add("--mix_schedule", choices=["fixed", "scheduled", "delayed"], default="fixed")
+    add("--mix_scheduled_epoch", type=positive, default=300, help="till it prob_mix grows, or is 0")
     add("--mp", type=count, default=8, help="threads of Puzzle Mix's graph cuts, 0: none")
     add("--solver", choices=graphcut.SOLVERS, default="auto", help="of puzzle and comix: gco "
         "on the CPU, or batched on the device (auto: gco for puzzle on a CPU, where installed)")
@@ -143,11 +140,9 @@ class Mixed(NamedTuple):
 
 
 def saliency_gradient(net, images, labels, args, scaler, part):
-    """Return the gradient (B, 3, H, W) of the clean loss with respect to the images.
-
-    Where the clean loss takes part in training (update_ratio < 1, clean_lam > 0), it also leaves
-    the gradients of the parameters, weighed by these images' `part` of the batch.
-    """
+    """Return the gradient (B, 3, H, W) of the clean loss with respect to the images. Where the loss
+    takes part in training (update_ratio < 1, clean_lam > 0), leave the gradients of the parameters,
+    weighed by these images' `part` of the batch."""
     sage = args.method == "sage"
     weight = 1 - args.update_ratio if sage else args.clean_lam
     train = not args.eval_mode if sage else weight > 0
@@ -155,7 +150,6 @@ def saliency_gradient(net, images, labels, args, scaler, part):
     def clean_loss(logits, labels):
         return scaler.scale(softmax_bce(logits, probabilities(labels, logits.shape[1])) if sage else
                             F.cross_entropy(logits.float(), labels))
-
     with runtime.autocast(args, images.device):
         if not weight:
             return mixing.input_gradient(net, images, labels, loss=clean_loss, train=train)
@@ -177,7 +171,6 @@ def mix_batch(net, images, labels, args, info, generator, scaler, part=1.0) -> M
 
     if args.method == "vanilla":
         return Mixed(images, probabilities(labels, info.num_classes))
-
     if args.method == "comix":
         draws = comixup.draw_comix(n, generator, m_part=args.m_part, block_num=args.m_block_num,
                                    mixup_alpha=args.mixup_alpha)
@@ -191,7 +184,6 @@ def mix_batch(net, images, labels, args, info, generator, scaler, part=1.0) -> M
     perm = mixing.draw_perm(n, generator).to(images.device, non_blocking=True)
     lam = mixing.draw_lambda(args.mixup_alpha, generator, per_image)
     hidden, saliency = {}, None
-
     if args.method == "sage":
         lam = args.upper_lambda * (lam if args.mixup_alpha > 0 else torch.tensor(0.5))
         offsets = rearrange.draw_offsets(*size, args.rand_pos, generator)
@@ -237,10 +229,8 @@ def mixed_share(args, epoch: int) -> float:
 
 
 def training_step(net, model, images, labels, args, info, epoch, generator, scaler):
-    """Leave the gradients of one step in the parameters; return the loss and the logits.
-
-    The last part of the batch is mixed (all of it by default), the rest stays clean.
-    """
+    """Leave the gradients of one step in the parameters; return the loss and the logits. The last
+    part of the batch is mixed (all of it by default), the rest stays clean."""
     clean = len(images) - int(len(images) * mixed_share(args, epoch))
     share, parts = clean / len(images), []
     if share < 1:
@@ -302,7 +292,6 @@ def main(argv=None):
     runtime.use_gpus(args.ngpu)
     device = runtime.setup(args)
 
-    # Data, network, optimizer
     train, test, info = data.load(
         args.dataset, args.data_dir, Recipe(), device=device,
         valid_labels_per_class=args.valid_labels_per_class, **chosen(args, flags.LOADING))
@@ -315,7 +304,6 @@ def main(argv=None):
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     log(f"{about(info, net, train, args)}; method {args.method}")
 
-    # The run: its folder, what it holds already, and where to go on
     run = Run(args, device, info, [args.method, f"job{args.job_id}" * (args.job_id > 0)],
               model=net, optimizer=optimizer, scaler=scaler)
     if args.evaluate or args.preview:
@@ -329,7 +317,6 @@ def main(argv=None):
     if not run.resumed:
         load_pretrained(net, args)
 
-    # The epochs
     while not run.over:
         rate = args.lr
         for start, gamma in zip(args.schedule, args.gammas, strict=True):
@@ -344,7 +331,6 @@ def main(argv=None):
                 row |= evaluation.columns(evaluation.evaluate(net, batches, args, info), part)
         run.end_epoch(row | timing, row["valid_accuracy" if info.valid else "test_accuracy"], sums)
 
-    # The report
     evaluation.report(net, test, args, info, run)
     run.finish(f"{METHODS[args.method]}, {args.arch} on {info.name}", draw_preview, net, train,
                args, info, scaler)

@@ -165,9 +165,8 @@ def transport_plan(mask: Tensor, saliency: Tensor, t_eps: float = 0.8) -> Tensor
     its saliency is least, if negative. max(h, w) rounds: every block proposes to the best position
     that has not refused it, every position keeps its best proposer, or else its own block.
     """
-    height, width = mask.shape[1:]
-    size = height * width
-    down, right = (torch.arange(side, device=mask.device) for side in (height, width))
+    size = mask[0].numel()
+    down, right = (torch.arange(side, device=mask.device) for side in mask.shape[1:])
     down, right = ((d[:, None] - d).square() * (t_eps / max(len(d) - 1, 1) ** 2)
                    for d in (down, right))
     distance = (down[:, None, :, None] + right[None, :, None, :]).reshape(size, size)
@@ -179,8 +178,7 @@ def transport_plan(mask: Tensor, saliency: Tensor, t_eps: float = 0.8) -> Tensor
         else:       # all, as their number would halt the device
             block = torch.arange(gain.numel(), device=mask.device)
             image, block = block // size, block % size
-        plans.append(_propose(seen.flatten(1), gain.flatten(1), distance, image, block,
-                              max(height, width)))
+        plans.append(_propose(seen, gain, distance, image, block))
     return torch.cat(plans)
 
 
@@ -200,12 +198,11 @@ def _bidders(seen: Tensor, gain: Tensor, down: Tensor, right: Tensor) -> Tensor:
     return (wins & (wins & ~seen).any((1, 2), keepdim=True)).flatten(1)
 
 
-def _propose(seen: Tensor, gain: Tensor, distance: Tensor, image: Tensor, block: Tensor,
-             rounds: int) -> Tensor:
-    """Rounds of `transport_plan`, of the bidders block[k] of image[k]. (B, N), (B, N), (N, N).
-    A bid and its bidder are one integer: the bits of a float above 0 grow with it, and the lesser
-    block wins among equals."""
-    size = gain.shape[1]
+def _propose(seen: Tensor, gain: Tensor, distance: Tensor, image: Tensor, block: Tensor) -> Tensor:
+    """Rounds of `transport_plan`, of the bidders block[k] of image[k]. A bid and its bidder are one
+    integer: the bits of a float above 0 grow with it, and the lesser block wins among equals."""
+    rounds, size = max(gain.shape[1:]), len(distance)
+    seen, gain = seen.flatten(1), gain.flatten(1)
     bids = gain[image, block].unsqueeze(1) - distance[block]
     unwanted = ~seen[image] | (bids <= 0)
 

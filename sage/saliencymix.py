@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.mixing import Draws, draw_lambda
+from common.mixing import Draws, box_mask, draw_lambda
 
 GREY = {"R": 9798, "G": 19235, "B": 3735}           # weights of the 8-bit grey image, in 1/32768
 SCALES = (12, 24, 28, 48, 56, 112)                  # half sides of the windows, in pixels
@@ -62,12 +62,9 @@ def saliency_mix(images: Tensor, perm: Tensor, lam: Tensor | float, saliency: Te
     height, width = images.shape[-2:]
     peak = (saliency * 255).int().flatten().argmax()
     edge = torch.as_tensor(1.0 - lam, dtype=torch.float64).sqrt()
-    inside = []
-    for centre, side in ((peak // width, height), (peak % width, width)):
-        half = (side * edge).int() // 2
-        away = torch.arange(side, device=images.device) - centre
-        inside.append((away >= -half) & (away < half))
-    box = inside[0][:, None] & inside[1]
+    halves = (height * edge).int() // 2, (width * edge).int() // 2
+    box = box_mask([((centre - half)[None], (centre + half)[None]) for centre, half in
+                    zip((peak // width, peak % width), halves, strict=True)], (height, width))
     partners = images[perm.to(images.device, non_blocking=True)]
     return torch.where(box, partners, images), (1 - box.float().mean()).expand(len(images))
 

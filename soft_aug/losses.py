@@ -42,9 +42,8 @@ def focal_loss(logits, labels, confidence=None, *, gamma: float = 2.0) -> torch.
     return (wrong ** gamma * losses).mean()
 
 
-def mixup_loss(loss, logits, labels, confidence, perm, lam) -> torch.Tensor:
+def mixup_loss(loss, logits, labels, p, perm, lam) -> torch.Tensor:
     """Return `loss`, one of this file, of a batch mixed by Mixup with partners perm (B,) and the
-    first image's share lam: of both labels, each with its own confidence."""
+    first image's share lam: of both labels, each with its own confidence p."""
     perm = perm.to(logits.device, non_blocking=True)
-    return (lam * loss(logits, labels, confidence)
-            + (1 - lam) * loss(logits, labels[perm], confidence[perm]))
+    return lam * loss(logits, labels, p) + (1 - lam) * loss(logits, labels[perm], p[perm])

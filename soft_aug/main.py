@@ -5,9 +5,9 @@ confidence its target puts in the label. Beside it the crops and losses it is co
 a CPU trial       python soft_aug/main.py --dataset digits --initial_channels 16 --da 2 --loss st \\
                       --crop 6 --epochs 12 --ft 2
 one GPU           python soft_aug/main.py --task cifar100 --da 2 --loss st --amp bf16
-eight GPUs        torchrun --nproc_per_node=8 soft_aug/main.py --task cifar100 --da 2 --loss st
+eight GPUs        torchrun --nproc_per_node=8 soft_aug/main.py …
 two machines      torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d \\
-                      --rdzv_endpoint=HOST:29500 soft_aug/main.py --task cifar100 --da 2 --loss st
+                      --rdzv_endpoint=HOST:29500 soft_aug/main.py …
 
 --batch_size counts the images of a step over all processes.
 """
@@ -103,12 +103,12 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     del args.method                                         # its flags say it
     args.epochs = args.epochs or max(1, int(200 * args.sch))
-    if args.milestones is not None and args.decay != "s":
+    if args.milestones is None:
+        args.milestones = [int(part * args.epochs) for part in (1 / 2, 3 / 4, 9 / 10)]
+    elif args.decay != "s":
         parser.error("--milestones are for --decay s")
     if args.other and args.loss != "st":
         parser.error("--other is for --loss st")
-    if args.milestones is None:
-        args.milestones = [int(part * args.epochs) for part in (1 / 2, 3 / 4, 9 / 10)]
     soft = args.loss == "st" and (args.da == 2 or args.noise)
     if args.max_p < 1 and not (soft or args.loss == "sce"):
         parser.error("--max_p is for --loss sce, or for --loss st with --da 2 or --noise")
@@ -176,7 +176,7 @@ def mix_batch(images, args, info, epoch, generator) -> Mixed:
     if args.da == 1:
         images = compiled(cutout)(images, draw_pixels(n, size, generator), args.l / shrink)
     elif args.da == 2:
-        background = softcrop.draw_background(n, 3, args.bgcrop, generator)
+        background = torch.randn(n, 3, generator=generator) * args.bgcrop
         offsets = softcrop.draw_offsets(n, size, args.crop / shrink, generator)
         images, visible = compiled(softcrop.soft_crop)(images, offsets, background)
         p = softcrop.confidence(visible, info.num_classes, power=args.pcrop, max_p=args.max_p)
@@ -308,7 +308,6 @@ def main(argv=None):
     device = runtime.setup(args)
     args.seed = choose_seed(args, device)
 
-    # Data, network, optimizer
     mean, std = STATISTICS.get(args.dataset, (None, None))
     whole = args.da in (-1, 2)                              # SoftCrop sees the whole image
     recipe = Recipe(crop="centre" if whole and args.dataset in data.STREAMED else None,
@@ -327,10 +326,8 @@ def main(argv=None):
     log(f"{about(info, net, train, args)}; {title(args)}")
     strong = math.ceil(first_weak_epoch(args))
     if 2 * strong < args.epochs and (args.da > 0 or args.noise or args.mixup):
-        distributed.warn(f"--ft {args.ft} leaves {strong} of {args.epochs} epochs with "
-                         "the augmentation asked for; --ft 0 augments in all")
+        distributed.warn(f"only {strong} of {args.epochs} epochs are augmented in full; --ft 0: all")
 
-    # The run: its folder, what it holds already, and where to go on
     run = Run(args, device, info, run_name(args), {"other": args.other}, model=net,
               optimizer=optimizer, scaler=scaler)
     if args.evaluate or args.preview:
@@ -344,7 +341,6 @@ def main(argv=None):
     if not run.resumed:
         load_pretrained(net, args)
 
-    # The epochs
     while not run.over:
         sums = train_one_epoch(net, model, train, optimizer, scaler, args, info, run)
         row, timing = {"lr": optimizer.param_groups[0]["lr"]} | sums.result(), run.clock()
@@ -356,7 +352,6 @@ def main(argv=None):
         if run.events:
             write_events(run)
 
-    # The report
     evaluation.report(net, test, args, info, run)
     if args.da == 2 and run.writes:
         draw_softening(run.folder / "softening.png", args, info.num_classes)

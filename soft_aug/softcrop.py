@@ -2,6 +2,8 @@
 import torch
 from torch import Tensor
 
+from common.mixing import box_mask
+
 MAX_DRAWS = 100                            # of one offset; after that it is 0
 
 
@@ -21,29 +23,21 @@ def draw_offsets(n: int, size: tuple[int, int], sigma: float, generator=None) ->
     return offsets
 
 
-def draw_background(n: int, channels: int, std: float, generator=None) -> Tensor:
-    """Return background colours (n, channels) from N(0, std²), in normalised units."""
-    return torch.randn(n, channels, generator=generator) * std
-
-
 def soft_crop(images: Tensor, offsets: Tensor, background: Tensor, *, iou: bool = False):
     """Return each image shifted by its offset, on its background, and the visible fraction (B,),
     the share of the image inside the crop or, with `iou`, their intersection over union. images
     (B, C, H, W) and background (B, C) normalised; offsets (B, 2) integers: pixel (i, j) of a crop
     is pixel (i + dy, j + dx) of the image."""
     height, width = images.shape[2:]
-    offsets = offsets.to(images.device, non_blocking=True)
-    background = background.to(images, non_blocking=True)
-    rows = torch.arange(height, device=images.device) + offsets[:, :1]
-    columns = torch.arange(width, device=images.device) + offsets[:, 1:]
-    inside = (((rows >= 0) & (rows < height))[:, :, None]
-              & ((columns >= 0) & (columns < width))[:, None])
-    index = (rows.clamp(0, height - 1) * width)[:, :, None] + columns.clamp(0, width - 1)[:, None]
-    index = index.flatten(1)[:, None].expand(-1, images.shape[1], -1)
-    crops = images.flatten(2).gather(2, index).view(images.shape)
-    crops = torch.where(inside[:, None], crops, background[:, :, None, None])
-    visible = ((1 - offsets[:, 0].abs() / height).clamp(min=0)
-               * (1 - offsets[:, 1].abs() / width).clamp(min=0))
+    dy, dx = offsets.to(images.device, non_blocking=True).unbind(1)
+    background = background.to(images, non_blocking=True)[:, :, None, None]
+    rows = (torch.arange(height, device=images.device) + dy[:, None]).clamp(0, height - 1)
+    columns = (torch.arange(width, device=images.device) + dx[:, None]).clamp(0, width - 1)
+    index = (rows[:, :, None] * width + columns[:, None]).flatten(1)[:, None]
+    crops = images.flatten(2).gather(2, index.expand(-1, images.shape[1], -1)).view(images.shape)
+    inside = box_mask([(-dy, height - dy), (-dx, width - dx)], (height, width))
+    crops = torch.where(inside[:, None], crops, background)
+    visible = (1 - dy.abs() / height).clamp(min=0) * (1 - dx.abs() / width).clamp(min=0)
     return crops, visible / (2 - visible) if iou else visible
 
 

@@ -237,7 +237,7 @@ def mixings():
         "rand_augment": lambda: rand_augment(raw, *draw_randaugment(N, draws)),
         "soft_crop": lambda: softcrop.confidence(softcrop.soft_crop(
             images, softcrop.draw_offsets(N, SIZE, 12.0, draws),
-            softcrop.draw_background(N, 3, 0.01, draws))[1], 100, power=2),
+            0.01 * torch.randn(N, 3, generator=draws))[1], 100, power=2),
         "slic": lambda: superpixels.slic(images, segments, 8.0),
         "superpixel_mix": lambda: safuse.superpixel_mix(
             images, perm, kept, kept[perm], chosen, num_a=most),

@@ -12,7 +12,6 @@ from programs import close, relabelled
 from common import distributed
 from common.errors import RunError
 from safuse import losses, mixing, network
-from safuse.localisation import boxes_of
 from safuse.network import Network, SuperpixelAttention, superpixel_pool
 
 # ---------------------------------------------------------------------------------------- mixing
@@ -397,7 +396,7 @@ def test_boxes_of_activation_maps(device):
     maps[0, 1:3, 4:7] = 1.0
     maps[0, 6, 1] = 0.9
     maps[1, 2:6, 0:2] = 5.0
-    boxes = boxes_of(maps, 64, 64)
+    boxes = network.boxes_of(maps, 64, 64)
     overlap = [tuple(round(v) for v in box) for box in boxes.tolist()]
     x1, y1, x2, y2 = overlap[0]
     assert 27 <= x1 <= 32 and 56 <= x2 <= 61 and 3 <= y1 <= 8 and 24 <= y2 <= 29

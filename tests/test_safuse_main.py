@@ -20,8 +20,8 @@ from programs import Program, close, relabelled, same, weights
 from common import checkpoint, distributed, plots, runtime
 from common.data import Recipe
 from common.errors import DataError, RunError
-from safuse import localisation, network, recipes
 from safuse import main as safuse
+from safuse import network, recipes
 from safuse.network import SuperpixelAttention, superpixel_pool
 
 TINY = "--initial_channels 16 --LR 0.05 --device cpu"
@@ -508,7 +508,7 @@ def test_cub_trains_and_localises(birds, tmp_path, capsys, monkeypatch):
         return torch.tensor([0.0, 1.0, 0.0]) + 0 * images.mean((1, 2, 3))[:, None]
 
     seen = []
-    monkeypatch.setattr(localisation, "box_iou", lambda found, true, exact=localisation.box_iou:
+    monkeypatch.setattr(safuse, "box_iou", lambda found, true, exact=safuse.box_iou:
                         seen.append(true) or exact(found, true))
     monkeypatch.setattr(network.Network, "activation_maps", red)
     monkeypatch.setattr(network.Network, "forward", class_1)

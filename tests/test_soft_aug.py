@@ -25,7 +25,6 @@ from soft_aug.losses import (
 )
 from soft_aug.softcrop import (
     confidence,
-    draw_background,
     draw_noise,
     draw_offsets,
     soft_crop,
@@ -128,8 +127,6 @@ def test_distribution_of_offsets():
 
 def test_other_draws_have_their_distributions():
     generator = torch.Generator().manual_seed(0)
-    background = draw_background(50_000, 3, 0.01, generator)
-    assert background.shape == (50_000, 3) and abs(background.std() - 0.01) < 2e-4
     sigma, field = draw_noise((20_000, 1, 2, 2), 0.5, 3.0, generator)
     assert (sigma >= 0).all() and abs(sigma.square().mean().sqrt() - 0.5) < 0.01
     assert field.shape == (20_000, 1, 2, 2) and abs(field.std() - 3) < 0.05

@@ -159,7 +159,7 @@ def loss_by_hand(net, images, labels, args, epoch, generator):
                             for c in (y, x))
             image[:, down[:, None] & across] = 0
     if args.da == 2:
-        colour = soft_aug.softcrop.draw_background(len(images), 3, args.bgcrop, generator)
+        colour = torch.randn(len(images), 3, generator=generator) * args.bgcrop
         offsets = soft_aug.softcrop.draw_offsets(len(images), (16, 16), args.crop / shrink,
                                                  generator)
         images, visible = soft_aug.softcrop.soft_crop(images, offsets, colour)

@@ -18,7 +18,7 @@ from torchvision.transforms import v2
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from common import runtime
 from common.randaugment import draw_randaugment, rand_augment
-from soft_aug.softcrop import confidence, draw_background, draw_offsets, soft_crop
+from soft_aug.softcrop import confidence, draw_offsets, soft_crop
 
 MEAN, STD = (0.507, 0.487, 0.441), (0.267, 0.256, 0.276)
 
@@ -32,7 +32,7 @@ def batched(images, mean, std, generator, randaugment):
         images = rand_augment(images, *draw_randaugment(n, generator))
     images = images.float().sub_(mean).mul_(1 / std)
     crops, visible = soft_crop(images, draw_offsets(n, size, 12.0, generator),
-                               draw_background(n, channels, 0.01, generator))
+                               0.01 * torch.randn(n, channels, generator=generator))
     return crops, confidence(visible, 100, power=2.0)
 
 
@@ -45,7 +45,7 @@ def one_by_one(randaugment):
     def run(picture):
         image = transform(picture)
         crop, visible = soft_crop(image[None], draw_offsets(1, image.shape[1:], 12.0),
-                                  draw_background(1, 3, 0.01))
+                                  0.01 * torch.randn(1, 3))
         return crop[0], confidence(visible, 100, power=2.0)
     return run
 
