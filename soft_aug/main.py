@@ -326,7 +326,7 @@ def main(argv=None):
     log(f"{about(info, net, train, args)}; {title(args)}")
     strong = math.ceil(first_weak_epoch(args))
     if 2 * strong < args.epochs and (args.da > 0 or args.noise or args.mixup):
-        distributed.warn(f"only {strong} of {args.epochs} epochs are augmented in full; --ft 0: all")
+        distributed.warn(f"only {strong} of {args.epochs} epochs augment in full; --ft 0: in all")
 
     run = Run(args, device, info, run_name(args), {"other": args.other}, model=net,
               optimizer=optimizer, scaler=scaler)
