@@ -169,9 +169,8 @@ class DaliStream(Stream):
     def filters(self) -> dict:
         """Return arguments of DALI's resizing operators."""
         from nvidia.dali import types
-        shrink, enlarge = FILTERS[self.recipe.interpolation]
-        return {"min_filter": getattr(types, f"INTERP_{shrink}"),
-                "mag_filter": getattr(types, f"INTERP_{enlarge}")}
+        names = zip(("min_filter", "mag_filter"), FILTERS[self.recipe.interpolation], strict=True)
+        return {filter: getattr(types, f"INTERP_{name}") for filter, name in names}
 
     def graph(self, encoded, **decoder):
         """Return the augmented images of the encoded ones: normalised, or bytes to `transform`."""
@@ -210,8 +209,7 @@ class TorchStream(Stream):
         """Yield uint8 images and labels from start_step on. Raises DataError."""
         gc.collect()            # a forked worker that clears away a DALI pipeline never returns
         order = self.order()[self.start_step * self.batch_size:]
-        items = [(i, self.number("item", i)) for i in order]
-        loader = DataLoader(self, sampler=items, batch_size=self.batch_size,
+        loader = DataLoader(self, sampler=order, batch_size=self.batch_size,
                             num_workers=self.workers, pin_memory=self.device.type == "cuda",
                             generator=torch.Generator())   # else it draws from torch's global one
         try:
@@ -220,14 +218,13 @@ class TorchStream(Stream):
             message = str(fault).strip().splitlines()[-1]
             raise DataError(message.split("DataError: ", 1)[-1]) from None
 
-    def __getitem__(self, item: tuple[int, int]) -> tuple[torch.Tensor, int]:
-        """Return the augmented uint8 image and the label of (item, seed)."""
-        i, seed = item
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
+        """Return the augmented uint8 image and the label of item i."""
         label, image = self.item(i)
         if self.resize:
             image = self.resized(image, self.side, self.resize == "square")
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
+            torch.default_generator.manual_seed(self.number("item", i))
             image = v2.functional.pil_to_tensor(self.cropped(image))
             if self.recipe.color_jitter:
                 image = v2.ColorJitter(*(self.recipe.color_jitter,) * 3)(image)

@@ -42,8 +42,7 @@ class Backbone(nn.Module):
             weight = next(network.parameters())
             middle, pooled = self.eval()(weight.new_zeros(1, 3, image_size, image_size))
         self.train()
-        self.channels, self.side = middle.shape[1:3]        # for images of image_size pixels
-        self.width = pooled.shape[1]
+        self.channels, self.width = middle.shape[1], pooled.shape[1]
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         if self.after is not None:
