@@ -133,20 +133,17 @@ def text(rows: list[dict], names: list[str], markdown: bool) -> str:
 
 
 def draw(path: Path, groups: list[list], names: list[str]):
-    """Draw test accuracy over epochs and visible fraction; a band is the seeds' range."""
+    """Draw test accuracy over epochs and visible fraction, a line for each run."""
     from matplotlib import colormaps
     figure = plots.new_figure(13, max(4.2, 0.22 * len(names) + 1))
     left, right = figure.subplots(1, 2)
     for n, (group, name) in enumerate(zip(groups, names, strict=True)):
-        colour = colormaps["turbo"]((n + 0.5) / len(groups))
-        for axis, found in ((left, [run.curve for run in group]),
-                            (right, [run.visible for run in group if run.visible])):
-            common = sorted(set.intersection(*map(set, found))) if found else []
-            values = [[curve[x] for curve in found] for x in common]
-            axis.plot(common, list(map(mean, values)), color=colour, linewidth=1.6, label=name,
-                      marker="o" if len(common) < 12 else None, markersize=3)
-            axis.fill_between(common, list(map(min, values)), list(map(max, values)),
-                              color=colour, alpha=0.15, linewidth=0)
+        style = {"color": colormaps["turbo"]((n + 0.5) / len(groups)), "linewidth": 1.2}
+        for run in group:
+            for axis, curve in ((left, run.curve), (right, run.visible)):
+                axis.plot(sorted(curve), [curve[x] for x in sorted(curve)], label=name,
+                          marker="o" if len(curve) < 12 else None, markersize=3, **style)
+            name = None                 # one entry of the legend for all seeds
     plots.frame(left, xlabel="epoch", ylabel="test accuracy, %")
     plots.frame(right, xlabel="visible fraction of the image, %", ylabel="test accuracy, %")
     left.xaxis.get_major_locator().set_params(integer=True)

@@ -101,19 +101,15 @@ class _Draws:
         return self.generator
 
 
-class _Activations(nn.Module):
+class _Activations(nn.Sequential):
     """A network as OcCaMix asks it: class activations of its last feature map by its classifier,
     which must be its last Linear layer."""
 
-    def __init__(self, net):
-        super().__init__()
-        self.net = net
-
     def activation_maps(self, images):
-        maps, layer = [], _ours("common.gradcam").last_layer(self.net, images)
+        maps, layer = [], _ours("common.gradcam").last_layer(self, images)
         with layer.register_forward_hook(lambda part, args, out: maps.append(out)):
-            self.net(images)
-        *_, head = (part for part in self.net.modules() if isinstance(part, nn.Linear))
+            self(images)
+        *_, head = (part for part in self.modules() if isinstance(part, nn.Linear))
         return _ours("safuse.network").activation_maps(maps[-1], head.weight)
 
 

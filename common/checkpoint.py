@@ -11,12 +11,7 @@ from common.errors import RunError
 from common.files import whole
 
 NEWEST, PREVIOUS, BEST = "checkpoint.pt", "checkpoint.prev.pt", "best.pt"
-DIGEST = 32                             # bytes at the end of a file, of all before them
-
-
-def digest(content) -> bytes:
-    """Return the BLAKE2b digest of bytes."""
-    return hashlib.blake2b(content, digest_size=DIGEST).digest()
+DIGEST = 32                             # bytes at a file's end, of all before: torch checks no CRC
 
 
 def save(folder: Path, state: dict, name: str = NEWEST):
@@ -24,7 +19,7 @@ def save(folder: Path, state: dict, name: str = NEWEST):
     checkpoint before it becomes checkpoint.prev.pt. On a full disk all stays."""
     path, buffer = folder / name, io.BytesIO()
     torch.save(state, buffer)
-    buffer.write(digest(buffer.getbuffer()))                 # torch itself checks no CRC
+    buffer.write(hashlib.blake2b(buffer.getbuffer(), digest_size=DIGEST).digest())
     with whole(path) as new, open(new, "wb") as file:
         file.write(buffer.getbuffer())
         file.flush()
@@ -39,7 +34,7 @@ def load(path) -> dict:
     if not path.is_file():
         raise RunError(f"{path}: no such checkpoint")
     content = memoryview(path.read_bytes())
-    if digest(content[:-DIGEST]) != content[-DIGEST:]:
+    if hashlib.blake2b(content[:-DIGEST], digest_size=DIGEST).digest() != content[-DIGEST:]:
         raise RunError(f"{path} is damaged or no checkpoint of this project")
     return torch.load(path, map_location="cpu", weights_only=True)
 

@@ -45,10 +45,9 @@ class Parser(argparse.ArgumentParser):
 
 def boolean(text: str) -> bool:
     """argparse type of the papers' booleans: true/false, yes/no, 1/0 in any case."""
-    try:
-        return BOOLEANS[text.lower()]
-    except KeyError:
-        raise argparse.ArgumentTypeError(f"'{text}' is neither true nor false") from None
+    if text.lower() not in BOOLEANS:
+        raise argparse.ArgumentTypeError(f"'{text}' is neither true nor false")
+    return BOOLEANS[text.lower()]
 
 
 def add_boolean(add, name: str, default: bool, help: str):

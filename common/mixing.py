@@ -76,9 +76,8 @@ def box_mask(edges, size: tuple[int, int]) -> Tensor:
 
 
 def mixup(images: Tensor, perm: Tensor, lam: float | Tensor) -> tuple[Tensor, Tensor]:
-    """Mixup (Zhang et al. 2018): lam·x + (1 - lam)·x[perm], and the first label's weight (B,).
-    `images` (B, ...) floats, also hidden activations; `perm` (B,); `lam` in [0, 1], scalar or (B,).
-    """
+    """Mixup (Zhang et al. 2018): lam·x + (1 - lam)·x[perm], and the first label's weight (B,);
+    `images` (B, ...) floats, also hidden activations; `lam` in [0, 1], a scalar or (B,)."""
     check_floats(images)
     perm = perm.to(images.device, non_blocking=True)
     ratio = per_image(lam, images)
@@ -89,9 +88,8 @@ def mixup(images: Tensor, perm: Tensor, lam: float | Tensor) -> tuple[Tensor, Te
 def cutmix(images: Tensor, perm: Tensor, centre: Tensor, lam: float | Tensor
            ) -> tuple[Tensor, Tensor]:
     """CutMix (Yun et al. 2019): a box of x[perm], sqrt(1 - lam) of each side, is pasted into x;
-    the second result is the exact share (B,) of pixels that stay. `centre` (y, x) of the box in
-    pixels, (2,) or (B, 2); `lam` in [0, 1], a scalar or (B,); edges in whole pixels, truncated.
-    """
+    the second result is the exact share (B,) of pixels that stay. `centre` (y, x) in pixels, (2,)
+    or (B, 2); `lam` in [0, 1], a scalar or (B,); edges are truncated to whole pixels."""
     centre = centre.to(images.device, non_blocking=True)
     cut = (1 - per_image(lam, images)).sqrt()                # share of each side
     halves = [cut * length / 2 for length in images.shape[-2:]]
@@ -127,12 +125,10 @@ def soft_targets(labels: Tensor, perm: Tensor, ratio: Tensor, num_classes: int) 
 
 def input_gradient(model: nn.Module, images: Tensor, labels: Tensor, *,
                    loss: Callable | None = None, train: bool = False) -> Tensor:
-    """Return the gradient (B, C, H, W) of the loss with respect to the images.
-
-    `loss` of outputs and labels: by default the mean cross-entropy. The pass is in evaluation mode,
-    or with `train` in training mode, where BatchNorm's running statistics follow. Gradients of the
-    parameters and modes stay. Of wrappers and torch.compile the plain module is used.
-    """
+    """Return the gradient (B, C, H, W) of the loss (of outputs and labels; by default the mean
+    cross-entropy) with respect to the images, by a pass in evaluation mode, or with `train` in
+    training mode, where BatchNorm's statistics follow. Gradients of the parameters and modes stay.
+    Of wrappers and torch.compile the plain module is used."""
     check_floats(images)
     while isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) \
             or hasattr(model, "_orig_mod"):

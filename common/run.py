@@ -74,28 +74,21 @@ class StepSums:
     def state(self) -> dict:
         """Return what a checkpoint inside the epoch holds; every rank asks at the same step."""
         losses = distributed.total(self.losses[:self.steps]) / distributed.world()
-        return {"losses": losses.tolist(), "hits": distributed.total(self.hits).tolist(),
-                "more": self.totals()}
-
-    def totals(self) -> dict:
-        """Return the sums of other values over all ranks."""
-        return {name: distributed.total(value).item() for name, value in self.more.items()}
+        return {"losses": losses.tolist(), "hits": distributed.total(self.hits).tolist(), "more": {
+            name: distributed.total(value).item() for name, value in self.more.items()}}
 
     def result(self) -> dict:
         """Return mean loss, accuracy in % and means of other values over all ranks' steps."""
-        sums = torch.cat([self.losses[:self.steps].double().sum()[None], self.hits])
-        loss, right, seen = distributed.total(sums).tolist()
-        steps = self.steps * distributed.world()
-        return {"train_loss": loss / steps, "train_accuracy": 100 * right / max(seen, 1),
-                **{name: value / steps for name, value in self.totals().items()}}
+        sums, steps = self.state(), self.steps * distributed.world()
+        (right, seen), loss = sums["hits"], statistics.fmean(sums["losses"])
+        return {"train_loss": loss, "train_accuracy": 100 * right / seen,
+                **{name: value / steps for name, value in sums["more"].items()}}
 
 
 class Run:
-    """One run: its folder, its history, and how far it has come (epoch and step, from 0).
-
-    name: further parts of the folder's name; identity: what a checkpoint must agree in to be
-    resumed, besides data and network; parts: `model` and all else that has a state_dict.
-    """
+    """One run: its folder, its history, and how far it has come (epoch and step, from 0). name:
+    further parts of the folder's name; identity: what a checkpoint must agree in, besides data and
+    network; parts: `model` and all else that has a state_dict."""
 
     def __init__(self, args, device, info, name: list[str], identity: dict | None = None, **parts):
         self.args, self.device, self.info, self.parts = args, device, info, parts
@@ -133,9 +126,8 @@ class Run:
         if self.writes:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.lock = files.lock(self.folder / ".lock")           # until the process ends
-        state = None
-        if self.args.resume or self.keeps_files:
-            state = checkpoint.resume(self.args.resume, self.folder)
+        wanted = self.args.resume or self.keeps_files
+        state = checkpoint.resume(self.args.resume, self.folder) if wanted else None
         self.resumed = state is not None
         changed = self.restore(state) if state else {}
         position = torch.tensor([self.epoch, self.step], device=self.device)
@@ -176,8 +168,7 @@ class Run:
         then, now = state["args"], self.settings()
         for name in ("seed", *["batch_size"] * (state["step"] > 0)):        # inside an epoch
             if then[name] != now[name]:
-                raise RunError(f"the checkpoint is of a run with --{name} {then[name]}: go on with "
-                               "that")
+                raise RunError(f"go on with --{name} {then[name]}, as the checkpoint's run")
         for name, part in self.parts.items():
             checkpoint.load_part(name, part, state)
         for name in ("history", "best", "epoch", "step", "sums"):

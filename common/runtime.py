@@ -89,9 +89,7 @@ def facts(device: torch.device) -> dict:
 
 def use_gpus(count: int):
     """Restart this program under torchrun on `count` GPUs of this machine, if count is above 1."""
-    if count > 1 and not torch.cuda.is_available():
-        warn(f"{count} GPUs asked for, none is there: one process on the CPU")
-    elif count > 1 and "RANK" not in os.environ:
+    if count > 1 and torch.cuda.is_available() and "RANK" not in os.environ:
         os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", "--standalone",
                                   f"--nproc_per_node={count}", *sys.argv])
 

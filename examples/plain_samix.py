@@ -2,6 +2,7 @@
 import torch
 from torch import nn
 from torchvision.models import resnet18
+from torchvision.models.feature_extraction import create_feature_extractor
 
 ROOT = __file__.rsplit("examples", 1)[0]        # or "owner/mixup-zoo", source="github"
 STEPS = 100
@@ -12,12 +13,10 @@ class Backbone(nn.Module):
 
     def __init__(self):
         super().__init__()
-        *before, self.after, _, _ = resnet18().children()
-        self.before = nn.Sequential(*before)
+        self.net = create_feature_extractor(resnet18(), ["layer3", "flatten"])
 
     def forward(self, images):
-        middle = self.before(images)
-        return middle, self.after(middle).mean((2, 3))
+        return tuple(self.net(images).values())
 
 
 device = "cuda" if torch.cuda.is_available() else "cpu"

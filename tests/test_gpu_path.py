@@ -184,7 +184,7 @@ def test_sums_of_an_epoch_and_the_check_of_weights_wait_once_each():
             seen.reset()
             part()
             waits[name] = sum(seen.waits.values())
-    assert waits == {"add": 0, "result": 1, "state": 2, "weights": 1}
+    assert waits == {"add": 0, "result": 2, "state": 2, "weights": 1}
 
 
 # ------------------------------------------------------------------------ kernels of one mixing
