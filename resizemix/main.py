@@ -235,8 +235,11 @@ def draw_preview(path, train, args, info):
     return plots.preview(path, f"{method_name(args)} on {info.name}", rows, targets[:n], info)
 
 
-def load_data(args, device):
-    """Return training and test batches and Info, augmented as the flags say."""
+def main(argv=None):
+    """Train, evaluate or draw as the flags say; return the network."""
+    args = parse_args(argv)
+    check_launcher(args)
+    device = runtime.setup(args)
     streamed = args.dataset in STREAMED
     transform = randaugment.transform if args.randaugment else None
     if args.autoaugment:
@@ -247,17 +250,10 @@ def load_data(args, device):
         color_jitter=0.4 * args.color_jitter, transform=transform,
         transform_first=transform is not None and not streamed,
         **CIFAR if args.dataset in ("cifar10", "cifar100") else {})
-    return data.load(
+    train, test, info = data.load(
         args.dataset, args.data_dir, recipe, device=device, **flags.chosen(args, flags.LOADING),
         drop_last=args.dataset != "imagenet")
 
-
-def main(argv=None):
-    """Train, evaluate or draw as the flags say; return the network."""
-    args = parse_args(argv)
-    check_launcher(args)
-    device = runtime.setup(args)
-    train, test, info = load_data(args, device)
     torch.manual_seed(args.seed)
     net = models.build(args.arch, info.num_classes, info.image_size,
                        initial_channels=args.initial_channels)
