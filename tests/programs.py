@@ -1,6 +1,7 @@
 """A paper's main.py run as users run it, made small by a few flags; comparisons."""
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -61,15 +62,26 @@ dist.destroy_process_group()
 """
 
 
+def two_processes(*command) -> str:
+    """Run a python command as torchrun would, in two processes; return what the first printed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    ranks = [subprocess.Popen(
+        [sys.executable, *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, cwd=ROOT, env=os.environ | {
+            "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}) for rank in "01"]
+    printed = [rank.communicate(timeout=600)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], printed
+    return printed[0]
+
+
 def on_two_ranks(tmp_path, module, words) -> str:
-    """Run a program's main() in two processes under torchrun; return what it printed."""
+    """Run a program's main() in two processes, then compare their networks; return what the first
+    printed."""
     (tmp_path / "ranks.py").write_text(RANKS.format(root=str(ROOT), module=module))
-    result = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-         str(tmp_path / "ranks.py"), *map(str, words)], capture_output=True, text=True,
-        timeout=3600)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
+    return two_processes(tmp_path / "ranks.py", *words)
 
 
 class Program:

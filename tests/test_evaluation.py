@@ -1,20 +1,19 @@
 """The evaluation that all programs share: counts, calibration, occlusion, FGSM, corruptions."""
 import csv
 import importlib
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
 from PIL import Image
+from programs import two_processes
 from torch import nn
 
 from common import corruptions, evaluation, gradcam, models
 from common.errors import DataError
+from sage import main as sage
 
 ALL = SimpleNamespace(amp="off", max_steps=None, cam="", corruptions=None, batch_size=7)
 CPU = torch.device("cpu")
@@ -150,13 +149,9 @@ def test_two_ranks_report_what_one_does(tmp_path):
     words = ("sage/main.py --dataset digits --image_size 16 --labels_per_class 12 --batch_size 30 "
              "--arch preactresnet18 --initial_channels 8 --device cpu --epochs 1 --schedule 9 "
              f"--gammas 1 --root_dir {tmp_path}").split()
-    for command in ([sys.executable, *words],
-                    [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                     "--nproc_per_node=2", *words, "--evaluate",
-                     str(tmp_path / "digits_preactresnet18_vanilla_seed0" / "checkpoint.pt")]):
-        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-        assert result.returncode == 0, result.stderr[-2000:]
+    sage.main(words[1:])
     folder, = tmp_path.iterdir()
+    two_processes(*words, "--evaluate", folder / "checkpoint.pt")
     one, two = rows_of(folder / "evaluation.csv"), rows_of(folder / "checkpoint_evaluation.csv")
     assert one.keys() == two.keys() and one["clean"]["count"] == 355
     for name, row in one.items():

@@ -32,7 +32,7 @@ def whole_run(root, *words):
 
 def test_many_kills_lose_nothing(tmp_path):
     """KILLS=50 in the environment is the run whose result RESULTS.md records."""
-    kills = int(os.environ.get("KILLS", 10))
+    kills = int(os.environ.get("KILLS", 6))
     words = ["--method", "sage", "--update_ratio", "0.7", "--epochs", str(4 * kills), "--schedule",
              "4", "8", "--dropout", "True"]
     result = subprocess.run([sys.executable, str(ROOT / "tests" / "kill_and_resume.py"), str(kills),

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from conftest import ROOT, Golden, golden_cases
 from pictures import HAS_DALI, make_cub, make_dogs
 from PIL import Image
-from programs import Program, close, relabelled, same, weights
+from programs import Program, close, on_two_ranks, relabelled, same, weights
 
 from common import checkpoint, distributed, plots, runtime
 from common.data import Recipe
@@ -592,11 +592,11 @@ def test_images_need_not_be_square(tmp_path, capsys):
 
 @pytest.mark.parametrize("method", ["safuse", "lgcoamix", "occamix"])
 def test_killed_and_resumed_is_the_run_never_killed(tmp_path, method, capsys):
-    words = ["--method", method, "--epochs", 9, "--milestones", 5]
+    words = ["--method", method, "--epochs", 3, "--milestones", 2]
     whole = train(tmp_path / "whole", *words)
     folder = tmp_path / "killed" / whole.name
-    PROGRAM.killed(*words, root=tmp_path / "killed", steps=14)
-    assert len((folder / "log.csv").read_text().splitlines()) < 10
+    PROGRAM.killed(*words, root=tmp_path / "killed", steps=6)
+    assert len((folder / "log.csv").read_text().splitlines()) < 4
     capsys.readouterr()
     train(tmp_path / "killed", *words, "--RESUME", "True")
     assert "other flags than before" not in capsys.readouterr().err
@@ -606,7 +606,7 @@ def test_killed_and_resumed_is_the_run_never_killed(tmp_path, method, capsys):
                 for c in (one, two)]
     assert len(momentum[0]) > 60 and all(torch.equal(a, b)
                                          for a, b in zip(*momentum, strict=True))
-    assert len(one["history"]) == len(two["history"]) == 9
+    assert len(one["history"]) == len(two["history"]) == 3
     assert all(a["train_loss"] == b["train_loss"] and a["test_loss"] == b["test_loss"]
                for a, b in zip(one["history"], two["history"], strict=True))
 
@@ -619,34 +619,6 @@ def test_start_epoch_repeats_from_there(tmp_path, capsys):
     assert re.findall(r"^epoch (\d)/3  loss", capsys.readouterr().out, re.M) == ["2", "3"]
     rows = (folder / "log.csv").read_text().splitlines()
     assert [row.split(",")[0] for row in rows[1:]] == ["1", "2", "3"]
-
-
-RANKS = """
-import sys
-sys.path.insert(0, {root!r})
-import torch
-import torch.distributed as dist
-from common.distributed import log
-from safuse import main
-net = main.main(sys.argv[1:])
-weights = torch.cat([value.double().flatten() for value in net.state_dict().values()])
-others = [torch.empty_like(weights) for _ in range(2)]
-dist.all_gather(others, weights)
-log(f"ranks agree: {{torch.equal(*others)}}")
-dist.destroy_process_group()
-"""
-
-
-def on_two_ranks(tmp_path, name, *words):
-    script = tmp_path / "ranks.py"
-    script.write_text(RANKS.format(root=str(ROOT)))
-    result = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-         str(script), *SMALL, "--root_dir", str(tmp_path / name), *map(str, words)],
-        capture_output=True, text=True, timeout=3600)
-    assert result.returncode == 0, result.stderr[-2000:]
-    assert "ranks agree: True" in result.stdout and "2 processes" in result.stdout
-    return checkpoint.load(next((tmp_path / name).iterdir()) / "checkpoint.pt")
 
 
 @pytest.mark.parametrize("method", SUPERPIXELS)
@@ -669,7 +641,10 @@ def test_two_ranks_agree(tmp_path, method):
     args = arguments(" ".join(map(str, words)))
     steps = [safuse.is_mixed(args, 0, step) for step in range(8)]
     assert True in steps and False in steps
-    state = on_two_ranks(tmp_path, "gather", *words, "--loss_gamma_SCL", 0.5)
+    printed = on_two_ranks(tmp_path, "safuse.main", [
+        *SMALL, "--root_dir", tmp_path / "runs", *words, "--loss_gamma_SCL", 0.5])
+    assert "ranks agree: True" in printed and "2 processes" in printed
+    state = checkpoint.load(next((tmp_path / "runs").iterdir()) / "checkpoint.pt")
     assert state["epoch"] == 1 and math.isfinite(state["history"][0]["train_loss"])
 
 

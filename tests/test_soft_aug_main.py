@@ -5,16 +5,13 @@ import math
 import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from programs import Program, same, weights
+from programs import Program, same, two_processes, weights
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from common import checkpoint, distributed, evaluation
@@ -255,16 +252,16 @@ def test_precision(info_and_batch, amp):
     assert seen == [amp == "bf16"] * 2
 
 
-def test_killed_and_resumed_is_the_run_never_killed(tmp_path):
+def test_killed_and_resumed_is_the_run_never_killed(tmp_path, capsys):
     """Also without a seed: the run that was killed is found, and its seed."""
     words = [*RECIPE.split(), "--epochs", 4, "--ft", 2, "--warm", 1, "--eval_every", 1]
     for _ in range(2):                                      # SIGKILL inside two epochs
         PROGRAM.killed(*words, "--seed", -1, "--resume", "auto", root=tmp_path / "killed", steps=6)
-    result = program(*words, "--seed", -1, "--resume", "auto", root=tmp_path / "killed")
-    assert result.returncode == 0 and "resumed at epoch" in result.stdout
-    folder, = (tmp_path / "killed").iterdir()
+    folder = train(tmp_path / "killed", *words, "--seed", -1, "--resume", "auto")
+    printed = capsys.readouterr().out
+    assert "resumed at epoch" in printed
     seed = checkpoint.load(folder / "checkpoint.pt")["args"]["seed"]
-    assert seed >= 0 and f"seed: {seed}\n" in result.stdout and folder.name.endswith(f"seed{seed}")
+    assert seed >= 0 and f"seed: {seed}\n" in printed and folder.name.endswith(f"seed{seed}")
     whole = train(tmp_path / "whole", *words, "--seed", seed)
     one, two = checkpoint.load(whole / "checkpoint.pt"), checkpoint.load(folder / "checkpoint.pt")
     assert same(one["model"], two["model"]) and one["best"] == two["best"]
@@ -278,29 +275,10 @@ def test_killed_and_resumed_is_the_run_never_killed(tmp_path):
     assert (folder / "evaluation.csv").read_text() == (whole / "evaluation.csv").read_text()
 
 
-def test_a_signal_saves_inside_the_epoch(tmp_path):
-    words = [*RECIPE.split(), "--epochs", 2, "--labels_per_class", 120, "--print_freq", 1]
-    child = subprocess.Popen(command(*words, root=tmp_path), text=True, stdout=subprocess.PIPE,
-                             stderr=subprocess.DEVNULL)
-    for line in child.stdout:
-        if "epoch 1 step 3/" in line:
-            child.send_signal(signal.SIGTERM)
-            break
-    last = child.communicate()[0].splitlines()[-1]
-    assert child.returncode == 128 + signal.SIGTERM
-    step = re.fullmatch(r"SIGTERM: stopped at epoch 1, step (\d+); go on with --resume auto", last)
-    folder, = tmp_path.iterdir()
-    assert step and checkpoint.load(folder / "checkpoint.pt")["step"] == int(step[1])
-
-
 def test_two_ranks_measure_what_one_does(tmp_path):
     """Also: both take the one seed that was drawn."""
-    result = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-         *command(*RECIPE.split(), "--epochs", 1, "--seed", -1, root=tmp_path)[1:]],
-        capture_output=True, text=True, timeout=3600)
-    assert result.returncode == 0, result.stderr[-2000:]
-    assert "2 processes" in result.stdout
+    assert "2 processes" in two_processes(
+        *command(*RECIPE.split(), "--epochs", 1, "--seed", -1, root=tmp_path)[1:])
     folder, = tmp_path.iterdir()
     row, = table(folder / "log.csv")
     alone = program(*RECIPE.split(), "--evaluate", folder / "checkpoint.pt", root=tmp_path)
