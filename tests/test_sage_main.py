@@ -298,6 +298,7 @@ def test_log_off_writes_nothing(tmp_path):
     ("--schedule 1 2 --gammas 0.1", 2, "--schedule has 2 epochs, --gammas 1"),
     ("--method sage --kernel_size 99", 1, "Padding size should be less than"),
     ("--method puzzle --image_size 15", 1, "15×15 pixels cannot be halved"),
+    ("--valid_labels_per_class 500", 1, "--valid_labels_per_class 500 leaves no image"),
     ("--dataset npz --data_dir none.npz", 1, "none.npz: No such file"),
     ("--dataset cifar100 --data_dir /proc/none", 1, "/proc/none"),
     ("--root_dir /proc/none", 1, "/proc/none"),

@@ -93,6 +93,8 @@ def load_in_memory(name, data, recipe, crop_size, labels_per_class, valid_labels
     if valid_labels_per_class:
         valid, train = sources.balanced(train, valid_labels_per_class, classes, generator,
                                         "--valid_labels_per_class")
+        if not len(train.labels):
+            raise RunError(f"--valid_labels_per_class {valid_labels_per_class} leaves no image")
     if labels_per_class:
         train, _ = sources.balanced(train, labels_per_class, classes, generator,
                                     "--labels_per_class")
