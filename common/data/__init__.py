@@ -45,10 +45,9 @@ class Info:
 
 
 def load(name: str, data_dir: str, recipe: Recipe = USUAL, *, batch_size: int, device,
-         seed: int = 0, loader: str = "auto", image_size: int | None = None,
+         seed: int = 0, loader: str = "auto", workers: int = 2, image_size: int | None = None,
          labels_per_class: int | None = None, valid_labels_per_class: int = 0,
-         val_split: float | None = None, drop_last: bool = False, workers: int = 2,
-         channels_last: bool = False):
+         val_split: float | None = None, drop_last: bool = False, channels_last: bool = False):
     """Return training batches, test batches and Info of a data set. Raises DataError, RunError.
 
     Batches yield images (B, 3, H, W) float32, normalised, and labels (B,) int64, on `device`.

@@ -29,8 +29,7 @@ class Files:
         return len(self.files)
 
     def __getitem__(self, i: int) -> tuple[int, bytes]:
-        with reading(self.files[i]):
-            return self.labels[i], Path(self.files[i]).read_bytes()
+        return self.labels[i], Path(self.files[i]).read_bytes()
 
     def name(self, i: int) -> str:
         return self.files[i]
@@ -61,9 +60,8 @@ def images_below(folder: str, skipped: Counter, above=()) -> list[str]:
     return found
 
 
-def list_classes(folder: Path, names: list[str] | None = None, allow_empty: bool = False
-                 ) -> dict[str, list[str]]:
-    """Return the image files of each class folder of `folder`, sorted by name; names: all classes,
+def list_classes(folder: Path, names: list[str] | None = None, allow_empty=False) -> dict:
+    """Return {class: image files} of the class folders of `folder`, sorted; names: all classes,
     which may be empty or lack here. Raises DataError for others, and for folders without images."""
     skipped = Counter()
     with reading(folder):
@@ -101,9 +99,8 @@ def inside(root: Path, name: str) -> Path:
     return root / name if (root / name).is_dir() else root
 
 
-def open_folders(root: Path, parts: tuple[str, ...], val_split: float | None = None, seed: int = 0
-                 ) -> tuple[Files, Files]:
-    """Return the images of train/<class>/* and of the first of `parts`; val_split: of root/train
+def open_folders(root: Path, parts: tuple, val_split: float | None = None, seed: int = 0) -> tuple:
+    """Return the Files of train/<class>/* and of the first of `parts`; val_split: of root/train
     (or `root`) without and with a seeded share of each class, of one image to all but one."""
     if not val_split:
         train = list_classes(root / "train")
@@ -131,9 +128,8 @@ def test_part(root: Path, *parts: str) -> str:
                     "--val_split 0.2 tests on a fifth of the training images")
 
 
-def open_sets(dataset: str, root: Path, val_split: float | None = None, seed: int = 0
-              ) -> tuple[Files | RecordFile, Files | RecordFile]:
-    """Return training and test images of a streamed set, files or records. Raises DataError."""
+def open_sets(dataset: str, root: Path, val_split: float | None = None, seed: int = 0) -> tuple:
+    """Return training and test images of a streamed set, Files or RecordFile. Raises DataError."""
     if dataset == "cub200":
         return cub200(inside(root, "CUB_200_2011"))
     if dataset == "stanford_dogs":

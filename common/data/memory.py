@@ -45,14 +45,13 @@ class MemoryBatches:
         """Choose the epoch's draws; iteration begins at start_step (to resume inside an epoch)."""
         self.epoch, self.start_step = epoch, start_step
         rows = torch.cat([self.rows(step) for step in range(self.steps)])
-        order = torch.arange(self.count)
         generator = torch.Generator().manual_seed(distributed.seed_of(self.seed, "epoch", epoch))
-        if self.seed is not None:
-            order = torch.randperm(self.count, generator=generator)
+        order = torch.arange(self.count) if self.seed is None else \
+            torch.randperm(self.count, generator=generator)
         shifts = torch.randint(0, 2 * self.recipe.padding + 1, (2, self.count), generator=generator)
         flips = (torch.rand(self.count, generator=generator) < 0.5) & bool(self.recipe.flip)
         boxes = torch.tensor([0, 0, *self.stored])[:, None].expand(4, self.count)
-        if self.seed is not None and self.recipe.crop == "resized":
+        if self.recipe.crop == "resized":
             boxes = draw_boxes(self.count, self.stored, self.recipe.scale, self.recipe.ratio,
                                generator)
         self.order, self.shifts, self.flips, self.boxes = (

@@ -27,8 +27,7 @@ ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 Split = namedtuple("Split", "images, labels")       # (N, H, W, 3) uint8, (N,) int64 of one part
 
 
-def read(name: str, root: Path, image_size: int | None, workers: int,
-         val_split: float | None = None, seed: int = 0):
+def read(name: str, root: Path, image_size: int | None, workers: int, val_split=None, seed=0):
     """Return training Split, test Split and class names of a data set. Raises DataError.
 
     image_size: of the images, if not the stored one; files are resized by their shorter side, then

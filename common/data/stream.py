@@ -97,8 +97,8 @@ class Stream:
 
     def item(self, i: int, read=decode):
         """Return (label, image) of item i as `read` decodes it. Raises DataError naming it."""
-        label, encoded = self.data[i]
         with reading(self.data.name(i), "a readable image"):
+            label, encoded = self.data[i]
             return label, read(encoded)
 
     def boxes(self) -> torch.Tensor | None:
