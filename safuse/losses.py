@@ -25,8 +25,7 @@ def superpixel_contrastive(logits, labels, selected, weights=None, *, temperatur
     `logits` (B, T, K), compared by s, their cosine / temperature; `labels`, `selected` (B, T). For
     i and every j of its class, i too, log p_ij = s_ij - log(exp s_ij + sum of exp s_ik over the k
     of other classes); l_i = -(temperature / base_temperature) · mean of log p_ij over j. The
-    gradient is scaled so that DistributedDataParallel's mean over processes is the whole batch's.
-    """
+    gradient is scaled so that DistributedDataParallel's mean is the whole batch's."""
     with torch.autocast(logits.device.type, enabled=False):
         features = F.normalize(logits.float(), dim=-1).flatten(0, 1)
         share = (selected if weights is None else weights.detach() * selected).float().flatten()

@@ -43,8 +43,6 @@ METHODS = {"safuse": "SAFuse", "lgcoamix": "LGCOAMix", "occamix": "OcCaMix", "cu
 DECODERS = {"safuse": "joint", "lgcoamix": "local"}         # none: a plain classifier
 
 
-# ------------------------------------------------------------------------------------------ flags
-
 def parse_args(argv=None):
     """Return the flags; usage errors exit with code 2."""
     parser = flags.Parser(__doc__)
@@ -62,7 +60,6 @@ def parse_args(argv=None):
     add_boolean(add, "--nesterov", False, "Nesterov's momentum")
     add("--gpu_ids", type=lambda text: [int(n) for n in text.strip("[]").split(",")],
         metavar="N[,N…]", help="GPUs to use, a process on each")
-
     add = parser.add_argument_group("mixing").add_argument
     add("--cutmix_prob", type=share, default=0.5, help="share of the batches that are mixed")
     add("--p_binom", "--Burn_prob", type=share, default=0.5, help="share of superpixels pasted")
@@ -71,7 +68,6 @@ def parse_args(argv=None):
     add("--compactness", type=number(above=0), help="of the superpixels, against colour")
     add("--superpixels", choices=["slic", "skimage"], default="slic", help="batched, or on the CPU")
     add("--cells", type=positive, default=3, help="occamix: most attentive cells of an image")
-
     add = parser.add_argument_group("safuse and lgcoamix").add_argument
     add("--topN_local_ratio", type=number(low=1e-3, high=1),
         help="share of an image's superpixels, by attention, that are classified one by one")
@@ -81,11 +77,10 @@ def parse_args(argv=None):
     add("--attention_score", choices=["post_norm", "pre_norm"], default="post_norm",
         help="sum over a superpixel's channels after LayerNorm (as published) or before it")
     add("--label_share", choices=["both", "attention"], help="by attention, or both it and area")
-    flags.add_flags(
-        parser, data.NAMES, network.ARCHS,
-        {"data_dir": ["--data_path"], "epochs": ["--NB_EPOCH"], "lr": ["--LR"],
-         "batch_size": ["--BATCH_SIZE", "-b"]},
-        dataset="cifar100", arch="resnet18", weight_decay=5e-4, workers=2, pretrained=None)
+    flags.add_flags(parser, data.NAMES, network.ARCHS, {
+        "data_dir": ["--data_path"], "epochs": ["--NB_EPOCH"], "lr": ["--LR"],
+        "batch_size": ["--BATCH_SIZE", "-b"]
+    }, dataset="cifar100", arch="resnet18", weight_decay=5e-4, workers=2, pretrained=None)
 
     first = parser.peek(argv)
     parser.set_defaults(**defaults(first.method, first.dataset, first.arch, first.image_size))
@@ -96,8 +91,6 @@ def parse_args(argv=None):
         parser.error("--milestones are for --schedule step")
     return args
 
-
-# ----------------------------------------------------------------------------------------- mixing
 
 class Mixed(NamedTuple):
     """A batch for the network, with what the loss and the preview need."""
@@ -150,8 +143,6 @@ def mix_batch(net, images, args, info, generator) -> Mixed:
     ratio = 1 - from_b.gather(1, fused.flatten(1)).float().mean(1)
     return Mixed(mixed, perm, ratio, labels, fused, from_b)
 
-
-# --------------------------------------------------------------------------------------- training
 
 def targets_of(labels, mixed, args, num_classes, scores=None, counts=None):
     """Return soft targets (B, num_classes), with attention if superpixels' scores are given."""

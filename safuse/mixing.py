@@ -9,11 +9,9 @@ def superpixel_mix(images: Tensor, perm: Tensor, labels_a: Tensor, labels_b: Ten
                    chosen: Tensor, *, num_a: int | None = None, trim: bool | None = None) -> tuple:
     """Return images (B, C, H, W) with the `chosen` (B, S) superpixels of images[perm] pasted; fused
     (B, H, W), their superpixels from 0 without a gap, the first image's before; from_b (B, S')
-    bool, which are pasted, False in the padding.
-
-    `labels_a`, `labels_b` (B, H, W): superpixels of images, below `num_a`, and of images[perm].
-    S' is num_a + S, or with `trim` (default: on a CPU) what the batch needs.
-    """
+    bool, which are pasted, False in the padding. `labels_a`, `labels_b` (B, H, W): superpixels of
+    images, below `num_a`, and of images[perm]. S' is num_a + S, or with `trim` (default: on a CPU)
+    what the batch needs."""
     perm, chosen = (t.to(images.device, non_blocking=True) for t in (perm, chosen))
     num_a = int(labels_a.max()) + 1 if num_a is None else num_a
     mask = chosen.gather(1, labels_b.flatten(1).long()).view(labels_b.shape)

@@ -134,8 +134,7 @@ class Network(nn.Module):
 
     `arch`: one of ARCHS, for images of `image_size` (× `width`) pixels. `decoder`: joint (SAFuse:
     the classifier sees the mean of its features, too), local (LGCOAMix: for superpixels alone) or
-    none (a plain classifier). Raises RunError for sizes that it cannot take.
-    """
+    none (a plain classifier). Raises RunError for sizes that it cannot take."""
 
     def __init__(self, arch: str, num_classes: int, image_size: int = 32, *,
                  width: int | None = None, decoder: str = "joint", initial_channels: int = 64,
@@ -202,8 +201,7 @@ def boxes_of(maps: Tensor, height: int, width: int) -> Tensor:
 
 
 def init(layer: nn.Module, xavier: bool):
-    """Set a layer's weights: Kaiming, fan out; or, as in the papers' pre-activation networks and
-    those for 224 pixels, xavier for convolutions and N(0, 0.01) for Linear layers."""
+    """Set a layer's weights: Kaiming, fan out; or xavier, and N(0, 0.01) for Linear layers."""
     if isinstance(layer, nn.Conv2d) and xavier:
         nn.init.xavier_uniform_(layer.weight)
     elif isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):

@@ -25,15 +25,12 @@ ROWS = [
     (None, None, None, {
         "epochs": 600, "schedule": "A", "lr": 0.02, "batch_size": 32, "topN_local_ratio": 0.7,
         "loss_gamma_CE": 0.03, "loss_gamma_SCL": 0.05, "N_min": 25, "N_max": 30,
-        "compactness": 8.0, "label_share": "both", "pretrained": "none"}),
-]
+        "compactness": 8.0, "label_share": "both", "pretrained": "none"})]
 LARGE = ("tiny-imagenet-200", "cub200", "stanford_dogs", "imagenet")
 
 # How streamed sets are cropped: fields of common.data.Recipe.
-CROPS = {
-    "cub200": {"crop": "random", "resize": "square", "test_crop": "whole"},
-    "stanford_dogs": {"ratio": (1, 1.3), "test_crop": "whole"},
-}
+CROPS = {"cub200": {"crop": "random", "resize": "square", "test_crop": "whole"},
+         "stanford_dogs": {"ratio": (1, 1.3), "test_crop": "whole"}}
 
 # (first epoch, divisor of the learning rate)
 SCHEDULES = {

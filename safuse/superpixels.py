@@ -9,12 +9,10 @@ from torch import Tensor
 
 from common.precision import full_precision
 
-LEAST_SIZE = 0.5               # of the mean cell; smaller components join a neighbour
 MERGE_ROUNDS = 2               # more change the explained colour by less than a hundredth
 CHUNK = 2 ** 19                # distances computed at once on a CPU: what its cache holds
 PIXEL = 2.0 ** 20              # weight of a pixel in a cluster's mean against its old centre's 1
 FAR = -1e8                     # lightness of clusters that an image does not have
-SIDE = 224                     # pixels at which borders are drawn
 
 # sRGB to XYZ divided by the white point D65; and (116·y, 500·(x - y), 200·(y - z)), its Lab
 XYZ = ((0.412453 / 0.95047, 0.357580 / 0.95047, 0.180423 / 0.95047),
@@ -37,8 +35,8 @@ def grid(n_segments: int | Tensor, batch: int, height: int, width: int) -> tuple
 
 
 def least_sizes(cells: Tensor, pixels: int) -> Tensor:
-    """Return the pixels (B,) below which a component is no superpixel; `cells` (B, 2)."""
-    return (LEAST_SIZE * pixels / cells.prod(1)).long().clamp(min=1)
+    """Return the pixels (B,), half of the mean cell, below which a component is no superpixel."""
+    return (pixels / 2 / cells.prod(1)).long().clamp(min=1)
 
 
 def most_superpixels(n_segments: int | Tensor, height: int, width: int) -> int:
@@ -182,7 +180,7 @@ def connect(labels: Tensor, colour: Tensor, least: Tensor) -> Tensor:
 
 def borders(pixels: Tensor, labels: Tensor) -> Tensor:
     """Return images (B, 3, H, W) in [0, 1], enlarged, with superpixels' borders in yellow."""
-    factor = max(1, SIDE // pixels.shape[-1])
+    factor = max(1, 224 // pixels.shape[-1])
     pixels, labels = (t.repeat_interleave(factor, -2).repeat_interleave(factor, -1).cpu()
                       for t in (pixels, labels))
     edge = torch.zeros_like(labels, dtype=torch.bool)

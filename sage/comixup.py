@@ -43,7 +43,6 @@ def cost_and_compatibility(saliency: Tensor, block_num: int, omega: float = 0.00
     maps = saliency.float().reshape(-1, 1, height, width)
     blocks = F.adaptive_avg_pool2d(maps, block_num).view(*parts, block_num, block_num)
     cost = -puzzlemix.shares(blocks)
-
     windows = F.avg_pool2d(maps, (min(8, height), 1), stride=1)
     windows = F.avg_pool2d(windows, (1, min(8, width)), stride=1)
     top = windows.flatten(1).argmax(1).view(parts)
@@ -105,9 +104,8 @@ def _label_gco(cost: Tensor, compatibility: Tensor, labels0: Tensor, *, beta: fl
     n = cost.shape[1]
     weight = min(int(np.float32(beta) * EDGE_SCALE), graphcut.MAX_TERM // TABLE_SCALE)
     labels = labels0.flatten(2)[..., None].repeat(1, 1, 1, 2).cpu()
-    parts = zip(cost.flatten(2).mT.cpu().numpy(), compatibility.cpu().numpy(), labels.numpy(),
-                strict=True)
-    for unary, alike, part in parts:
+    for unary, alike, part in zip(cost.flatten(2).mT.cpu().numpy(), compatibility.cpu().numpy(),
+                                  labels.numpy(), strict=True):
         counts = np.array([np.bincount(row.ravel(), minlength=n) for row in part], np.float32) / 2
         extra = np.zeros_like(counts)
         for sweep in range(niter):
@@ -204,16 +202,14 @@ def label_parts(cost: Tensor, compatibility: Tensor, prior: Tensor, labels0: Ten
                 beta: float = 0.32, gamma: float = 1.0, eta: float = 0.05, thres: float = 0.83,
                 thres_type: str = "hard", set_resolve: bool = True, niter: int = 4,
                 solver: str = "auto") -> Tensor:
-    """Return the inputs that the blocks of each output show: labels (P, N, n, n, 2), two inputs
-    half and half, or twice the same.
+    """Return the inputs that the blocks of each output of P parts of N images show: labels
+    (P, N, n, n, 2), two inputs half and half, or twice the same.
 
-    Of P parts of N images: `cost` (P, N, n, n) and `compatibility` A (P, N, N) of
-    `cost_and_compatibility`, `prior` (P, N), `labels0` (P, N, n, n) integers in [0, N). Blocks
-    prefer salient inputs and their neighbours' (beta/n²), outputs prefer inputs that the others
-    leave alone (gamma/n², once A times their blocks exceeds thres·n²); before the last of niter
-    sweeps `set_resolve` parts outputs made of the same inputs. `solver`: "device" or "auto" (mean
-    field), "gco" (alpha-beta swaps on the CPU, the paper's own, slower).
-    """
+    `cost` (P, N, n, n) and `compatibility` A (P, N, N) of `cost_and_compatibility`, `prior` (P, N),
+    `labels0` (P, N, n, n) in [0, N). Blocks prefer salient inputs and their neighbours' (beta/n²),
+    outputs those that the others leave alone (gamma/n², once A times their blocks exceeds
+    thres·n²); before the last of niter sweeps `set_resolve` parts outputs of the same inputs.
+    `solver`: "device" or "auto" (mean field), "gco" (alpha-beta swaps, the paper's own, slower)."""
     size = cost.shape[-1] ** 2
     cost = prior_cost(cost, prior, eta)
     terms = {"beta": beta / size, "gamma": gamma / size, "tau": thres * size,

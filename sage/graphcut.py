@@ -15,18 +15,14 @@ try:
 except ImportError:            # gco-wrapper has no wheel for Python 3.13
     GCO = None
 
-SOLVERS = ("auto", "gco", "device")
 MAX_TERM = 10**7               # gco ends the process at larger ones
 
 
 def solve(unary: Tensor, weight_x: Tensor, weight_y: Tensor, *, solver="auto", threads=0) -> Tensor:
     """Return labels l (B, h, w) int64 of 0 .. L-1 that (nearly) minimize the sum over blocks of
-    unary[l] plus the sum over neighbours of weight * ((l - l') / (L-1))**2.
-
-    unary (B, h, w, L); weight_x (B, h-1, w) and weight_y (B, h, w-1) of vertical and horizontal
-    neighbours, negative ones count as 0. solver: 'gco' (of so many threads), 'device' or 'auto'
-    (gco on the CPU where it is installed).
-    """
+    unary[l] (B, h, w, L) and over neighbours of weight * ((l - l') / (L-1))**2: weight_x
+    (B, h-1, w) of vertical, weight_y (B, h, w-1) of horizontal ones; negative ones count as 0.
+    solver: 'gco' (of so many threads), 'device' or 'auto' (gco on the CPU, if installed)."""
     terms = unary.float(), weight_x.float(), weight_y.float()
     if solver == "gco" or solver == "auto" and GCO and unary.device.type == "cpu":
         return _solve_by_gco(*terms, threads)
@@ -93,11 +89,9 @@ RELAXATION, PENALTY, ITERATIONS = 1.9, 0.3, 24          # of ADMM
 def _solve_on_device(unary: Tensor, weight_x: Tensor, weight_y: Tensor) -> Tensor:
     """A minimum cut, as the cost of two labels is convex (Ishikawa 2003); that is a linear program:
     ADMM on  min over x of  sum_e bound_e |A x - offset|_e, whose x is 0 or 1 at the optimum.
-
     x (B, h*w*(L-1)): is the label of this block above k? Neighbours cost the sum of |x_k - x'_m|
     over all pairs of thresholds k, m, plus unary terms: distances from 0 where they favour 0, from
-    1 else. One iteration, in s = t - 2 clamp(t), is a single matrix product.
-    """
+    1 else. One iteration, in s = t - 2 clamp(t), is a single matrix product."""
     images, height, width, num_labels = unary.shape
     steps, size = num_labels - 1, height * width
     matrix, offset, step, inverse, slope = _lifted_grid(height, width, steps, unary.device)

@@ -31,7 +31,7 @@ from common.flags import add_boolean, amount, chosen, count, number, positive, s
 from common.mixing import probabilities, softmax_bce
 from common.models.weights import load_pretrained
 from common.run import Run, StepSums, about
-from sage import comixup, graphcut, puzzlemix, rearrange, saliencymix
+from sage import comixup, puzzlemix, rearrange, saliencymix
 
 METHODS = {"vanilla": "Plain training", "input": "Mixup", "manifold": "Manifold Mixup",
            "cutmix": "CutMix", "saliencymix": "SaliencyMix", "puzzle": "Puzzle Mix",
@@ -43,8 +43,6 @@ DEFAULTS = {"comix": {"mixup_alpha": 2.0, "clean_lam": 1.0, "dataset": "cifar100
 TINY_DEFAULTS = {"comix": DEFAULTS["comix"], "puzzle": {"clean_lam": 1.0}} | dict.fromkeys(
     ("input", "manifold", "cutmix"), {"mixup_alpha": 0.2})          # of tiny-imagenet-200
 
-
-# ------------------------------------------------------------------------------------------ flags
 
 def parse_args(argv=None):
     """Return the flags; usage errors exit with code 2."""
@@ -59,7 +57,6 @@ def parse_args(argv=None):
     add("--start_epoch", type=count, default=None, help="first epoch, counted from 0")
     add("--job_id", type=count, default=0, help="suffix of the run's folder, 0: none")
     add_boolean(add, "--log_off", False, "write no files")
-
     add = parser.add_argument_group("method").add_argument
     add("--method", choices=METHODS, help="(default: that of the older words below, else vanilla)")
     add("--train", choices=["vanilla", *OLDER_WORDS, "sage"], help="older words for a method:")
@@ -72,9 +69,8 @@ def parse_args(argv=None):
     add("--mix_schedule", choices=["fixed", "scheduled", "delayed"], default="fixed")
     add("--mix_scheduled_epoch", type=positive, default=300, help="till it prob_mix grows, or is 0")
     add("--mp", type=count, default=8, help="threads of Puzzle Mix's graph cuts, 0: none")
-    add("--solver", choices=graphcut.SOLVERS, default="auto", help="of puzzle and comix: gco "
-        "on the CPU, or batched on the device (auto: gco for puzzle on a CPU, where installed)")
-
+    add("--solver", choices=["auto", "gco", "device"], default="auto", help="of puzzle and comix: "
+        "gco on the CPU, or batched on the device (auto: gco for puzzle on a CPU, if installed)")
     add = parser.add_argument_group("sage").add_argument
     add("--blur_sigma", type=number(above=0), default=1.0, help="saliency blur, pixels")
     add("--kernel_size", type=positive, default=5, help="saliency blur, pixels, odd")
@@ -82,7 +78,6 @@ def parse_args(argv=None):
     add("--rand_pos", type=share, default=0.5, help="fraction of all offsets that are tried")
     add("--update_ratio", type=share, default=1.0, help="weight of the mixed loss; rest: clean")
     add("--upper_lambda", type=share, default=1.0, help="multiplies the drawn lambda")
-
     add = parser.add_argument_group("puzzle").add_argument
     add("--neigh_size", type=positive, default=4, help="cell of the pairwise colour term, pixels")
     add("--n_labels", type=int, choices=[2, 3, 4], default=3, help="mask levels")
@@ -95,7 +90,6 @@ def parse_args(argv=None):
     add("--adv_p", type=share, default=0.0, help="probability of adversarial noise")
     add("--adv_eps", type=amount, default=10.0, help="noise ball, in 1/255")
     add("--clean_lam", type=amount, default=0.0, help="weight of the clean loss (also comix)")
-
     add = parser.add_argument_group("comix").add_argument
     add("--m_block_num", type=number(int, low=-1), default=4, help="blocks a side, -1: at random")
     add("--m_part", type=positive, default=20, help="images mixed with one another")
@@ -127,8 +121,6 @@ def parse_args(argv=None):
         args.device = "cpu"
     return args
 
-
-# ----------------------------------------------------------------------------------------- mixing
 
 class Mixed(NamedTuple):
     """A batch for the network, and what the preview shows of its making."""
@@ -220,8 +212,6 @@ def mix_batch(net, images, labels, args, info, generator, scaler, part=1.0) -> M
     return Mixed(mixed, targets, hidden, images[perm], saliency)
 
 
-# --------------------------------------------------------------------------------------- training
-
 def mixed_share(args, epoch: int) -> float:
     """Return --prob_mix under --mix_schedule."""
     return args.prob_mix * {"fixed": 1, "scheduled": min(1, (epoch + 1) / args.mix_scheduled_epoch),
@@ -292,9 +282,8 @@ def main(argv=None):
     runtime.use_gpus(args.ngpu)
     device = runtime.setup(args)
 
-    train, test, info = data.load(
-        args.dataset, args.data_dir, Recipe(), device=device,
-        valid_labels_per_class=args.valid_labels_per_class, **chosen(args, flags.LOADING))
+    train, test, info = data.load(args.dataset, args.data_dir, Recipe(), device=device,
+                                  **chosen(args, f"{flags.LOADING} valid_labels_per_class"))
     torch.manual_seed(args.seed)
     net = models.build(args.arch, info.num_classes, info.image_size,
                        initial_channels=args.initial_channels, dropout=0.5 * args.dropout)

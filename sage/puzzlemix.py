@@ -10,8 +10,6 @@ from common.errors import RunError
 from common.mixing import Draws, check_floats, send
 from sage import graphcut
 
-SLACK = 1e-6         # rounding in comparisons of saliencies that sum to 1
-
 
 def gradient_magnitude(grad: Tensor) -> Tensor:
     """Return the saliency (B, H, W): root mean square over channels of the input gradient."""
@@ -52,12 +50,10 @@ def puzzle_mix(images: Tensor, saliency: Tensor, perm: Tensor, lam: Tensor | flo
                noise: Tensor | None = None, noisy=(True, True), **options) -> tuple[Tensor, Tensor]:
     """Return image i mixed with image perm[i] (B, C, H, W), and ratio (B,), the mask's mean.
 
-    images normalised by mean and std (C values each); saliency (B, H, W) >= 0; lam: share of the
-    first image that the prior favours, one or (B,); block_num: blocks a side, divides both sides.
-    transport: move blocks of t_size pixels (-1: the mask's) at a cost of t_eps times the squared
-    distance. noise (B, C, H, W) is added to [0, 1] pixels of the first and / or second images
-    (`noisy`). options: of `puzzle_mask`.
-    """
+    images normalised by mean and std; saliency (B, H, W) >= 0; lam: the first image's share a
+    priori, one or (B,); block_num: blocks a side, divides both sides. transport: move blocks of
+    t_size pixels (-1: the mask's) at a cost of t_eps·distance². noise (B, C, H, W) is added to
+    [0, 1] pixels of the first and / or second images (`noisy`). options: of `puzzle_mask`."""
     mask = puzzle_mask(images, saliency, perm, lam, block_num, std=std, **options)
     return apply_mask(images, saliency, perm, mask, transport=transport, t_eps=t_eps,
                       t_size=t_size, mean=mean, std=std, noise=noise, noisy=noisy)
@@ -163,8 +159,7 @@ def transport_plan(mask: Tensor, saliency: Tensor, t_eps: float = 0.8) -> Tensor
     mask (B, h, w): positive where the image is seen; saliency (B, h, w), sums to 1 per image.
     Each block prefers the seen position where t_eps * distance**2 (the grid's sides being 1) minus
     its saliency is least, if negative. max(h, w) rounds: every block proposes to the best position
-    that has not refused it, every position keeps its best proposer, or else its own block.
-    """
+    that has not refused it, every position keeps its best proposer, or else its own block."""
     size = mask[0].numel()
     down, right = (torch.arange(side, device=mask.device) for side in mask.shape[1:])
     down, right = ((d[:, None] - d).square() * (t_eps / max(len(d) - 1, 1) ** 2)
@@ -194,7 +189,7 @@ def _bidders(seen: Tensor, gain: Tensor, down: Tensor, right: Tensor) -> Tensor:
     price = torch.where(seen, gain, torch.inf)
     elsewhere = torch.minimum(cheapest(cheapest(price, down).mT.contiguous(), no_stay(right)).mT,
                               cheapest(price, no_stay(down)))
-    wins = elsewhere <= gain + SLACK
+    wins = elsewhere <= gain + 1e-6                      # rounding: saliencies sum to 1
     return (wins & (wins & ~seen).any((1, 2), keepdim=True)).flatten(1)
 
 
@@ -228,9 +223,8 @@ def _move(images: Tensor, plan: Tensor, cells) -> Tensor:
     pixels = torch.arange(height * width, device=images.device).view(height, width)
     corners, inside = pixels[::cells[0], ::cells[1]], pixels[:cells[0], :cells[1]]
     source = corners.flatten()[plan].view(len(images), *corners.shape)
-    source = (source[:, :, None, :, None] + inside[:, None]).flatten(1)
-    return images.flatten(2).gather(2, source.unsqueeze(1).expand(-1, images.shape[1], -1)
-                                    ).view_as(images)
+    source = (source[:, :, None, :, None] + inside[:, None]).flatten(1).unsqueeze(1)
+    return images.flatten(2).gather(2, source.expand(-1, images.shape[1], -1)).view_as(images)
 
 
 def _gcd(a: int, b: int) -> int:

@@ -28,13 +28,11 @@ def draw_offsets(height: int, width: int, fraction: float, generator: Draws = No
 
 @torch.no_grad()
 def best_offsets(first: Tensor, second: Tensor, offsets: Tensor) -> Tensor:
-    """Return the shift (B, 2) of `second` at which the blend shows most saliency.
-
-    `first`, `second` (B, H, W) >= 0 are the weighted saliencies g1 and g2, `offsets` (K, 2)
-    integers. With t the shifted g2 (zero where it does not reach) and the blend's mask
-    M = g1 / (g1 + t), a candidate scores sum(g1·M + t·(1 - M)) = sum(g1) + sum(t) - sum(2h), where
-    h = 1 / (1/g1 + 1/t) is zero wherever either is. sum(g1) does not depend on the candidate.
-    """
+    """Return the shift (B, 2), of offsets (K, 2), of `second` at which the blend shows most
+    saliency. `first`, `second` (B, H, W) >= 0 are the weighted saliencies g1 and g2. With t the
+    shifted g2 (zero where it does not reach) and the blend's mask M = g1 / (g1 + t), a candidate
+    scores sum(g1·M + t·(1 - M)) = sum(g1) + sum(t) - sum(2h), where h = 1 / (1/g1 + 1/t) is zero
+    wherever either is. sum(g1) does not depend on the candidate."""
     batch, height, width = first.shape
     # Images last: gathering a window copies runs of B numbers, and sums run over outer dimensions
     inverse = first.permute(1, 2, 0).contiguous().reciprocal().view(-1, batch)
@@ -63,8 +61,7 @@ def sage_mix(images: Tensor, saliency: Tensor, perm: Tensor, offsets: Tensor,
     `images` (B, C, H, W), normalised so that 0 is the mean colour, which fills what the shifted
     partner leaves free; `saliency` (B, 1, H, W) >= 0, all zero counts as uniform; `perm` (B,);
     `offsets` (K, 2) integer candidates (dy, dx), positive moves the partner down and right; `alpha`
-    in [0, 1], a scalar or (B,), weighs the first image's saliency.
-    """
+    in [0, 1], a scalar or (B,), weighs the first image's saliency."""
     batch, _, height, width = images.shape
     check_floats(images)
     perm, offsets = send(perm, images.device), send(offsets, images.device)

@@ -22,10 +22,8 @@ def fine_grained_saliency(images: Tensor, channel_order: str = "RGB") -> Tensor:
     """Return how much the brightness of uint8 images (B, 3, H, W) differs from the means of windows
     of six sizes (Montabone & Soto 2010): (B, H, W) in [0, 1], multiples of 1/255.
 
-    channel_order: 'RGB' or 'BGR'. Both the excess over the window's mean ("on") and the lack
-    ("off") are summed over the scales and stretched to 255; an image of one colour has no saliency.
-    All arithmetic is that of 8-bit programs, rounded toward zero where they truncate.
-    """
+    Both the excess over the window's mean ("on") and the lack ("off") are summed over the scales
+    and stretched to 255. All arithmetic is that of 8-bit programs, rounded toward zero."""
     if images.dtype != torch.uint8:
         raise TypeError(f"fine_grained_saliency takes uint8 images, not {images.dtype}")
     weights = torch.tensor([GREY[name] for name in channel_order])[:, None, None]
@@ -46,19 +44,15 @@ def fine_grained_saliency(images: Tensor, channel_order: str = "RGB") -> Tensor:
 
     def stretch(values, of):
         return (values / of.amax((-2, -1), keepdim=True).clamp_(min=1)).mul_(255).floor_()
-
     both = stretch(both, both)
     return (stretch(both.sum(0), both.amax(0)) % 256) / 255
 
 
 @torch.no_grad()
 def saliency_mix(images: Tensor, perm: Tensor, lam: Tensor | float, saliency: Tensor) -> tuple:
-    """Return images (B, C, H, W) with the same box, sqrt(1 - lam) of each side, pasted from
-    images[perm], and ratio (B,), the share of pixels that stay.
-
-    `saliency` (H, W), by the published program of image perm[0] for the whole batch: the box is
-    centred on its first maximum and clipped to the image.
-    """
+    """Return images (B, C, H, W) with one box, sqrt(1 - lam) of each side, pasted from images[perm]
+    and ratio (B,), the share of pixels that stay. The box is centred on the first maximum of
+    `saliency` (H, W), in the published program that of image perm[0], and clipped to the image."""
     height, width = images.shape[-2:]
     peak = (saliency * 255).int().flatten().argmax()
     edge = torch.as_tensor(1.0 - lam, dtype=torch.float64).sqrt()

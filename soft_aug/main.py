@@ -48,8 +48,6 @@ STATISTICS = {"cifar100": ((0.5070751592371323, 0.48654887331495095, 0.440917843
                            (0.2673342858792401, 0.2564384629170883, 0.27615047132568404))}
 
 
-# ------------------------------------------------------------------------------------------ flags
-
 def parse_args(argv=None):
     """Return the flags; usage errors exit with code 2."""
     parser = flags.Parser(__doc__)
@@ -66,7 +64,6 @@ def parse_args(argv=None):
     add("--r", type=number(above=0), default=1000.0, help="divides the augmentation there")
     add("--eval_every", type=positive, default=5, help="epochs from test to test")
     add_boolean(add, "--nogpu", False, "the same as --device cpu")
-
     add = parser.add_argument_group("augmentation").add_argument
     add("--method", choices=METHODS, help="sets --da, --loss, --ra; these and other flags win")
     add("--da", type=int, choices=[-1, 0, 1, 2], default=0,
@@ -81,7 +78,6 @@ def parse_args(argv=None):
     add("--bgnoise", type=amount, default=1.0, help="soft noise: multiplies the noise")
     add_boolean(add, "--mixup", False, "Mixup of the augmented images")
     add("--a", type=amount, default=1.0, help="Mixup: Beta parameter")
-
     add = parser.add_argument_group("loss").add_argument
     add("--loss", choices=["ce", "st", "sce", "fl"], default="ce",
         help="cross-entropy, soft targets, label smoothing (1 - max_p), focal")
@@ -91,12 +87,11 @@ def parse_args(argv=None):
         help="st: the loss is multiplied by the mean confidence, or each image's by its own")
     add_boolean(add, "--no-soften", False, "st: hard targets, only reweighted")
     add_boolean(add, "--other", False, "st: the rest goes to a class of its own")
-    flags.add_flags(
-        parser, data.NAMES, models.ALL,
-        {"dataset": ["--task"], "arch": ["--net"], "batch_size": ["--b"], "workers": ["--n"],
-         "lr": ["--learning_rate"], "weight_decay": ["--wd"], "job_name": ["--prefix"]},
-        dataset="cifar10", arch="resnet18", batch_size=128, lr=0.1, weight_decay=5e-4, seed=-1,
-        workers=16, pretrained="")
+    flags.add_flags(parser, data.NAMES, models.ALL, {
+        "dataset": ["--task"], "arch": ["--net"], "batch_size": ["--b"], "workers": ["--n"],
+        "lr": ["--learning_rate"], "weight_decay": ["--wd"], "job_name": ["--prefix"]
+    }, dataset="cifar10", arch="resnet18", batch_size=128, lr=0.1, weight_decay=5e-4, seed=-1,
+       workers=16, pretrained="")
 
     first = parser.peek(argv)
     parser.set_defaults(**METHODS.get(first.method, {}))
@@ -149,8 +144,6 @@ def choose_seed(args, device) -> int:
     log(f"seed: {seed}")
     return seed
 
-
-# ----------------------------------------------------------------------------------------- mixing
 
 class Mixed(NamedTuple):
     """A batch for the network."""
@@ -221,14 +214,11 @@ def implied_targets(labels, mixed, args, outputs):
     return targets if mixed.perm is None else mixup(targets, mixed.perm, mixed.lam)[0]
 
 
-# --------------------------------------------------------------------------------------- training
-
 def step_rate(args, step: int, epoch_steps: int) -> float:
     """Return the learning rate of `step`, counted from 0 over all epochs, by --decay and --warm."""
     done, epoch = (step + 1) / (args.epochs * epoch_steps + 1), step // epoch_steps
     rate = args.lr * {"c": (1 + math.cos(math.pi * done)) / 2, "l": 1 - done,
-                      "s": args.gamma ** sum(epoch >= start for start in args.milestones)
-                      }[args.decay]
+                      "s": args.gamma ** sum(epoch >= e for e in args.milestones)}[args.decay]
     return rate * min(1, (step + 1) / (args.warm * epoch_steps)) if args.warm else rate
 
 
