@@ -5,6 +5,7 @@ import functools
 import importlib.util
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import torchvision
 from common.distributed import log, print_once, rank, warn, world
 from common.errors import RunError, Stopped
 
+COMPILERS = {"darwin": "clang++", "win32": "cl"}            # what torch.compile calls on a CPU
 traceback_folder = Path()                                   # of unforeseen faults; a run's own
 
 
@@ -69,6 +71,10 @@ def check_machine(args, on_gpu: bool, processes: int):
     if on_gpu and processes > torch.cuda.device_count():
         raise RunError(f"{processes} processes need a GPU each and {torch.cuda.device_count()} are "
                        "there; lower --nproc_per_node")
+    compiler = os.environ.get("CXX") or COMPILERS.get(sys.platform, "g++")
+    if args.compile and not shutil.which(compiler):
+        raise RunError(f"--compile needs a C++ compiler, and {compiler!r} is not on the PATH: "
+                       "install it, name another in CXX, or leave out --compile")
 
 
 def cores() -> int:
@@ -89,7 +95,9 @@ def facts(device: torch.device) -> dict:
 
 def use_gpus(count: int):
     """Restart this program under torchrun on `count` GPUs of this machine, if count is above 1."""
-    if count > 1 and torch.cuda.is_available() and "RANK" not in os.environ:
+    if count > 1 and not torch.cuda.is_available():
+        warn(f"{count} GPUs asked for, none is there: one process on the CPU")
+    elif count > 1 and "RANK" not in os.environ:
         os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", "--standalone",
                                   f"--nproc_per_node={count}", *sys.argv])
 

@@ -148,6 +148,18 @@ def test_machines_without_affinity(monkeypatch):
     assert runtime.cores() == os.cpu_count()
 
 
+def test_compile_without_a_compiler_is_one_line(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(RunError, match="'no-such-compiler' is not on the PATH"):
+        runtime.setup(settings(compile=True))
+
+
+def test_gpus_that_are_not_there_are_said(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    runtime.use_gpus(8)
+    assert "8 GPUs asked for, none is there" in capsys.readouterr().err
+
+
 def test_missing_dali_is_said(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(RunError, match="DALI is not installed"):
