@@ -81,7 +81,7 @@ CPU = torch.device("cpu")
 def test_a_launcher_s_broken_environment_is_one_line(tmp_path, environment, line):
     code = ("import sys; sys.path.insert(0, sys.argv[1])\nfrom types import SimpleNamespace\n"
             "from common import runtime\nruntime.launch(lambda: runtime.setup(SimpleNamespace("
-            "device='cpu', amp='off', seed=0, loader='torch')))")
+            "device='cpu', amp='off', seed=0, loader='torch', compile=False)))")
     result = subprocess.run([sys.executable, "-c", code, str(ROOT)], cwd=tmp_path,
                             capture_output=True, text=True, env=os.environ | environment)
     assert result.returncode == 1 and result.stderr.count("\n") == 1, result.stderr
