@@ -4,8 +4,7 @@
     mixed, targets = mixer(images, labels, model)       # then cross-entropy with soft targets
 
 `source="local"` and a path take a checkout. The programs' own code runs, imported as mixup_zoo.…:
-the caller's modules `common`, `sage`, … stay the caller's.
-"""
+the caller's modules `common`, `sage`, … stay the caller's."""
 import builtins
 import contextlib
 import copy
@@ -102,8 +101,7 @@ class _Draws:
 
 
 class _Activations(nn.Sequential):
-    """A network as OcCaMix asks it: class activations of its last feature map by its classifier,
-    which must be its last Linear layer."""
+    """A network as OcCaMix asks it: the last Linear layer classifies the last feature map."""
 
     def activation_maps(self, images):
         maps, layer = [], _ours("common.gradcam").last_layer(self, images)
@@ -134,8 +132,7 @@ class Mixer:
     softcrop) probabilities (B, num_classes); model: for puzzle, comix, sage and occamix; its
     statistics, gradients and mode stay. seed: of the draws; each rank, DataLoader worker and epoch
     draws its own. A call's `generator` is used instead. prob: of mixing a batch. options: the
-    program's flags, e.g. rand_pos=0.1.
-    """
+    program's flags, e.g. rand_pos=0.1."""
 
     def __init__(self, method: str, num_classes: int, *, mean=(0.485, 0.456, 0.406),
                  std=(0.229, 0.224, 0.225), seed: int | None = None, prob: float = 1.0, **options):
@@ -183,8 +180,7 @@ class SAMix(nn.Module):
 
     backbone: images (B, 3, H, W) -> (middle feature map (B, C, h, w), pooled features (B, width)).
     Train the parameters that require a gradient; call `update()` after each of the `total_steps`
-    steps of the optimizer. options: samix/main.py's flags.
-    """
+    steps of the optimizer. options: samix/main.py's flags."""
 
     def __init__(self, backbone: nn.Module, num_classes: int, *, total_steps: int,
                  image_size: int = 32, seed: int | None = None, **options):

@@ -17,9 +17,8 @@ def kind(condition: str) -> str:
 
 
 def read(folder, info, batch_size: int, device):
-    """Yield ('fog 1', its MemoryBatches) for each corruption and severity in `folder`: of
-    <corruption>.npy, severities 1 to 5 after one another, beside labels.npy; or of
-    <corruption>/<severity>/<class>/*. Raises DataError naming the file that does not fit."""
+    """Yield ('fog 1', its MemoryBatches), … of <corruption>.npy, severities 1 to 5 in order, beside
+    labels.npy, or of <corruption>/<severity>/<class>/*. A DataError names what does not fit."""
     recipe = Recipe(crop="padded", padding=0, mean=info.mean, std=info.std)
     size = info.image_size, info.width
 
@@ -34,8 +33,7 @@ def read(folder, info, batch_size: int, device):
     arrays = sorted(file for file in root.glob("*.npy") if file.stem != "labels")
     folders = sorted(path for path in root.glob("[!.]*") if path.is_dir())
     if not arrays and not folders:
-        raise DataError(f"{root}: neither <corruption>.npy nor <corruption>/<severity>/<class>/ "
-                        "folders are there")
+        raise DataError(f"{root}: neither <corruption>.npy nor <corruption>/<severity>/<class>/")
     for file in arrays:
         images = np.load(file, mmap_mode="r")
         count = len(images) // 5

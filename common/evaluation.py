@@ -44,8 +44,7 @@ def tally(logits: Tensor, labels: Tensor) -> Tensor:
     logits = logits.float()
     top5 = (logits.topk(min(5, logits.shape[1])).indices == labels[:, None]).sum()
     loss = F.cross_entropy(logits, labels, reduction="sum")
-    return torch.cat([torch.stack([loss.double(), top5.double()]),
-                      bin_sums(logits, labels).flatten()])
+    return torch.cat([loss[None], top5[None], bin_sums(logits, labels).flatten()])
 
 
 def averages(sums: Tensor) -> dict:
@@ -66,9 +65,8 @@ def batches(loader, args):
 
 @torch.no_grad()
 def measure(net, loader, args, info, names: list[str], outputs) -> dict:
-    """Return {name: `averages`}, over all ranks, of the logits (B, C) for each of `names` that
-    outputs(images, labels) yields, less columns beyond the data's classes, net in evaluation mode.
-    """
+    """Return {name: `averages`} over all ranks; outputs(images, labels) yields logits (B, C) for
+    each of `names`, of which columns beyond the data's classes are left out."""
     device, training = next(net.parameters()).device, net.training
     sums = torch.zeros(len(names), 2 + 3 * BINS, dtype=torch.float64, device=device)
     net.eval()
@@ -99,8 +97,7 @@ def columns(result: dict, part: str = "test") -> dict:
 
 def occlude(images: Tensor, offset: int, info) -> Tensor:
     """Return images (B, 3, H, W) moved by `offset` > 0 pixels along both axes, into mean colour
-    (mid-grey where info.mean is 0: images that are not normalised). The directions are two bits of
-    the sum of an image's pixels: alike in any batch, on any rank."""
+    (mid-grey if not normalised); an image's directions depend on its pixels alone."""
     number = (unnormalise(images, info) * 255).round().sum((1, 2, 3), dtype=torch.float64).long()
     padded = F.pad(images, (offset,) * 4, value=0.0 if any(info.mean) else 0.5)
     windows = padded.unfold(2, images.shape[2], 2 * offset).unfold(
@@ -137,9 +134,8 @@ def conditions(net, info) -> tuple[list[str], object]:
 
 
 def report(net, test, args, info, run, checkpoint: Path | None = None):
-    """Log what net (images -> logits) does on clean, occluded, attacked and --corruptions images.
-    Writes evaluation.csv and .png into the run's folder, or, of --evaluate's `checkpoint`, beside
-    it and named after it. With --cam draws that instead."""
+    """Log what net (images -> logits) does on clean, occluded, attacked and --corruptions images;
+    write evaluation.csv and .png into the run's folder, or beside --evaluate's `checkpoint`."""
     if args.cam:
         return gradcam.draw(args.cam, net, test, args, info)
     results = measure(net, test, args, info, *conditions(net, info))

@@ -143,12 +143,10 @@ def add_run_time_flags(group, resume):
     """Add the flags of the machine, of resume, evaluation and pictures; resume: its other names."""
     add = group.add_argument
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: a GPU, if any")
-    add("--amp", choices=["off", "bf16", "fp16"], default="off",
-        help="autocast precision; fp16 scales the loss and needs a GPU")
+    add("--amp", choices=["off", "bf16", "fp16"], default="off", help="autocast; fp16 needs a GPU")
     add_boolean(add, "--compile", False, "torch.compile the network and the mixing")
     add_boolean(add, "--channels_last", True, "memory format of the network (faster)")
-    add("--loader", choices=["auto", "dali", "torch"], default="auto",
-        help="who makes the batches; both augment alike, auto: the faster")
+    add("--loader", choices=["auto", "dali", "torch"], default="auto", help="auto: the faster")
     add("--resume", *resume, type=path, metavar="auto|PATH",
         help="continue from this checkpoint; auto: from the run's newest valid one, if any")
     either = group.add_mutually_exclusive_group().add_argument

@@ -1,8 +1,6 @@
-"""Mixup, CutMix, Cutout, soft targets and their losses; the random draws they share.
-
-Draws are arguments of the mixing functions: the same draws give the same result on every device,
-without host synchronisation. They come from a CPU `torch.Generator`, by default torch's own.
-"""
+"""Mixup, CutMix, Cutout, soft targets and their losses; the random draws they share. Draws are
+arguments: the same draws give the same result on every device, without host synchronisation. They
+come from a CPU `torch.Generator`, by default torch's own."""
 from collections.abc import Callable
 
 import torch
@@ -125,10 +123,9 @@ def soft_targets(labels: Tensor, perm: Tensor, ratio: Tensor, num_classes: int) 
 
 def input_gradient(model: nn.Module, images: Tensor, labels: Tensor, *,
                    loss: Callable | None = None, train: bool = False) -> Tensor:
-    """Return the gradient (B, C, H, W) of the loss (of outputs and labels; by default the mean
-    cross-entropy) with respect to the images, by a pass in evaluation mode, or with `train` in
-    training mode, where BatchNorm's statistics follow. Gradients of the parameters and modes stay.
-    Of wrappers and torch.compile the plain module is used."""
+    """Return the gradient (B, C, H, W) of `loss` of outputs and labels (by default the mean
+    cross-entropy) with respect to the images, in evaluation mode or, with `train`, in training
+    mode, where BatchNorm's statistics follow. The parameters' gradients and the modes stay."""
     check_floats(images)
     while isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) \
             or hasattr(model, "_orig_mod"):

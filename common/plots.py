@@ -76,8 +76,7 @@ def preview(path, title: str, rows: dict, targets: torch.Tensor, info) -> Path:
 
 
 def grid(path, title: str, rows: dict, captions: list[str], side: float = 1.25) -> Path:
-    """Write a picture with a row for each entry of `rows`: name -> arrays (H, W[, 3]); captions
-    stand below the last row. side: of an array, in inches."""
+    """Write `rows`, name -> arrays (H, W[, 3]) of `side` inches, with captions below the last."""
     columns = min(map(len, rows.values()))
     figure = new_figure(side * columns + 0.3, 1.06 * side * len(rows) + 0.75, title)
     axes = figure.subplots(len(rows), columns, squeeze=False)

@@ -28,8 +28,7 @@ class Operation(NamedTuple):
 
 
 def both_signs(name: str, space: tuple, level: int | None, bins: int, height: int, width: int):
-    """Return operation `name` at `level` of `bins`, and its negative (the same if it has no sign);
-    space: its entry in torchvision's _AUGMENTATION_SPACE."""
+    """Return operation `name` at `level` of `bins` and its negative, by torchvision's `space`."""
     values, signed = space[0](bins, height, width), space[1]
     magnitude = 0.0 if values is None or not values.ndim else float(values[level])
     return Operation(name, magnitude), Operation(name, -magnitude if signed else magnitude)
@@ -50,8 +49,7 @@ def draw_randaugment(n: int, generator=None):
 
 
 def rand_augment(images: Tensor, ops: Tensor, negative: Tensor, levels=(9, 9)) -> Tensor:
-    """Return images after ops[0] at levels[0] of 30, then ops[1], …; equal to torchvision.
-    ops, negative: of `draw_randaugment`."""
+    """Return images after ops[0] at levels[0] of 30, then ops[1], …; equal to torchvision's."""
     tables = [_table(level, *images.shape[2:]) for level, _ in zip(levels, ops, strict=False)]
     return apply_operations(images, tables, 2 * ops + negative)
 

@@ -38,8 +38,7 @@ def about(info, net, train, args) -> str:
 
 
 class StepSums:
-    """Loss and hits of an epoch's training steps, summed without host synchronisation. saved: the
-    `state` of a checkpoint inside the epoch."""
+    """Loss and hits of an epoch's steps, without host synchronisation; saved: a former `state`."""
 
     def __init__(self, steps: int, device, saved=None):
         self.losses = torch.zeros(steps, device=device)
@@ -55,8 +54,7 @@ class StepSums:
 
     def add(self, step: int, loss: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor,
             **more: torch.Tensor):
-        """Add a step's loss and its hits on labels (B,) among logits (B, C). more: scalars whose
-        means over the steps become columns of these names."""
+        """Add a step's loss and its hits on labels (B,); more: scalars, whose means are columns."""
         self.steps = step + 1
         self.losses[step] = loss.detach()
         self.hits[0] += (logits.detach().argmax(1) == labels).sum()
@@ -121,8 +119,7 @@ class Run:
         return Path(path)
 
     def start(self, start_epoch: int | None = None, **facts):
-        """Take the folder, resume as --resume says, write args.json with `facts`. start_epoch:
-        where to begin, whatever the checkpoint says."""
+        """Take the folder, go on as --resume or start_epoch says, write args.json with `facts`."""
         if self.writes:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.lock = files.lock(self.folder / ".lock")           # until the process ends
@@ -132,8 +129,7 @@ class Run:
         changed = self.restore(state) if state else {}
         position = torch.tensor([self.epoch, self.step], device=self.device)
         if (distributed.total(position) != position * distributed.world()).any():
-            raise RunError(f"{self.folder}: the processes find different checkpoints there; "
-                           "--root_dir must be on a disk that all machines share")
+            raise RunError(f"{self.folder} is not on a disk that all machines share")
         if start_epoch is not None:
             self.epoch, self.step, self.sums = start_epoch, 0, None
             self.history = [row for row in self.history if row["epoch"] < start_epoch]
@@ -159,11 +155,9 @@ class Run:
             "threads": torch.get_num_threads() if self.device.type == "cpu" else None}
 
     def restore(self, state: dict) -> dict:
-        """Restore a checkpoint and return which settings differ, after a warning. Raises RunError
-        for one that this run cannot go on from."""
+        """Restore a checkpoint; return the settings that differ. RunError: it does not fit."""
         if "history" not in state:
-            raise RunError(f"{self.args.resume} holds weights alone, to evaluate; go on from the "
-                           f"run's {checkpoint.NEWEST}")
+            raise RunError(f"{self.args.resume} holds weights alone: take {checkpoint.NEWEST}")
         checkpoint.check_identity(state, self.identity)
         then, now = state["args"], self.settings()
         for name in ("seed", *["batch_size"] * (state["step"] > 0)):        # inside an epoch
@@ -208,17 +202,18 @@ class Run:
             self.steps_left -= 1
         return self.steps_left == 0
 
-    def check_weights(self):
-        """Raise RunError when a weight of the network is not a finite number."""
+    def check_finite(self, row: dict):
+        """Raise RunError when a value of `row` or a weight of the network is not finite."""
+        bad = [name for name, value in row.items() if not math.isfinite(value)]
         finite = [value.isfinite().all() for value in self.parts["model"].state_dict().values()
                   if value.is_floating_point()]
-        if not torch.stack(finite).all():                           # waits for the device once
-            raise RunError(f"a weight of the network is no longer finite at epoch {self.epoch + 1},"
-                           f" after step {self.step}; {NOT_SAVED}")
+        if bad or not torch.stack(finite).all():                    # waits for the device once
+            raise RunError(f"{', '.join(bad) or 'a weight'} is not finite at epoch "
+                           f"{self.epoch + 1}, after step {self.step}; {NOT_SAVED}")
 
     def save(self, sums=None):
         """Write checkpoint.pt: all that the rest of the run depends on."""
-        self.check_weights()
+        self.check_finite({})
         if self.writes:
             checkpoint.save(self.folder, {
                 **{name: part.state_dict() for name, part in self.parts.items()},
@@ -235,11 +230,7 @@ class Run:
         """Log the epoch's row, save best.pt if `accuracy` (None: not measured) is the best yet, go
         on to the next epoch unless this one was cut short, and save. A trial's accuracy, of a few
         images, is never the best; its last epoch is evaluated again on resuming."""
-        bad = [name for name, value in row.items() if not math.isfinite(value)]
-        if bad:
-            raise RunError(f"{bad[0]} became {row[bad[0]]} at epoch {self.epoch + 1}, after step "
-                           f"{self.step}; {NOT_SAVED}")
-        self.check_weights()
+        self.check_finite(row)
         self.history.append({"epoch": self.epoch} | row)
         log(self.line(row))
         if self.writes:

@@ -53,8 +53,7 @@ def setup(args) -> torch.device:
     bf16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported() \
         and (not x86 or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     if args.amp == "bf16" and not on_gpu and not bf16:
-        warn("this processor has no bf16 instructions: --amp bf16 is emulated and many times "
-             "slower than --amp off")
+        warn("this processor lacks bf16: --amp bf16 is emulated and many times slower than off")
     return device
 
 
@@ -117,12 +116,10 @@ def autocast(args, device: torch.device):
 
 
 def prepare(model, args, device: torch.device):
-    """Return (net, model) on the device, in the memory format of --channels_last, compiled or not.
-
-    `net` is the bare module, for checkpoints, evaluation and saliency passes; `model` is what the
-    training step calls: under torchrun a DistributedDataParallel, which averages over ranks what
-    the step's last backward pass leaves in the gradients (and passes through `net` before it).
-    """
+    """Return (net, model) on the device, in the memory format of --channels_last, compiled or not:
+    the bare module, for checkpoints, evaluation and saliency passes; and what the training step
+    calls, under torchrun a DistributedDataParallel, which averages over ranks what the step's last
+    backward pass leaves in the gradients (and passes through `net` before it)."""
     net = model.to(device)
     narrow = device.type == "cpu" and any(map(is_narrow, net.modules()))
     if last := args.channels_last and not narrow:

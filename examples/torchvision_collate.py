@@ -1,8 +1,5 @@
 """Mixing in a DataLoader's collate_fn, by torchvision's RandomChoice of a method for each batch.
-
-A generator seeded once and copied into workers repeats its draws in each epoch; the mixers make
-another one for each rank, worker and epoch from their `seed`.
-"""
+From their `seed` the mixers make another generator for each rank, worker and epoch."""
 import torch
 from torch.utils.data import DataLoader, TensorDataset, default_collate
 from torchvision.models import resnet18

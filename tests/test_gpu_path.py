@@ -180,7 +180,7 @@ def test_sums_of_an_epoch_and_the_check_of_weights_wait_once_each():
         for name, part in {
                 "add": lambda: sums.add(0, net(images).sum(), net(images), labels),
                 "result": sums.result, "state": sums.state,
-                "weights": lambda: Run.check_weights(run)}.items():
+                "weights": lambda: Run.check_finite(run, {})}.items():
             seen.reset()
             part()
             waits[name] = sum(seen.waits.values())

@@ -334,7 +334,7 @@ def test_checkpoints_of_others_are_refused(tmp_path, capsys):
         assert line in error and path.read_bytes() == before
     assert "already holds a run" in faults(capsys, *root, "--max_steps", 1)[1]
     assert "holds weights alone" in faults(capsys, *root, "--resume", folder / "best.pt")[1]
-    assert "with --batch_size 30: go on" in faults(
+    assert "go on with --batch_size 30" in faults(
         capsys, *root, "--resume", "auto", "--batch_size", 20)[1]
     other = train(tmp_path / "other", "--max_steps", 1)
     error = faults(capsys, *root, "--resume", other / "checkpoint.pt")[1]
