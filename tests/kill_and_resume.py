@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from programs import die_at
 
-from common import checkpoint, data, run, runtime
+from common import data, run, runtime
 from sage import main as sage
 
 kills, root, words = int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
@@ -27,7 +27,7 @@ random.seed(0)
 counts = {"random moment": 0, "writing": 0}
 while True:
     moment = "writing" if sum(counts.values()) % 2 else "random moment"
-    places = random.choice([(checkpoint, "digest"), (os, "fsync"), (os, "replace")])
+    places = random.choice([(torch, "save"), (os, "fsync"), (os, "replace")])
     calls, delay = random.randint(1, 6), random.uniform(1e-6, 0.02)
     child = os.fork()
     if not child:
