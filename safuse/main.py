@@ -47,7 +47,7 @@ def parse_args(argv=None):
     """Return the flags; usage errors exit with code 2."""
     parser = flags.Parser(__doc__)
     add = parser.add_argument_group("data and schedule").add_argument
-    add("--method", choices=METHODS, default="safuse")
+    add("--method", choices=METHODS, default="safuse", help="how batches are mixed")
     add("--NUM_CLASS", type=positive, help="if given, the data must have so many")
     add("--padding", type=count, default=4, help="pixels around an image before its random crop")
     add_boolean(add, "--normalise", False, "images in units of the data set's standard deviation")

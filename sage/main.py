@@ -66,8 +66,9 @@ def parse_args(argv=None):
     add("--mixup_alpha", type=number(), default=1.0, help="of Beta (saliencymix: 1) or Dirichlet")
     add_boolean(add, "--in_batch", False, "a lambda an image (not of saliencymix and comix)")
     add("--prob_mix", type=share, default=1.0, help="fraction of the batch that is mixed")
-    add("--mix_schedule", choices=["fixed", "scheduled", "delayed"], default="fixed")
-    add("--mix_scheduled_epoch", type=positive, default=300, help="till it prob_mix grows, or is 0")
+    add("--mix_schedule", choices=["fixed", "scheduled", "delayed"], default="fixed",
+        help="--prob_mix from the start; growing up to an epoch; from that epoch on")
+    add("--mix_scheduled_epoch", type=positive, default=300, help="that epoch")
     add("--mp", type=count, default=8, help="threads of Puzzle Mix's graph cuts, 0: none")
     add("--solver", choices=["auto", "gco", "device"], default="auto", help="of puzzle and comix: "
         "gco on the CPU, or batched on the device (auto: gco for puzzle on a CPU, if installed)")
@@ -96,7 +97,8 @@ def parse_args(argv=None):
     add("--m_beta", type=amount, default=0.32, help="label smoothness")
     add("--m_gamma", type=amount, default=1.0, help="diversity")
     add("--m_thres", type=share, default=0.83, help="share of blocks above which to penalize")
-    add("--m_thres_type", choices=["soft", "hard"], default="hard")
+    add("--m_thres_type", choices=["soft", "hard"], default="hard",
+        help="penalize in proportion to what is above, or wholly")
     add("--m_eta", type=amount, default=0.05, help="prior weight")
     add("--m_omega", type=amount, default=0.001, help="compatibility")
     add_boolean(add, "--set_resolve", True, "break ties of identical outputs")

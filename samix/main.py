@@ -45,7 +45,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("run, data and network").add_argument
     add("--config", default="cifar100_r18", metavar="NAME",
         help=f"sets other flags: one of the authors' files, or {', '.join(configs.CONFIGS)}")
-    add("--method", choices=configs.METHODS, default="samix")
+    add("--method", choices=configs.METHODS, default="samix", help="how batches are mixed")
     add("--crop", choices=["zero", "reflect", "resized"], default="resized",
         help="of sets in memory: from a border of zeros or reflection, or of a part, resized")
     add("--padding", type=count, default=4, help="width of that border")
@@ -53,7 +53,7 @@ def parse_args(argv=None):
     add_boolean(add, "--resize_first", False, "sets read from disk: shorter side first to 256/224")
     add_boolean(add, "--randaugment", False, "two random operations, magnitude 7 ± 0.5 of 10")
     add("--mean", type=number(), nargs=3, metavar="R", help="of pixels in [0, 1]")
-    add("--std", type=number(above=0), nargs=3, metavar="R")
+    add("--std", type=number(above=0), nargs=3, metavar="R", help="likewise")
     add_boolean(add, "--drop_last", False, "no partial batch at an epoch's end")
     add("--layer", type=positive, default=3, help="stage or block that the MixBlock sees")
     add("--drop_path", type=share, default=0.0, help="of transformers: stochastic depth")
@@ -79,12 +79,13 @@ def parse_args(argv=None):
     add("--mix_q_weight", type=amount, default=1.0, help="of the loss of mixed images")
     add("--mix_k_weight", type=amount, default=1.0, help="of the MixBlock's loss through branch k")
     add("--mask_loss", type=amount, default=0.1, help="weight of the masks' loss")
-    add("--mask_loss_kind", choices=mixblock.MASK_LOSSES, default="l1_variance")
+    add("--mask_loss_kind", choices=mixblock.MASK_LOSSES, default="l1_variance",
+        help="distance of masks from lambda; variance: less their spread inside an image")
     add("--mask_margin", type=share, default=0.1, help="of lambda: mean masks are free within it")
     add_boolean(add, "--mask_anneal", True, "the masks' loss falls to 0 along a cosine")
 
     add = parser.add_argument_group("optimization").add_argument
-    add("--optimizer", choices=["sgd", "adamw"], default="sgd")
+    add("--optimizer", choices=["sgd", "adamw"], default="sgd", help="of network and MixBlock")
     add("--min_lr", type=amount, default=0.0, help="at the end of the cosine")
     add("--lr_every", choices=["epoch", "step"], default="epoch", help="when the cosine moves")
     add("--milestones", type=count, nargs="*", help="no cosine: epochs at which the rates change")
@@ -94,8 +95,8 @@ def parse_args(argv=None):
     add_boolean(add, "--nesterov", False, "Nesterov's momentum")
     add("--clip_grad", type=amount, default=0.0, help="largest norm of the gradients; 0: any")
     add("--block_lr", type=amount, default=0.1, help="of the MixBlock; of CIFAR's ResNets --lr's")
-    add("--block_min_lr", type=amount, default=1e-3)
-    add("--block_momentum", type=share, default=0.9)
+    add("--block_min_lr", type=amount, default=1e-3, help="at the end of its cosine")
+    add("--block_momentum", type=share, default=0.9, help="of SGD")
     add("--ema_base", type=share, default=0.999, help="branch k: momentum up to --ema_start")
     add("--ema_end", type=share, default=0.99999, help="what it then grows to")
     add("--ema_start", type=share, default=0.1, help="share of the run")

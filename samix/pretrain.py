@@ -48,7 +48,7 @@ def parse_args(argv=None):
     parser = flags.Parser(__doc__)
     add = parser.add_argument_group("run, data and network").add_argument
     add("--config", choices=CONFIGS, default="cifar100_r18", help="for dataset, arch, blur, queue")
-    add("--method", choices=METHODS, default="samix")
+    add("--method", choices=METHODS, default="samix", help="with mixtures, or without")
     add("--crop_scale", type=number(above=0, high=1), default=0.2, help="a view's least area")
     add("--blur", type=share, help="probability of a view's blur")
     add("--layer", type=positive, default=3, help="stage whose features the MixBlock sees")
@@ -57,7 +57,7 @@ def parse_args(argv=None):
     add("--queue", type=positive, help="past keys that serve as negatives")
     add("--dim", type=positive, default=128, help="of the embeddings")
     add("--neck", type=positive, default=2048, help="hidden width of the projection")
-    add("--temperature", type=number(above=0), default=0.2)
+    add("--temperature", type=number(above=0), default=0.2, help="divides the similarities")
     add("--ema", type=share, default=0.999, help="momentum of the keys' encoder")
     add("--alpha", type=number(above=0), default=2.0, help="lambda ~ Beta(alpha, alpha)")
     add("--lam_mul_k", type=number(), default=-1.0, help="how lambda scales the features")

@@ -53,7 +53,7 @@ def parse_args(argv=None):
     parser = flags.Parser(__doc__)
     add = parser.add_argument_group("schedule and run").add_argument
     add("--sch", type=number(above=0, high=1e4), default=2.5, help="epochs / 200, unless --epochs")
-    add("--optimizer", choices=["sgd"], default="sgd")
+    add("--optimizer", choices=["sgd"], default="sgd", help="the only one")
     add_boolean(add, "--no-nag", False, "momentum that is not Nesterov's")
     add("--decay", type=lambda text: {"cosine": "c", "linear": "l", "step": "s"}.get(text, text),
         choices=["c", "l", "s"], default="c", help="learning rate: cosine, linear, step")
