@@ -40,9 +40,8 @@ def load(path) -> dict:
 
 
 def resume(source: str, folder: Path) -> dict | None:
-    """Return the state to go on from, None for a fresh start. source '': start fresh; 'auto': the
-    newest valid checkpoint, if any, a damaged newer one is named and put aside; a path: that file.
-    Raises RunError where another run would be overwritten."""
+    """Return the state to go on from. source '': None, a fresh start; 'auto': the newest valid
+    checkpoint, if any; a path: that file. RunError: another run would be overwritten."""
     newest, previous = folder / NEWEST, folder / PREVIOUS
     empty = not newest.exists() and not previous.exists()
     if source and source != "auto":

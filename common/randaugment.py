@@ -1,6 +1,5 @@
-"""RandAugment (Cubuk et al. 2020) and other policies of torchvision's operations, on uint8 batches.
-Images with the same kind of operation are computed together; draws are on the CPU, so that the
-sizes of these groups need no host synchronisation."""
+"""RandAugment (Cubuk et al. 2020) and other policies of torchvision's operations, on uint8 batches:
+images with one kind of operation are computed together, their number known on the CPU."""
 import functools
 import math
 from typing import NamedTuple

@@ -101,8 +101,7 @@ class Run:
         self.events, self.steps_left, self.begun = None, args.max_steps, (0.0, 0)
 
     def load_weights(self) -> Path | None:
-        """Load the weights that --evaluate names (else --resume's, else best.pt), or, for a
-        preview, --resume's. Returns the file, None for a fresh network."""
+        """Load weights of --evaluate (auto: --resume's or best.pt) or --resume; return the file."""
         evaluate, path = self.args.evaluate, self.args.resume
         if path == "auto":
             newest = self.folder / checkpoint.NEWEST
@@ -227,9 +226,8 @@ class Run:
         return {"seconds": seconds, "images_per_second": images / seconds}
 
     def end_epoch(self, row: dict, accuracy: float | None, sums):
-        """Log the epoch's row, save best.pt if `accuracy` (None: not measured) is the best yet, go
-        on to the next epoch unless this one was cut short, and save. A trial's accuracy, of a few
-        images, is never the best; its last epoch is evaluated again on resuming."""
+        """Log the epoch's row, save best.pt if `accuracy` (None: not measured) is the best yet (a
+        trial's never is), go on to the next epoch unless this one was cut short, and save."""
         self.check_finite(row)
         self.history.append({"epoch": self.epoch} | row)
         log(self.line(row))
