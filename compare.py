@@ -27,27 +27,31 @@ IGNORED = {*NOT_TRAINING, "seed", "job_name", "amp", "compile", "channels_last",
 VISIBLE = 47                            # %, the occlusion of the table: the nearest there is
 
 
+def table(path: Path) -> list[dict]:
+    """Return the rows of a CSV file, by column."""
+    with open(path) as file:
+        return list(csv.DictReader(file))
+
+
 def read(folder: Path, last: int) -> SimpleNamespace:
     """Return what the files of a run's folder contain: flags, curves, numbers of the table."""
     facts = json.loads((folder / "args.json").read_text())
-    flags, evaluation = facts["args"], folder / "evaluation.csv"
-    log = list(csv.DictReader((folder / "log.csv").read_text().splitlines()))
+    flags, log = facts["args"], table(folder / "log.csv")
     curve = {int(row["epoch"]): float(row["test_accuracy"]) for row in log
              if row.get("test_accuracy")}
     if not curve:
         raise RunError(f"{folder}: no test accuracy in its log.csv")
     numbers, visible = {"accuracy": median([*curve.values()][-last:])}, {}
-    if evaluation.exists():
-        rows = {row["condition"]: row for row in
-                csv.DictReader(evaluation.read_text().splitlines())}
+    if (folder / "evaluation.csv").exists():
+        rows = {row["condition"]: row for row in table(folder / "evaluation.csv")}
         accuracy = {name: float(row["accuracy"]) for name, row in rows.items()}
         visible = {float(name.split()[1]): value for name, value in accuracy.items()
                    if name.startswith("visible")} | {100.0: accuracy["clean"]}
         near = min(visible, key=lambda part: abs(part - VISIBLE))
-        numbers["ECE"] = 100 * float(rows["clean"]["ece"])
-        numbers[f"visible {near:.0f} %"] = visible[near]
-        numbers |= {name.replace("fgsm", "FGSM"): value for name, value in accuracy.items()
-                    if name.startswith("fgsm")}
+        numbers |= {"ECE": 100 * float(rows["clean"]["ece"]),
+                    f"visible {near:.0f} %": visible[near],
+                    **{f"FGSM{name[4:]}": value for name, value in accuracy.items()
+                       if name.startswith("fgsm")}}
         if corrupted := [value for name, value in accuracy.items() if kind(name)]:
             numbers["mCE"] = 100 - mean(corrupted)
     numbers["s/epoch"] = median(float(row["seconds"]) for row in log)
@@ -64,15 +68,16 @@ def read(folder: Path, last: int) -> SimpleNamespace:
 
 def find(folders: list[str], last: int) -> list[list]:
     """Return runs in groups that differ in nothing but the seed, in the order of `folders`."""
-    groups = {}
+    found, groups = {}, {}
     for folder in map(Path, folders):
         paths = sorted(folder.glob("args.json")) or sorted(folder.rglob("args.json"))
         if not paths:
             raise RunError(f"{folder}: no run (a folder with args.json) there")
-        for run in (read(path.parent, last) for path in paths):
-            key = run.program, *((name, str(value)) for name, value in sorted(run.flags.items())
-                                 if name not in IGNORED)
-            groups.setdefault(key, []).append(run)
+        found |= {path.resolve(): path.parent for path in paths}
+    for run in (read(folder, last) for folder in found.values()):
+        key = run.program, *((name, str(value)) for name, value in sorted(run.flags.items())
+                             if name not in IGNORED)
+        groups.setdefault(key, []).append(run)
     return list(groups.values())
 
 
@@ -86,7 +91,7 @@ def labels(groups: list[list]) -> list[str]:
         words = [f"{name} {' '.join(map(str, value)) if isinstance(value, list) else value}"
                  for name, value in run.flags.items() if name not in IGNORED
                  and any(other[name] != value for other in alike)]
-        words = ", ".join(filter(None, (method, *words)))
+        words = ", ".join([method] * bool(method) + words)
         names.append(": ".join(filter(None, (run.name, words))) or run.folder.name)
     return names
 
@@ -101,11 +106,10 @@ def lines(groups: list[list], names: list[str]) -> list[dict]:
     """Return a row for each group: mean and spread of every number that all its runs have."""
     rows, plain = [], {}
     for name, group in zip(names, groups, strict=True):
-        row = {"run": name, "seeds": len({run.seed for run in group}), "accuracy": 0, "gain": None}
-        numbers = [run.numbers for run in group]
-        for key in numbers[0]:
-            if all(key in other for other in numbers):
-                row |= summary(key, [other[key] for other in numbers])
+        row = {"run": name, "seeds": len({run.seed for run in group})}
+        for key in group[0].numbers:
+            if all(key in run.numbers for run in group):
+                row |= summary(key, [run.numbers[key] for run in group])
         first = plain.setdefault(group[0].program, group)
         if first is not group:
             base = {run.seed: run.numbers["accuracy"] for run in first}
@@ -116,15 +120,23 @@ def lines(groups: list[list], names: list[str]) -> list[dict]:
     return rows
 
 
-def text(rows: list[dict], names: list[str], markdown: bool) -> str:
-    """Return the columns `names` of the table as text, or as Markdown."""
+def columns(rows: list[dict]) -> list[str]:
+    """Return the numbers that any row has, in the order of the table."""
+    order = ["accuracy", "gain", "ECE", "visible", "FGSM", "mCE", "s/epoch"]
+    names = dict.fromkeys(name for row in rows for name in row if not name.endswith("spread"))
+    return sorted(list(names)[2:], key=lambda name: order.index(name.split()[0]))
+
+
+def text(rows: list[dict], markdown: bool) -> str:
+    """Return the table as text, or as Markdown."""
+    names = columns(rows)
     cells = [["run", "seeds", *names]]
     for row in rows:
         cells.append([row["run"], str(row["seeds"])])
         for name in names:
-            value, spread = row.get(name), row.get(f"{name} spread")
-            cell = "–" if value is None else f"{value:{'+' * (name == 'gain')}.2f}"
-            cells[-1].append(cell if spread is None else f"{cell} ± {spread:.2f}")
+            cell = f"{row[name]:{'+' * (name == 'gain')}.2f}" if name in row else "–"
+            spread = row.get(f"{name} spread")
+            cells[-1].append(cell + (f" ± {spread:.2f}" if spread is not None else ""))
     if markdown:
         cells.insert(1, ["---"] * len(cells[0]))
         return "\n".join("| " + " | ".join(line) + " |" for line in cells)
@@ -132,18 +144,30 @@ def text(rows: list[dict], names: list[str], markdown: bool) -> str:
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in cells)
 
 
+def write_csv(path: Path, rows: list[dict]):
+    """Write the table's numbers, unrounded, with a column of the spread beside each."""
+    names = [column for name in columns(rows) for column in (name, f"{name} spread")]
+    with files.whole(path) as new, open(new, "w", newline="") as file:
+        writer = csv.DictWriter(file, ["run", "seeds", *names])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def draw(path: Path, groups: list[list], names: list[str]):
-    """Draw test accuracy over epochs and visible fraction, a line for each run."""
+    """Draw test accuracy over epochs and visible fraction; a band is the seeds' range."""
     from matplotlib import colormaps
     figure = plots.new_figure(13, max(4.2, 0.22 * len(names) + 1))
     left, right = figure.subplots(1, 2)
     for n, (group, name) in enumerate(zip(groups, names, strict=True)):
-        style = {"color": colormaps["turbo"]((n + 0.5) / len(groups)), "linewidth": 1.2}
-        for run in group:
-            for axis, curve in ((left, run.curve), (right, run.visible)):
-                axis.plot(sorted(curve), [curve[x] for x in sorted(curve)], label=name,
-                          marker="o" if len(curve) < 12 else None, markersize=3, **style)
-            name = None                 # one entry of the legend for all seeds
+        colour = colormaps["turbo"]((n + 0.5) / len(groups))
+        for axis, found in ((left, [run.curve for run in group]),
+                            (right, [run.visible for run in group if run.visible])):
+            common = sorted(set.intersection(*map(set, found))) if found else []
+            values = [[curve[x] for curve in found] for x in common]
+            axis.plot(common, list(map(mean, values)), color=colour, linewidth=1.6, label=name,
+                      marker="o" if len(common) < 12 else None, markersize=3)
+            axis.fill_between(common, list(map(min, values)), list(map(max, values)),
+                              color=colour, alpha=0.15, linewidth=0)
     plots.frame(left, xlabel="epoch", ylabel="test accuracy, %")
     plots.frame(right, xlabel="visible fraction of the image, %", ylabel="test accuracy, %")
     left.xaxis.get_major_locator().set_params(integer=True)
@@ -166,17 +190,13 @@ def main(argv=None):
     groups = find(args.runs, args.last)
     names = labels(groups)
     rows = lines(groups, names)
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    print(text(rows, [name for name in columns[2:] if "spread" not in name], args.markdown))
+    print(text(rows, args.markdown))
     for what in groups[0][0].facts:
         found = {str(run.facts[what]) for group in groups for run in group}
         if len(found) > 1:
             warn(f"the runs differ in {what}: {'; '.join(sorted(found))}")
     if args.csv:
-        with files.whole(args.csv) as new, open(new, "w", newline="") as file:
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(args.csv, rows)
     draw(args.picture, groups, names)
     print(f"picture: {args.picture}")
 

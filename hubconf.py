@@ -100,15 +100,26 @@ class _Draws:
         return self.generator
 
 
-class _Activations(nn.Sequential):
-    """A network as OcCaMix asks it: the last Linear layer classifies the last feature map."""
+class _Activations(nn.Module):
+    """A network as OcCaMix asks it: class activations by its last feature map and classifier."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
 
     def activation_maps(self, images):
-        maps, layer = [], _ours("common.gradcam").last_layer(self, images)
-        with layer.register_forward_hook(lambda part, args, out: maps.append(out)):
-            self(images)
-        *_, head = (part for part in self.modules() if isinstance(part, nn.Linear))
-        return _ours("safuse.network").activation_maps(maps[-1], head.weight)
+        heads, maps = [part for part in self.net.modules() if isinstance(part, nn.Linear)], []
+
+        def note(part, args, out):
+            if isinstance(out, torch.Tensor) and out.ndim == 4 and out[0, 0].numel() > 1 \
+                    and heads and out.shape[1] == heads[-1].in_features:
+                maps.append(out)
+
+        with nn.modules.module.register_module_forward_hook(note):
+            self.net(images)
+        if not maps:
+            raise ValueError("occamix needs a network whose last feature map a Linear layer reads")
+        return _ours("safuse.network").activation_maps(maps[-1], heads[-1].weight)
 
 
 @contextlib.contextmanager
@@ -131,8 +142,8 @@ class Mixer:
     images (B, 3, H, W), normalised by `mean` and `std`; labels: class indices (B,), or (not of
     softcrop) probabilities (B, num_classes); model: for puzzle, comix, sage and occamix; its
     statistics, gradients and mode stay. seed: of the draws; each rank, DataLoader worker and epoch
-    draws its own. A call's `generator` is used instead. prob: of mixing a batch. options: the
-    program's flags, e.g. rand_pos=0.1."""
+    draws its own. A call's `generator` is used instead; seeded once and copied into workers, it
+    repeats itself each epoch. prob: of mixing a batch. options: the program's flags."""
 
     def __init__(self, method: str, num_classes: int, *, mean=(0.485, 0.456, 0.406),
                  std=(0.229, 0.224, 0.225), seed: int | None = None, prob: float = 1.0, **options):

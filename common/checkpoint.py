@@ -46,7 +46,8 @@ def resume(source: str, folder: Path) -> dict | None:
     empty = not newest.exists() and not previous.exists()
     if source and source != "auto":
         if not empty and Path(source).resolve().parent != folder.resolve():
-            raise RunError(f"{folder} already holds another run: choose another --root_dir")
+            raise RunError(f"--resume {source}: {folder} already holds another run, which would be "
+                           "overwritten; choose another --root_dir")
         return load(source)
     if empty:
         return None

@@ -32,7 +32,7 @@ def last_layer(net: nn.Module, images: Tensor) -> nn.Module:
     with nn.modules.module.register_module_forward_hook(note):
         net(images[:1])
     if len(seen) < 2:               # a ViT has its patches' embedding alone
-        raise RunError("the network has no feature maps to look at")
+        raise RunError(f"--cam: no feature maps in {type(net).__name__}")
     return seen[-1]
 
 

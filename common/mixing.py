@@ -1,6 +1,7 @@
 """Mixup, CutMix, Cutout, soft targets and their losses; the random draws they share. Draws are
 arguments: the same draws give the same result on every device, without host synchronisation. They
-come from a CPU `torch.Generator`, by default torch's own."""
+come from a CPU `torch.Generator`, by default torch's own; a seeded one, copied into a DataLoader's
+workers, repeats itself each epoch."""
 from collections.abc import Callable
 
 import torch

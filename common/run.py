@@ -127,8 +127,10 @@ class Run:
         self.resumed = state is not None
         changed = self.restore(state) if state else {}
         position = torch.tensor([self.epoch, self.step], device=self.device)
-        if (distributed.total(position) != position * distributed.world()).any():
-            raise RunError(f"{self.folder} is not on a disk that all machines share")
+        apart = distributed.total(position) != position * distributed.world()
+        if distributed.total(apart.long()).any():
+            raise RunError(f"{self.folder}: the processes find different checkpoints there; "
+                           "--root_dir must be on a disk that all machines share")
         if start_epoch is not None:
             self.epoch, self.step, self.sums = start_epoch, 0, None
             self.history = [row for row in self.history if row["epoch"] < start_epoch]
@@ -207,7 +209,7 @@ class Run:
         finite = [value.isfinite().all() for value in self.parts["model"].state_dict().values()
                   if value.is_floating_point()]
         if bad or not torch.stack(finite).all():                    # waits for the device once
-            raise RunError(f"{', '.join(bad) or 'a weight'} is not finite at epoch "
+            raise RunError(f"{', '.join(bad) or 'a weight of the network'} is not finite at epoch "
                            f"{self.epoch + 1}, after step {self.step}; {NOT_SAVED}")
 
     def save(self, sums=None):

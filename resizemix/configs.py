@@ -20,3 +20,6 @@ METHODS = {                             # the rows of the paper's tables
     "autoaugment": {"resizemix": False, "autoaugment": True},
     "resizemix": {},
     "resizemix+": {"randaugment": True}}
+TITLES = {"baseline": "Plain training", "cutmix": "CutMix", "cutout": "Cutout",
+          "randaugment": "RandAugment", "autoaugment": "AutoAugment", "resizemix": "ResizeMix",
+          "batch_aug": "batch augmentation"}                # in pictures

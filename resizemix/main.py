@@ -232,7 +232,8 @@ def draw_preview(path, train, args, info):
     n, generator = len(images), distributed.step_generator(args.seed, 0, 0)
     mixed, targets, perm = mix_batch(images, labels, args, info, generator)
     rows = {"image": images, "partner": None if perm is None else images[perm], "mixed": mixed[:n]}
-    return plots.preview(path, f"{method_name(args)} on {info.name}", rows, targets[:n], info)
+    title = " and ".join(configs.TITLES[name] for name in method_name(args).split("-"))
+    return plots.preview(path, f"{title} on {info.name}", rows, targets[:n], info)
 
 
 def main(argv=None):

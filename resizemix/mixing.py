@@ -16,7 +16,8 @@ def clip_corners(centres: Tensor, size: tuple[int, int], image_size: tuple[int, 
     return (centres - size // 2).clamp(min=0).minimum(image_size - size)
 
 
-def draw_scale(generator: torch.Generator, low: float = 0.1, high: float = 0.8) -> float:
+def draw_scale(generator: torch.Generator | None = None, low: float = 0.1, high: float = 0.8
+               ) -> float:
     """Return a batch's scale, uniform in [low, high) (section 3.2 of the paper)."""
     return low + (high - low) * torch.rand((), generator=generator, dtype=torch.float64).item()
 

@@ -4,9 +4,11 @@ vanilla, input (Mixup), manifold, cutmix, saliencymix, puzzle, comix, sage.
 
 a CPU trial       python sage/main.py --dataset digits --method sage --initial_channels 16
 one GPU           python sage/main.py --dataset cifar100 --data_dir data --method sage --amp bf16
-eight GPUs        torchrun --nproc_per_node=8 sage/main.py … --batch_size 104
+eight GPUs        torchrun --nproc_per_node=8 sage/main.py --dataset cifar100 --method sage \\
+                      --batch_size 104
 two machines      torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d \\
-                      --rdzv_endpoint=HOST:29500 sage/main.py … --batch_size 112
+                      --rdzv_endpoint=HOST:29500 sage/main.py --dataset cifar100 --method sage \\
+                      --batch_size 112
 
 --batch_size counts the images of a step over all processes, and is a multiple of their number.
 """

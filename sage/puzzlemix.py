@@ -103,6 +103,9 @@ def graph_terms(images: Tensor, saliency: Tensor, perm: Tensor, block_num: int, 
     colour step along the border of two blocks depends on both owners: it is split into costs of the
     blocks and a weight of their disagreement."""
     check_floats(images)
+    if block_num < 2 or images.shape[-2] % block_num or images.shape[-1] % block_num:
+        raise ValueError(f"block_num {block_num} does not divide images of "
+                         f"{images.shape[-2]}x{images.shape[-1]} pixels")
     perm = perm.to(images.device, non_blocking=True)
     blocks = [side // block_num for side in images.shape[-2:]]
     cells = [_gcd(min(neigh_size, block), block) for block in blocks]

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2.functional import gaussian_blur
 
+from common.errors import RunError
 from common.mixing import Draws, check_floats, per_image, send
 from sage.puzzlemix import shares
 
@@ -14,6 +15,9 @@ CPU_CHUNK, GPU_CHUNK = 2 ** 19, 2 ** 26
 def gradient_saliency(grad: Tensor, kernel_size: int = 5, sigma: float = 1.0) -> Tensor:
     """Return the mean (B, 1, H, W) over channels of |grad| (B, C, H, W), blurred by a Gaussian of
     `kernel_size` (odd) and standard deviation `sigma`, in pixels, over a reflected border."""
+    if kernel_size // 2 >= min(grad.shape[-2:]):
+        raise RunError(f"a saliency blur of {kernel_size} pixels is too wide for images of "
+                       f"{min(grad.shape[-2:])} pixels")
     return gaussian_blur(grad.detach().abs().mean(1, keepdim=True), [kernel_size] * 2, [sigma] * 2)
 
 

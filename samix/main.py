@@ -80,7 +80,7 @@ def parse_args(argv=None):
     add("--mix_k_weight", type=amount, default=1.0, help="of the MixBlock's loss through branch k")
     add("--mask_loss", type=amount, default=0.1, help="weight of the masks' loss")
     add("--mask_loss_kind", choices=mixblock.MASK_LOSSES, default="l1_variance",
-        help="distance of masks from lambda; variance: less their spread inside an image")
+        help="distance of masks from lambda; variance: less twice that over all pixels")
     add("--mask_margin", type=share, default=0.1, help="of lambda: mean masks are free within it")
     add_boolean(add, "--mask_anneal", True, "the masks' loss falls to 0 along a cosine")
 
@@ -250,8 +250,11 @@ def draw_preview(path, net, train, args, info, trained: bool = True):
         return draw_mixtures(path, title, {"image": images}, net, labels, args, info, trained)
     args = copy.copy(args)
     args.alpha = 32.0                                       # a lambda near a half
-    mixed, targets, perm = mix_baseline(images, labels, args, info,
-                                        distributed.step_generator(args.seed, 0, 0))
+    generator = distributed.step_generator(args.seed, 0, 0)
+    for _ in range(30):                             # until CutMix's box, too, shows a good part
+        mixed, targets, perm = mix_baseline(images, labels, args, info, generator)
+        if targets.amax(1).median() < 0.7:
+            break
     rows = {"image": images, "partner": images[perm], "mixed": mixed}
     return plots.preview(path, title, rows, targets, info)
 

@@ -109,7 +109,8 @@ class MixBlock(nn.Module):
 def mask_loss(mask: Tensor, lam: float | Tensor, margin: float = 0.1,
               kind: str = "l1_variance") -> Tensor:
     """Return how far masks (B, 2, H, W), or partners' shares (B, H, W), are in mean from lambda
-    beyond `margin` (section 3.3); variances reward contrast, and 'sparsity' ignores lambda."""
+    beyond `margin` (section 3.3). 'l1' is AutoMix's; the 'variance' kinds reward contrast by
+    twice the variance over all pixels, so they can be negative; 'sparsity' ignores lambda."""
     share = mask[:, -1] if mask.ndim == 4 else mask
     if kind == "sparsity":
         return ((share * (1 - share)).mean() - margin).clamp(min=0)

@@ -5,9 +5,9 @@ confidence its target puts in the label. Beside it the crops and losses it is co
 a CPU trial       python soft_aug/main.py --dataset digits --initial_channels 16 --da 2 --loss st \\
                       --crop 6 --epochs 12 --ft 2
 one GPU           python soft_aug/main.py --task cifar100 --da 2 --loss st --amp bf16
-eight GPUs        torchrun --nproc_per_node=8 soft_aug/main.py …
+eight GPUs        torchrun --nproc_per_node=8 soft_aug/main.py --task cifar100 --da 2 --loss st
 two machines      torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d \\
-                      --rdzv_endpoint=HOST:29500 soft_aug/main.py …
+                      --rdzv_endpoint=HOST:29500 soft_aug/main.py --task cifar100 --da 2 --loss st
 
 --batch_size counts the images of a step over all processes.
 """

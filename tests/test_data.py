@@ -463,6 +463,8 @@ def test_samples_of_every_mode_mean_the_same():
         with pytest.raises(ValueError, match="no agreed range"):
             image_files.decode(encoded(ramp.convert(mode), "TIFF"))
     assert image_files.for_dali(encoded(ramp.convert("CMYK"), "JPEG")).tobytes()[:3] == b"P6 "
+    assert not image_files.is_plain_jpeg(encoded(ramp.convert("CMYK"), "JPEG"))
+    assert image_files.is_plain_jpeg(encoded(ramp, "JPEG"))
     assert image_files.for_dali(encoded(ramp, "JPEG")).tobytes() == encoded(ramp, "JPEG")
 
 

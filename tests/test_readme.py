@@ -33,7 +33,8 @@ def test_the_mixer_in_ones_own_loop():
     assert names["loss"] > 0 and model[1].weight.grad.abs().sum() > 0
 
 
-def test_a_method_of_ones_own(tmp_path):
+@pytest.mark.parametrize("in_batch", [[], ["--in_batch"]], ids=["one", "in_batch"])
+def test_a_method_of_ones_own(tmp_path, in_batch):
     """The README followed to the letter, in a copy of the programs."""
     for folder in ("common", "sage"):
         shutil.copytree(ROOT / folder, tmp_path / folder,
@@ -52,7 +53,7 @@ def test_a_method_of_ones_own(tmp_path):
     done = subprocess.run(
         [sys.executable, str(main), "--dataset", "digits", "--method", "stripes", "--arch",
          "preactresnet18", "--initial_channels", "4", "--image_size", "8", "--max_steps", "2",
-         "--root_dir", str(tmp_path / "runs"), "--in_batch"], capture_output=True, text=True)
+         "--root_dir", str(tmp_path / "runs"), *in_batch], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert next((tmp_path / "runs").glob("*/mixed.png")).is_file()
 

@@ -296,7 +296,7 @@ def test_log_off_writes_nothing(tmp_path):
     ("--arch nonet", 2, "invalid choice: 'nonet'"),
     ("--dataset nodata", 2, "invalid choice: 'nodata'"),
     ("--schedule 1 2 --gammas 0.1", 2, "--schedule has 2 epochs, --gammas 1"),
-    ("--method sage --kernel_size 99", 1, "Padding size should be less than"),
+    ("--method sage --kernel_size 99", 1, "too wide for images of 16 pixels"),
     ("--method puzzle --image_size 15", 1, "15×15 pixels cannot be halved"),
     ("--valid_labels_per_class 500", 1, "--valid_labels_per_class 500 leaves no image"),
     ("--dataset npz --data_dir none.npz", 1, "none.npz: No such file"),

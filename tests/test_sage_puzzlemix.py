@@ -259,6 +259,14 @@ def test_bytes_are_refused():
         puzzlemix.puzzle_mix(images.byte(), saliency, perm, 0.5, 4, **CIFAR100)
 
 
+def test_bad_arguments():
+    images, saliency, perm = batch()
+    with pytest.raises(ValueError, match="block_num 5"):
+        puzzlemix.puzzle_mix(images, saliency, perm, 0.5, 5, **CIFAR100)
+    with pytest.raises(TypeError, match="floating point"):
+        puzzlemix.puzzle_mix(images.byte(), saliency, perm, 0.5, 4, **CIFAR100)
+
+
 def test_gradient_magnitude(device):
     grad = torch.tensor([3.0, 4.0, 0.0], device=device).view(1, 3, 1, 1).expand(2, 3, 4, 5)
     torch.testing.assert_close(puzzlemix.gradient_magnitude(grad),

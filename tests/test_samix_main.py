@@ -506,6 +506,8 @@ def test_script_trains_on_two_ranks(sets, tmp_path):
     ("--mean 0.5 0.5 0.5", "--mean and --std: give both"),
     ("--optimizer adamw --nesterov", "--nesterov is of --optimizer sgd"),
     ("--layer 4", "no layer 4 before the last: there are 4"),
+    ("--padding 16", "cannot be padded by 16 of their reflection"),
+    ("--arch swin_t --image_size 32 --initial_channels 5", "swin_t cannot have"),
     ("--arch deit_s --image_size 20", "deit_s takes images of a multiple of 16 pixels, not 20"),
     ("--resume none.pt", "none.pt: no such checkpoint"),
     ("--lr 0.01", "--lr 0.01 is below --min_lr 0.05"),

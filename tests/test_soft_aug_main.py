@@ -275,6 +275,21 @@ def test_killed_and_resumed_is_the_run_never_killed(tmp_path, capsys):
     assert (folder / "evaluation.csv").read_text() == (whole / "evaluation.csv").read_text()
 
 
+def test_a_signal_saves_inside_the_epoch(tmp_path):
+    words = [*RECIPE.split(), "--epochs", 2, "--labels_per_class", 120, "--print_freq", 1]
+    child = subprocess.Popen(command(*words, root=tmp_path), text=True, stdout=subprocess.PIPE,
+                             stderr=subprocess.DEVNULL)
+    for line in child.stdout:
+        if "epoch 1 step 3/" in line:
+            child.send_signal(signal.SIGTERM)
+            break
+    last = child.communicate()[0].splitlines()[-1]
+    assert child.returncode == 128 + signal.SIGTERM
+    step = re.fullmatch(r"SIGTERM: stopped at epoch 1, step (\d+); go on with --resume auto", last)
+    folder, = tmp_path.iterdir()
+    assert step and checkpoint.load(folder / "checkpoint.pt")["step"] == int(step[1])
+
+
 def test_two_ranks_measure_what_one_does(tmp_path):
     """Also: both take the one seed that was drawn."""
     assert "2 processes" in two_processes(

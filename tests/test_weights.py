@@ -1,6 +1,7 @@
 """Weights from elsewhere and for elsewhere: --pretrained in all programs, export.py."""
 import argparse
 import hashlib
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -226,9 +227,16 @@ def test_export_in_torchvisions_names(tmp_path, capsys):
 
 
 def test_export_as_onnx(tmp_path, monkeypatch):
-    """One line where the network is a paper's own; else it goes to torch's exporter."""
+    """One line where onnx is not installed or the network is a paper's own; else the network goes
+    to torch's exporter."""
     ours = models.build("wrn28_2", 8).eval()
     words = [checkpoint_of(ours, "wrn28_2", tmp_path, other=True), "out.onnx"]
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: (
+        None if name in ("onnx", "onnxscript") else find(name, *more)))
+    with pytest.raises(RunError, match="out.onnx: pip install onnx onnxscript"):
+        export.main(words)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
     seen = []
     monkeypatch.setattr(torch.onnx, "export", lambda net, inputs, path, **more: seen.append(net))
     export.main(words)

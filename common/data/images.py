@@ -67,10 +67,19 @@ def decode(encoded: bytes) -> Image.Image:
     return image.convert("RGB")
 
 
+def is_plain_jpeg(encoded: bytes) -> bool:
+    """Return whether this is a JPEG of 8-bit grey or colour, which DALI decodes as Pillow does."""
+    at = 2
+    while encoded[:2] == b"\xff\xd8" and at + 9 < len(encoded) and encoded[at] == 0xFF:
+        if encoded[at + 1] in (0xC0, 0xC1, 0xC2):       # the frame: precision, height, width, …
+            return encoded[at + 4] == 8 and encoded[at + 9] in (1, 3)
+        at += 2 + int.from_bytes(encoded[at + 2:at + 4], "big")
+    return False
+
+
 def for_dali(encoded: bytes) -> np.ndarray:
     """Return bytes that DALI decodes to what `decode` returns: a plain JPEG's own, else a PPM's."""
-    image = Image.open(io.BytesIO(encoded))
-    if image.format not in ("JPEG", "MPO") or image.mode not in ("L", "RGB"):
+    if not is_plain_jpeg(encoded):
         image = decode(encoded)
         encoded = b"P6 %d %d 255\n" % image.size + image.tobytes()
     return np.frombuffer(encoded, np.uint8)

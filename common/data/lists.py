@@ -116,13 +116,15 @@ def open_folders(root: Path, parts: tuple, val_split: float | None = None, seed:
         order = torch.randperm(len(files), generator=generator).tolist()
         test[name], train[name] = ([files[i] for i in sorted(part)]
                                    for part in (order[:count], order[count:]))
+    if not any(test.values()):
+        raise DataError(f"{root}: no class has two images to split")
     return as_files(root, train), as_files(root, test)
 
 
 def test_part(root: Path, *parts: str) -> str:
     """Return the first of `parts` that `root` holds as a folder or RecordIO. Raises DataError."""
     for part in parts:
-        if (root / part).exists() or (root / f"{part}.rec").exists():
+        if any((root / f"{part}{end}").exists() for end in ("", ".rec", ".idx")):
             return part
     raise DataError(f"{root} holds neither {parts[0]} nor {parts[1]} (folders, or .rec and .idx); "
                     "--val_split 0.2 tests on a fifth of the training images")
@@ -136,7 +138,7 @@ def open_sets(dataset: str, root: Path, val_split: float | None = None, seed: in
         root = inside(root, "stanford_dogs")
         if not (root / "train").is_dir() or (inside(root, "lists") / "train_list.mat").exists():
             return stanford_dogs(root)
-    if val_split or not (root / "train.rec").exists():
+    if val_split or not any((root / f"train.{end}").exists() for end in ("rec", "idx")):
         return open_folders(root, ("val", "test"), val_split, seed)
     part = test_part(root, "val", "test")
     train, test = (RecordFile(root / f"{name}.rec") for name in ("train", part))
@@ -187,7 +189,7 @@ def tiny_imagenet(root: Path) -> tuple[Files, Files]:
     classes, val, words = list_classes(root / "train"), root / "val", root / "words.txt"
     train, names = as_files(root / "train", classes), list(classes)
     titles = table(words, "\t") if words.is_file() else {}
-    train.classes = [titles.get(name, [name])[0].split(",")[0] for name in train.classes]
+    train.classes = [(titles.get(name) or [name])[0].split(",")[0] for name in train.classes]
     if any((val / name).is_dir() for name in names):        # sorted by hand: nothing may be left
         return train, as_files(val, list_classes(val, names))
     notes = table(val / "val_annotations.txt", "\t")

@@ -6,6 +6,7 @@ from torchvision.transforms.functional import pad
 
 from common import distributed
 from common.data.recipe import Recipe, normalise
+from common.errors import DataError
 from common.precision import full_precision
 
 
@@ -35,6 +36,9 @@ class MemoryBatches:
         self.home = torch.device("cpu") if self.dali else device
         self.labels = torch.as_tensor(labels, device=self.home)
         stored = torch.from_numpy(images).to(self.home).permute(0, 3, 1, 2)
+        if recipe.padding_mode == "reflect" and recipe.padding >= min(self.stored):
+            raise DataError(f"images of {self.stored[0]}×{self.stored[1]} pixels cannot be padded "
+                            f"by {recipe.padding} of their reflection")
         self.windows = self.all_windows(stored, 0 if recipe.transform_first else recipe.padding)
         self.set_epoch(0)
 

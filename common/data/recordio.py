@@ -21,8 +21,11 @@ UNNAMED = 1000                          # classes of a file without names: Image
 
 
 def pack(label: float, key: int, image: bytes, job: int = 0) -> bytes:
-    """Return the record of an encoded image; job: a number in id2, which readers pass over."""
+    """Return the record of an encoded image; job: a number in id2, which readers pass over.
+    Raises ValueError for 512 MB and more."""
     length = HEADER.size + len(image)
+    if length >> 29:
+        raise ValueError(f"{len(image)} bytes are too many for a record")
     return b"".join((FRAME.pack(MAGIC, length), HEADER.pack(0, label, key, job), image,
                      bytes(-length % 4)))
 
@@ -42,7 +45,9 @@ class RecordFile:
                 raise ValueError("empty")
         names = self.path.with_name(self.path.stem + "_classes.txt")
         self.classes = read_text(names).splitlines() if names.exists() else []
-        self[len(self) - 1]             # a file that was cut off lacks it
+        some = min(256, len(self)) if self.classes else 1   # labels that names.txt lacks are seen
+        for i in np.linspace(len(self) - 1, 0, some, dtype=int):
+            self[i]                     # the last one first: a file that was cut off lacks it
 
     def __len__(self):
         return len(self.offsets)

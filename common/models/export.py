@@ -5,6 +5,7 @@
                                                           # the network is torchvision's
     python common/models/export.py CHECKPOINT OUT.onnx    # needs onnx and onnxscript
 """
+import importlib.util
 import re
 import sys
 from pathlib import Path
@@ -43,6 +44,8 @@ def with_torchvisions_names(state: dict, arch: str, classes: int) -> tuple[dict,
 
 def write_onnx(state: dict, identity: dict, args: dict, classes: int, path: Path):
     """Write a network of common/models as ONNX, for batches of any size."""
+    if not all(map(importlib.util.find_spec, ("onnx", "onnxscript"))):
+        raise RunError(f"{path}: pip install onnx onnxscript")
     size = args.get("image_size") or {"tiny-imagenet-200": 64, "imagenet": 224}.get(
         identity["dataset"], 32)
     try:

@@ -57,6 +57,10 @@ class Backbone(nn.Module):
 
 def build_backbone(name: str, image_size: int, layer: int, **options) -> Backbone:
     """Return the network `name` without its classifier, for images of `image_size` pixels; up to 64
-    the convolutional ones have a stem of stride 1."""
+    the convolutional ones have a stem of stride 1. Raises RunError for sizes it cannot have."""
     form = image_size if image_size > 64 or name in ("deit_s", "swin_t") else 32
-    return Backbone(models.build(name, 1000, form, **options), layer, image_size)
+    try:
+        return Backbone(models.build(name, 1000, form, **options), layer, image_size)
+    except (ValueError, RuntimeError) as fault:
+        raise RunError(f"{name} cannot have {options} on {image_size} pixels: "
+                       f"{str(fault).splitlines()[0]}") from None
