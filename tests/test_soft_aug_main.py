@@ -5,6 +5,8 @@ import math
 import os
 import re
 import shutil
+import signal
+import subprocess
 
 import numpy as np
 import pytest
