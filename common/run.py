@@ -314,7 +314,7 @@ class Run:
             return
         plots.curves(self.folder / "curves.png", title, self.history)
         picture = draw(self.folder / "mixed.png", *what)
-        if self.events:
+        if self.events and picture:
             pixels = np.asarray(Image.open(picture).convert("RGB"))
             self.events.add_image("mixed images", pixels, dataformats="HWC")
             self.events.flush()
