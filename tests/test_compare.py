@@ -39,7 +39,7 @@ def rows_of(path):
 def test_two_plain_runs_of_one_seed_both_count(tmp_path):
     runs = [make_run(tmp_path, "a1", [60, 60, 60]), make_run(tmp_path, "a2", [62, 62, 62]),
             make_run(tmp_path, "b1", [70, 70, 70], method="sage")]
-    compare.main([*runs, "--csv", str(tmp_path / "t.csv")])
+    compare.main([*runs, "--csv", str(tmp_path / "t.csv"), "--picture", str(tmp_path / "t.png")])
     assert float(rows_of(tmp_path / "t.csv")[1]["gain"]) == 9
 
 
