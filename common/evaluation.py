@@ -175,7 +175,7 @@ def draw(path: Path, title: str, results: dict):
     left.bar(centres, count / count.sum(), 0.94 / BINS, color=plots.GRID, label="share of images")
     left.bar(centres, hits / count.clamp(min=1), 0.6 / BINS, color=plots.BLUE, label="accuracy")
     left.plot([0, 1], [0, 1], color=plots.MUTED, linestyle="--", linewidth=1)
-    left.legend(frameon=False, loc="upper left", fontsize=9)
+    left.legend(framealpha=0.9, edgecolor="none", loc="upper left", fontsize=9)
     plots.frame(left, title=f"Reliability, ECE {100 * results['clean']['ece']:.2f} %",
                 xlabel="confidence", xlim=(0, 1), ylim=(0, 1))
 
@@ -187,5 +187,6 @@ def draw(path: Path, title: str, results: dict):
                        color=[plots.MUTED, *[plots.BLUE] * (len(bars) - 1)])
     right.bar_label(drawn, fmt="%.1f", padding=3, fontsize=8, color=plots.INK)
     right.invert_yaxis()
-    plots.frame(right, title="Attacks and corruptions", xlabel="accuracy, %", xlim=(0, 108))
+    title = "Attacks" + " and corruptions" * any(map(corruptions.kind, results))
+    plots.frame(right, title=title, xlabel="accuracy, %", xlim=(0, 108))
     plots.save_figure(figure, path)
