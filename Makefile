@@ -10,7 +10,7 @@ demo: .venv/.ready
 	  --rand_pos 0.01 --upper_lambda 0.5 --update_ratio 0.7 --seed 1 --root_dir runs/demo
 
 test: .venv/.ready
-	$(BIN)/python -m pytest -q -n 2
+	$(BIN)/python -m pytest -q -n 3
 
 lint: .venv/.ready
 	$(BIN)/ruff check
