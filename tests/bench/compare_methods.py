@@ -5,8 +5,8 @@
     python tests/bench/compare_methods.py --data s20.npz --out runs/p100 --protocol p100 --amp bf16
 
 Protocol P20: batch 100, flip and random crop with padding 2, SGD with Nesterov momentum 0.9,
-weight decay 1e-4, each program's learning rate the best of three for its plain training
-(RESULTS.md), times 0.1 after epochs 10 and 15 of 20; reported is the median test accuracy of the
+weight decay 1e-4, each program's learning rate the best of three for its plain training, or
+within a quarter of a point of it (RESULTS.md), times 0.1 after epochs 10 and 15 of 20; reported is the median test accuracy of the
 last five epochs. P100: 100 epochs, times 0.1 after 50 and 75. softaug_*: ResNet-18, a crop with
 padding 4 (standard) or of SoftCrop's strength. make_s20.py makes the data.
 
