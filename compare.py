@@ -7,8 +7,7 @@
 RUN is a run's folder, or a folder of such folders. Runs that differ in nothing but --seed become
 one line: mean, and half the range over seeds. accuracy: median test accuracy, %, of the --last
 epochs; gain: over the first line of the same program, so give its plain training first; ECE,
-visible, FGSM, mCE: of evaluation.csv, %, '–' where a run has none.
-"""
+visible, FGSM, mCE: of evaluation.csv, %, '–' where a run has none."""
 import argparse
 import csv
 import json
@@ -74,7 +73,10 @@ def find(folders: list[str], last: int) -> list[list]:
         if not paths:
             raise RunError(f"{folder}: no run (a folder with args.json) there")
         found |= {path.resolve(): path.parent for path in paths}
-    for run in (read(folder, last) for folder in found.values()):
+    done = [folder for folder in found.values() if (folder / "log.csv").exists()] or found.values()
+    if left := len(found) - len(done):
+        warn(f"{left} runs have no finished epoch")
+    for run in (read(folder, last) for folder in done):
         key = run.program, *((name, str(value)) for name, value in sorted(run.flags.items())
                              if name not in IGNORED)
         groups.setdefault(key, []).append(run)
@@ -182,7 +184,7 @@ def main(argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN")
-    add("--last", type=positive, default=5, metavar="N", help="epochs of the accuracy's median")
+    add("--last", type=positive, default=5, metavar="N", help="evaluations of the median")
     add("--csv", type=Path, metavar="FILE", help="write the table there, too")
     add("--markdown", action="store_true", help="print the table as Markdown")
     add("--picture", type=Path, default=Path("compare.png"), metavar="FILE.png")

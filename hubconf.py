@@ -68,7 +68,8 @@ _METHODS = {                                            # its program, and flags
     "occamix": ("safuse", "--method occamix"),
 }
 _NEED_MODEL = ("puzzle", "comix", "sage", "occamix")
-_OF_THE_LOSS = {"clean_lam", "update_ratio", "prob_mix", "mixup_hidden", "other"}
+_NOT_MIXING = {"clean_lam", "update_ratio", "prob_mix", "mixup_hidden", "other", "randaugment",
+               "autoaugment", "ra"}
 
 
 def _parse(room: str, words: str, options: dict):
@@ -122,6 +123,11 @@ class _Activations(nn.Module):
         return _ours("safuse.network").activation_maps(maps[-1], heads[-1].weight)
 
 
+def _on_cpu():              # where draws are made, whatever the default device
+    other = torch.get_default_device().type != "cpu"
+    return torch.device("cpu") if other else contextlib.nullcontext()
+
+
 @contextlib.contextmanager
 def _untouched(net: nn.Module):
     """Inside, the network may run in any mode; modes and BatchNorm's statistics come back."""
@@ -138,19 +144,18 @@ def _untouched(net: nn.Module):
 
 class Mixer:
     """A callable (images, labels, model=None) -> (mixed images, soft targets (B, num_classes)).
-
     images (B, 3, H, W), normalised by `mean` and `std`; labels: class indices (B,), or (not of
-    softcrop) probabilities (B, num_classes); model: for puzzle, comix, sage and occamix; its
-    statistics, gradients and mode stay. seed: of the draws; each rank, DataLoader worker and epoch
-    draws its own. A call's `generator` is used instead; seeded once and copied into workers, it
-    repeats itself each epoch. prob: of mixing a batch. options: the program's flags."""
+    softcrop) probabilities (B, num_classes); model: images -> logits, for puzzle, comix, sage and
+    occamix; its statistics, gradients and mode stay. seed: of the draws; each rank, DataLoader
+    worker and epoch draws its own. A call's `generator` is used instead; seeded once and copied
+    into workers, it repeats itself. prob: of mixing a batch. options: the flags of the program."""
 
     def __init__(self, method: str, num_classes: int, *, mean=(0.485, 0.456, 0.406),
                  std=(0.229, 0.224, 0.225), seed: int | None = None, prob: float = 1.0, **options):
         if method not in _METHODS:
             raise ValueError(f"no method {method!r}; there are {', '.join(_METHODS)}")
-        if wrong := sorted(_OF_THE_LOSS & options.keys()):
-            raise ValueError(f"{wrong[0]} belongs to the loss of the training program")
+        if wrong := sorted(_NOT_MIXING & options.keys()):
+            raise ValueError(f"{wrong[0]} is of the training program, not of the mixing")
         self.room, words = _METHODS[method]
         self.method, self.prob, self.draws = method, prob, _Draws(seed)
         self.args = _parse(self.room, words, options)
@@ -158,7 +163,7 @@ class Mixer:
 
     def __call__(self, images, labels, model=None, *, generator=None):
         draws, kind = generator or self.draws(), images.device.type
-        if self.prob < 1 and torch.rand((), generator=draws) >= self.prob:
+        if self.prob < 1 and torch.rand((), generator=draws, device="cpu") >= self.prob:
             return images, _ours("common.mixing").probabilities(labels, self.info.num_classes)
         if self.method not in _NEED_MODEL:
             model = nn.Identity()
@@ -167,7 +172,7 @@ class Mixer:
         net = model.module if isinstance(model, (DataParallel, DistributedDataParallel)) else model
         half = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         self.args.amp = {None: "off", torch.bfloat16: "bf16", torch.float16: "fp16"}[half]
-        with _untouched(net), torch.enable_grad(), torch.autocast(kind, enabled=False):
+        with _on_cpu(), _untouched(net), torch.enable_grad(), torch.autocast(kind, enabled=False):
             return self.mix(images.detach(), labels, net, draws)
 
     def mix(self, images, labels, net, draws):
@@ -188,7 +193,6 @@ class Mixer:
 
 class SAMix(nn.Module):
     """SAMix: in training (images, labels) -> (loss, logits), else images -> logits.
-
     backbone: images (B, 3, H, W) -> (middle feature map (B, C, h, w), pooled features (B, width)).
     Train the parameters that require a gradient; call `update()` after each of the `total_steps`
     steps of the optimizer. options: samix/main.py's flags."""
@@ -206,12 +210,19 @@ class SAMix(nn.Module):
         self.net = program.SAMix(branch, block, args).to(device)
         self.args, self.total, self.draws, self.step = args, total_steps, _Draws(seed), 0
 
+    def get_extra_state(self):
+        return self.step
+
+    def set_extra_state(self, step):
+        self.step = step
+
     def forward(self, images, labels=None):
         if not self.training:
             return self.net.q(images)
         program = _ours("samix.main")
         fall = program.cosine(min(self.step, self.total), self.total)
-        draws = program.draw_mixing(len(images), self.args, self.draws(), fall)
+        with _on_cpu():
+            draws = program.draw_mixing(len(images), self.args, self.draws(), fall)
         weight = self.args.mask_loss * (fall if self.args.mask_anneal else 1)
         losses, logits, _ = self.net(images, labels, draws, weight)
         return sum(losses.values()), logits

@@ -43,6 +43,8 @@ def lock(path: Path, mode: str = "w"):
         except BlockingIOError:
             raise RunError(f"{path.parent}: another run is writing there; choose another folder "
                            "or wait for its end") from None
+        except OSError:                                         # a disk without locks
+            pass
         held = weakref.ref(file)                                # workers may outlive us
         os.register_at_fork(after_in_child=lambda: held() and held().close())
     return file

@@ -41,7 +41,7 @@ def grad_cam(net: nn.Module, layer: nn.Module, images: Tensor) -> tuple[Tensor, 
     outputs = []
     with layer.register_forward_hook(lambda module, inputs, output: outputs.append(output)):
         logits = net(images.detach().requires_grad_())
-    features = outputs[-1]
+    features = outputs[-1] if outputs else None
     if not isinstance(features, Tensor) or features.ndim != 4:
         raise RunError(f"--target_layer: a {type(layer).__name__} gives no feature map")
     grad, = torch.autograd.grad(logits.max(1).values.sum(), features)

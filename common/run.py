@@ -2,6 +2,7 @@
 import csv
 import json
 import math
+import os
 import signal
 import statistics
 import sys
@@ -111,7 +112,11 @@ class Run:
         if not path:
             return None
         state = checkpoint.load(path)
-        checkpoint.check_identity(state, self.identity | {"data": state["identity"].get("data")})
+        data = state["identity"].get("data")
+        checkpoint.check_identity(state, self.identity | {"data": data})
+        if self.args.val_split and data != self.info.fingerprint:
+            raise RunError("--val_split draws other test images than the checkpoint's run: take "
+                           f"its --val_split, --data_dir and --seed {state['args']['seed']}")
         checkpoint.load_part("model", self.parts["model"], state)
         # between epochs the counter is at the next one
         log(f"checkpoint: {path}, epoch {state['epoch'] + (state.get('step') != 0)}")
@@ -132,6 +137,8 @@ class Run:
             raise RunError(f"{self.folder}: the processes find different checkpoints there; "
                            "--root_dir must be on a disk that all machines share")
         if start_epoch is not None:
+            if start_epoch > self.epoch:
+                distributed.warn(f"--start_epoch {start_epoch}, after {self.epoch} trained epochs")
             self.epoch, self.step, self.sums = start_epoch, 0, None
             self.history = [row for row in self.history if row["epoch"] < start_epoch]
         self.stop, self.begun = runtime.StopSignal(), (time.perf_counter(), self.epoch)
@@ -139,10 +146,12 @@ class Run:
             runtime.traceback_folder = self.folder
         if not self.writes:
             return
+        program = os.path.relpath(sys.argv[0], Path(__file__).parents[1])
         facts |= runtime.facts(self.device) | {
             "parameters": parameters(self.parts["model"]), "data": str(self.info),
             "fingerprint": self.info.fingerprint,
-            "command": " ".join([Path(sys.executable).name, *sys.argv]), "args": vars(self.args),
+            "command": " ".join([Path(sys.executable).name, program, *sys.argv[1:]]),
+            "args": vars(self.args),
             "resumed_at": [self.epoch + 1, self.step] if state else None, "changed": changed}
         files.write_atomic(self.folder / "args.json", json.dumps(facts, indent=1, default=str))
         if self.args.tensorboard:
@@ -152,7 +161,8 @@ class Run:
     def settings(self) -> dict:
         """Return the flags, and what else a run's exact numbers depend on."""
         return vars(self.args) | {
-            "hardware": self.device.type, "processes": distributed.world(),
+            "pixels": self.info.image_size, "hardware": self.device.type,
+            "processes": distributed.world(),
             "threads": torch.get_num_threads() if self.device.type == "cpu" else None}
 
     def restore(self, state: dict) -> dict:
@@ -241,7 +251,7 @@ class Run:
             if self.writes:
                 checkpoint.save(self.folder, {
                     "model": self.parts["model"].state_dict(), "identity": self.identity,
-                    "epoch": self.epoch, "accuracy": accuracy, "args": vars(self.args)},
+                    "epoch": self.epoch, "accuracy": accuracy, "args": self.settings()},
                     checkpoint.BEST)
         if self.step < self.epoch_steps or self.steps_left == 0:
             history, self.history = self.history, self.history[:-1]     # logged again when done

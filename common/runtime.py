@@ -69,7 +69,7 @@ def check_machine(args, on_gpu: bool, processes: int):
         raise RunError("--amp fp16 needs a GPU; use --amp off (or bf16) on a CPU")
     if on_gpu and processes > torch.cuda.device_count():
         raise RunError(f"{processes} processes need a GPU each and {torch.cuda.device_count()} are "
-                       "there; lower --nproc_per_node")
+                       "there; lower --nproc_per_node (slurm: not --gpus-per-task)")
     compiler = os.environ.get("CXX") or COMPILERS.get(sys.platform, "g++")
     if args.compile and not shutil.which(compiler):
         raise RunError(f"--compile needs a C++ compiler, and {compiler!r} is not on the PATH: "

@@ -1,4 +1,4 @@
-"""A mixer as timm's `mixup_fn`, which its train.py calls on the device, after the loader."""
+"""A mixer as timm's `mixup_fn`, which its train.py (--no-prefetcher) calls on the device."""
 from functools import partial
 
 import timm

@@ -1,8 +1,8 @@
 """Mixing in a DataLoader's collate_fn, by torchvision's RandomChoice of a method for each batch.
 
 A generator seeded once and copied into workers repeats its draws in each epoch; the mixers make
-another one for each rank, worker and epoch from their `seed`.
-"""
+another one for each rank, worker and epoch from their `seed`. Where workers are not forked (macOS,
+Windows) take num_workers=0."""
 import torch
 from torch.utils.data import DataLoader, TensorDataset, default_collate
 from torchvision.models import resnet18

@@ -6,8 +6,7 @@ CPU trial   python resizemix/main.py --dataset digits --net_name wresnet40_2 --e
 one GPU     python resizemix/main.py --config cifar100_wrs --data_dir data --amp bf16
 eight GPUs  torchrun --nproc_per_node=8 resizemix/main.py --config imagenet_res --data_dir imagenet
 two nodes   torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d \\
-                --rdzv_endpoint=HOST:29500 resizemix/main.py --config imagenet_res …
-"""
+                --rdzv_endpoint=HOST:29500 resizemix/main.py --config imagenet_res …"""
 import copy
 import math
 import os
@@ -125,8 +124,6 @@ def check_launcher(args):
             raise RunError(f"--launcher {args.launcher}: {name} is not set; see resizemix/scripts")
 
 
-# ----------------------------------------------------------------------------------------- mixing
-
 def mix_batch(images, labels, args, info, generator) -> tuple:
     """Return mixed images (2B under --batch_aug), soft targets, and the partners or None."""
     n, size, perm = len(images), tuple(images.shape[-2:]), None
@@ -153,8 +150,6 @@ def mix_batch(images, labels, args, info, generator) -> tuple:
         targets = torch.cat([targets, targets])
     return images, targets, perm
 
-
-# --------------------------------------------------------------------------------------- training
 
 def step_rate(args, step: int, epoch_steps: int) -> float:
     """Return the learning rate of step `step` of the run, from 0; --restart_epochs: cosines from
@@ -228,6 +223,8 @@ def draw_preview(path, train, args, info):
     train.set_epoch(0)
     images, labels = next(iter(train))
     args = copy.copy(args)
+    if not args.resizemix:
+        args.cutmix_prob = math.ceil(args.cutmix_prob)
     args.cutmix_beta, args.resizemix_low, args.resizemix_high = 32.0, 0.55, 0.8     # well mixed
     n, generator = len(images), distributed.step_generator(args.seed, 0, 0)
     mixed, targets, perm = mix_batch(images, labels, args, info, generator)

@@ -6,8 +6,7 @@
 
 Labels number the classes of PREFIX_classes.txt. The images are shuffled once, since readers shuffle
 a window only; unreadable files are left out and listed in PREFIX_unreadable.txt. The same command
-continues a run that was stopped, even killed: the index is written last.
-"""
+continues a run that was stopped, even killed: the index is written last."""
 import io
 import os
 import signal

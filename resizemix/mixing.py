@@ -48,7 +48,7 @@ def resize_mix(images: Tensor, perm: Tensor, scale: float | Tensor, corners: Ten
             for side, length in ((h, height), (w, width)))
     source = (y[:, None] * width + x).flatten()
     # Gathering by an expanded index measures 2 to 5 times faster than interpolate(mode="nearest").
-    small = images.view(n, channels, -1).gather(2, source.expand(n, channels, -1))
+    small = images.flatten(2).gather(2, source.expand(n, channels, -1))
     small = small.index_select(0, perm)
     offsets = torch.arange(h, device=device)[:, None] * width + torch.arange(w, device=device)
     target = (corners[:, :1] * width + corners[:, 1:] + offsets.flatten())[:, None]

@@ -21,7 +21,6 @@ def superpixel_contrastive(logits, labels, selected, weights=None, *, temperatur
                            base_temperature: float = 0.07) -> Tensor:
     """Return the supervised contrastive loss of the selected superpixels of all processes: the mean
     of l_i (LGCOAMix), weighed by `weights` (B, T) >= 0 without gradient (SAFuse).
-
     `logits` (B, T, K), compared by s, their cosine / temperature; `labels`, `selected` (B, T). For
     i and every j of its class, i too, log p_ij = s_ij - log(exp s_ij + sum of exp s_ik over the k
     of other classes); l_i = -(temperature / base_temperature) · mean of log p_ij over j. The

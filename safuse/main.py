@@ -11,8 +11,7 @@ two machines      torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d \\
                       --rdzv_endpoint=HOST:29500 safuse/main.py --method lgcoamix \\
                       --dataset cub200 --data_dir data --arch resnet50 --batch_size 64
 
---batch_size counts the images of a step over all processes.
-"""
+--batch_size counts the images of a step over all processes."""
 import dataclasses
 import os
 import signal

@@ -131,7 +131,6 @@ class SuperpixelAttention(nn.Module):
 
 class Network(nn.Module):
     """ResNet or ViT with the papers' decoder: images (B, 3, H, W) -> logits (B, num_classes).
-
     `arch`: one of ARCHS, for images of `image_size` (× `width`) pixels. `decoder`: joint (SAFuse:
     the classifier sees the mean of its features, too), local (LGCOAMix: for superpixels alone) or
     none (a plain classifier). Raises RunError for sizes that it cannot take."""
@@ -143,6 +142,8 @@ class Network(nn.Module):
         vit = arch == "deit_b16"
         form = 224 if vit or image_size >= 128 else 64 if image_size >= 64 else 32
         multiple, width = 16 if form == 224 else 8, width or image_size
+        if vit and initial_channels % 16:
+            raise RunError(f"{arch}: --initial_channels {initial_channels} is no multiple of 16")
         if image_size % multiple or width % multiple:
             raise RunError(f"{arch} takes images whose sides are multiples of {multiple} pixels, "
                            f"not {image_size}×{width}; give --image_size")

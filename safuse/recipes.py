@@ -1,7 +1,8 @@
 """The papers' settings for each method, data set and architecture, and their learning rates."""
 
 # The first row that gives a flag for (method, data set, architecture) decides; None fits all,
-# "large" all images of 64 pixels and more. What came without a script follows its kin.
+# "large" all images of 64 pixels and more (by --image_size, of your own sets). What came without a
+# script follows its kin.
 ROWS = [
     ("safuse", None, "resnet18", {"loss_gamma_CE": 0.03, "loss_gamma_SCL": 0.05}),
     ("safuse", "small", "resnext50", {"topN_local_ratio": 0.764}),

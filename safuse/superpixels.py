@@ -200,8 +200,8 @@ def slic(images: Tensor, n_segments, compactness: float = 10.0, iterations: int 
     low, high = pixels.amin((1, 2), keepdim=True), pixels.amax((1, 2), keepdim=True)
     if images.is_floating_point() and images.device.type == "cpu" and \
             not torch.compiler.is_compiling() and (low.min() < -0.1 or high.max() > 1.1):
-        raise ValueError("slic needs images in [0, 1], not normalised ones: these go from "
-                         f"{low.min():.2f} to {high.max():.2f}")
+        raise ValueError("slic needs images in [0, 1], not normalised ones (a mixer: their mean "
+                         f"and std): these go from {low.min():.2f} to {high.max():.2f}")
     with full_precision(images.device.type):                 # TF32 is too coarse for distances
         lab = rgb_to_lab((pixels - low) / (high - low).clamp(min=1e-12))
         labels = kmeans(lab / compactness, first, step, cells, height, width, iterations)

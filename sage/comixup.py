@@ -129,9 +129,8 @@ def _label_gco(cost: Tensor, compatibility: Tensor, labels0: Tensor, *, beta: fl
 
 def _sweep_terms(counts: Tensor, cost: Tensor, eye: Tensor, limit: float):
     """Return, for N whole labels and halves of the three most used inputs (L in all), the halves'
-    inputs (P, N, 3, 2), the inputs' shares (P, N, L, N), how alike two labels are (P, N, L, L), and
-    the labels' costs (P, N, n², L). `counts` (P, N, N), `cost` (P, n², N); `limit` bars halves of
-    unused inputs."""
+    inputs (P, N, 3, 2), the inputs' shares (P, N, L, N), how alike labels are (P, N, L, L), and the
+    labels' costs (P, N, n², L). `counts` (P, N, N), `cost` (P, n², N); `limit` bars unused ones."""
     parts, size, n = cost.shape
     blocks, top = counts.topk(min(3, n))
     usable = blocks.minimum(blocks.roll(1, -1)) > 0.25
@@ -204,7 +203,6 @@ def label_parts(cost: Tensor, compatibility: Tensor, prior: Tensor, labels0: Ten
                 solver: str = "auto") -> Tensor:
     """Return the inputs that the blocks of each output of P parts of N images show: labels
     (P, N, n, n, 2), two inputs half and half, or twice the same.
-
     `cost` (P, N, n, n) and `compatibility` A (P, N, N) of `cost_and_compatibility`, `prior` (P, N),
     `labels0` (P, N, n, n) in [0, N). Blocks prefer salient inputs and their neighbours' (beta/n²),
     outputs those that the others leave alone (gamma/n², once A times their blocks exceeds
@@ -237,8 +235,7 @@ def blend(images: Tensor, targets: Tensor, labels: Tensor) -> tuple[Tensor, Tens
 
 def co_mix(images: Tensor, targets: Tensor, cost: Tensor, compatibility: Tensor, prior: Tensor,
            labels0: Tensor, **options) -> tuple[Tensor, Tensor]:
-    """Return mixed images (B, C, H, W) and soft targets (B, classes) of one part; all else as in
-    `label_parts`."""
+    """Return mixed images (B, C, H, W), soft targets (B, classes) of a part; see `label_parts`."""
     terms = (t.to(images.device, non_blocking=True)[None]
              for t in (cost, compatibility, prior, labels0))
     mixed, soft = blend(images[None], targets[None], label_parts(*terms, **options))

@@ -2,16 +2,16 @@
 """SAGE (Ma et al., BMVC 2022) and the methods it is compared with, in one program:
 vanilla, input (Mixup), manifold, cutmix, saliencymix, puzzle, comix, sage.
 
-a CPU trial       python sage/main.py --dataset digits --method sage --initial_channels 16
-one GPU           python sage/main.py --dataset cifar100 --data_dir data --method sage --amp bf16
+a CPU trial       python sage/main.py --dataset digits --method sage --rand_pos 0.01 \\
+                      --arch preactresnet18 --initial_channels 16 --epochs 16 --schedule 6 12
+one GPU           python sage/main.py --dataset cifar100 --method sage --rand_pos 0.01 --amp bf16
 eight GPUs        torchrun --nproc_per_node=8 sage/main.py --dataset cifar100 --method sage \\
-                      --batch_size 104
+                      --rand_pos 0.01 --batch_size 104
 two machines      torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d \\
                       --rdzv_endpoint=HOST:29500 sage/main.py --dataset cifar100 --method sage \\
-                      --batch_size 112
+                      --rand_pos 0.01 --batch_size 112
 
---batch_size counts the images of a step over all processes, and is a multiple of their number.
-"""
+--batch_size counts the images of a step over all processes, and is a multiple of their number."""
 import copy
 import signal
 import sys
@@ -29,8 +29,10 @@ import torch.nn.functional as F
 from common import data, distributed, evaluation, flags, mixing, models, plots, runtime
 from common.data.recipe import Recipe, to_uint8
 from common.distributed import log
+from common.errors import RunError
 from common.flags import add_boolean, amount, chosen, count, number, positive, share
 from common.mixing import probabilities, softmax_bce
+from common.models.parts import Network
 from common.models.weights import load_pretrained
 from common.run import Run, StepSums, about
 from sage import comixup, puzzlemix, rearrange, saliencymix
@@ -78,7 +80,7 @@ def parse_args(argv=None):
     add("--blur_sigma", type=number(above=0), default=1.0, help="saliency blur, pixels")
     add("--kernel_size", type=positive, default=5, help="saliency blur, pixels, odd")
     add_boolean(add, "--eval_mode", False, "saliency pass in eval mode")
-    add("--rand_pos", type=share, default=0.5, help="fraction of all offsets that are tried")
+    add("--rand_pos", type=share, default=0.5, help="share of offsets tried; published: 0.01")
     add("--update_ratio", type=share, default=1.0, help="weight of the mixed loss; rest: clean")
     add("--upper_lambda", type=share, default=1.0, help="multiplies the drawn lambda")
     add = parser.add_argument_group("puzzle").add_argument
@@ -121,6 +123,8 @@ def parse_args(argv=None):
     args.method = method
     if len(args.schedule) != len(args.gammas):
         parser.error(f"--schedule has {len(args.schedule)} epochs, --gammas {len(args.gammas)}")
+    if args.kernel_size % 2 == 0 or args.m_block_num in (0, 1):
+        parser.error("--kernel_size is odd, --m_block_num 2 or more, or -1")
     if args.ngpu == 0:
         args.device = "cpu"
     return args
@@ -291,6 +295,9 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     net = models.build(args.arch, info.num_classes, info.image_size,
                        initial_channels=args.initial_channels, dropout=0.5 * args.dropout)
+    if args.method == "manifold" and not isinstance(net, Network):
+        raise RunError(f"--method manifold: {args.arch} for {info.image_size} pixels cannot mix "
+                       "inside; preactresnet18 can")
     net, model = runtime.prepare(net, args, device)
     optimizer = torch.optim.SGD(net.parameters(), lr=args.lr, momentum=args.momentum,
                                 weight_decay=args.weight_decay, nesterov=args.momentum > 0)

@@ -49,7 +49,6 @@ def puzzle_mix(images: Tensor, saliency: Tensor, perm: Tensor, lam: Tensor | flo
                *, transport: bool = True, t_eps: float = 0.8, t_size: int = 4, mean, std,
                noise: Tensor | None = None, noisy=(True, True), **options) -> tuple[Tensor, Tensor]:
     """Return image i mixed with image perm[i] (B, C, H, W), and ratio (B,), the mask's mean.
-
     images normalised by mean and std; saliency (B, H, W) >= 0; lam: the first image's share a
     priori, one or (B,); block_num: blocks a side, divides both sides. transport: move blocks of
     t_size pixels (-1: the mask's) at a cost of t_eps·distance². noise (B, C, H, W) is added to
@@ -158,7 +157,6 @@ def shares(maps: Tensor) -> Tensor:
 @torch.no_grad()
 def transport_plan(mask: Tensor, saliency: Tensor, t_eps: float = 0.8) -> Tensor:
     """Return the block (B, h*w) that each position of an image gets by masked transport.
-
     mask (B, h, w): positive where the image is seen; saliency (B, h, w), sums to 1 per image.
     Each block prefers the seen position where t_eps * distance**2 (the grid's sides being 1) minus
     its saliency is least, if negative. max(h, w) rounds: every block proposes to the best position

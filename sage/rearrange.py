@@ -61,7 +61,6 @@ def best_offsets(first: Tensor, second: Tensor, offsets: Tensor) -> Tensor:
 def sage_mix(images: Tensor, saliency: Tensor, perm: Tensor, offsets: Tensor,
              alpha: float | Tensor) -> tuple[Tensor, Tensor]:
     """Return each image mixed with its shifted partner, and ratio (B,), the mean of the mask.
-
     `images` (B, C, H, W), normalised so that 0 is the mean colour, which fills what the shifted
     partner leaves free; `saliency` (B, 1, H, W) >= 0, all zero counts as uniform; `perm` (B,);
     `offsets` (K, 2) integer candidates (dy, dx), positive moves the partner down and right; `alpha`

@@ -21,7 +21,6 @@ def blur(grey: Tensor) -> Tensor:
 def fine_grained_saliency(images: Tensor, channel_order: str = "RGB") -> Tensor:
     """Return how much the brightness of uint8 images (B, 3, H, W) differs from the means of windows
     of six sizes (Montabone & Soto 2010): (B, H, W) in [0, 1], multiples of 1/255.
-
     Both the excess over the window's mean ("on") and the lack ("off") are summed over the scales
     and stretched to 255. All arithmetic is that of 8-bit programs, rounded toward zero."""
     if images.dtype != torch.uint8:

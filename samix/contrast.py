@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import distributed
+from common.mixing import send
 from common.precision import full_precision
 
 
@@ -85,5 +86,5 @@ def draw_extension(shape, generator: torch.Generator) -> Tensor:
 
 def extend(first: Tensor, second: Tensor, weight: Tensor) -> Tensor:
     """Return keys of length 1 between the views' keys or beyond the first, by `weight` (B, dim)."""
-    weight = weight.to(first.device, non_blocking=True)
+    weight = send(weight, first.device)
     return F.normalize(weight * first + (1 - weight) * second)

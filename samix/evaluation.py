@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from common import distributed, evaluation, plots, runtime
 from common.data.recipe import mean_std
 from common.mixing import soft_targets
-from samix.mixblock import draw_partners, mix
+from samix.mixblock import draw_partners, mix, scale_of
 
 HEADS = {"one_k": ("k", "one"), "mix_k": ("k", "mix"), "one_q": ("q", "one"), "mix_q": ("q", "mix")}
 
@@ -82,9 +82,10 @@ def draw_mixtures(path, title, views: dict, net, labels, args, info, trained):
     with runtime.autocast(args, images.device):
         first, partners = (net.k.backbone(view)[0] for view in (images, second))
         for lam in torch.tensor([0.3, 0.5, 0.7]):
-            mask = net.block(first, lam, perm, images.shape[-1] // first.shape[-1],
-                             partners=partners, mode=getattr(args, "mode", [None])[0])
-            rows[f"mask, λ {lam:.1f}"] = (mask[:, :1] - mean) / std
+            mask = net.block(first, lam, perm, scale_of(images, first), partners=partners,
+                             mode=getattr(args, "mode", [None])[0])
+            shown = mask[:, :1, :images.shape[2], :images.shape[3]]
+            rows[f"mask, λ {lam:.1f}"] = (shown - mean) / std
             rows[f"mixed, λ {lam:.1f}"] = mix(images, mask, perm, second)
     return plots.preview(path, title + (": the MixBlock before training" if not trained else ""),
                          rows, soft_targets(labels, perm, lam, info.num_classes), info)

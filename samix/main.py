@@ -6,8 +6,7 @@ CPU trial   python samix/main.py --dataset digits --initial_channels 16 --epochs
 one GPU     python samix/main.py --config cifar100_r18 --data_dir data --amp bf16
 eight GPUs  torchrun --nproc_per_node=8 samix/main.py --config imagenet_r50 --data_dir imagenet
 two nodes   torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d \\
-                --rdzv_endpoint=HOST:29500 samix/main.py --config imagenet_r50 …
-"""
+                --rdzv_endpoint=HOST:29500 samix/main.py --config imagenet_r50 …"""
 import copy
 import signal
 import sys
@@ -61,7 +60,8 @@ def parse_args(argv=None):
     add = parser.add_argument_group("mixing").add_argument
     add("--alpha", type=number(above=0), default=2.0, help="lambda ~ Beta(alpha, alpha)")
     add_boolean(add, "--lam_concat", True, "automix: lambda is an input channel of the MixBlock")
-    add("--lam_mul_k", type=number(), default=-1.0, help="features times lambda, or a cubic")
+    add("--lam_mul_k", type=number(), default=-1.0, help="features are multiplied by lambda "
+        "(below 0), or by a cubic of it")
     add("--mode", choices=["bilinear", "nearest"], nargs="+", default=["bilinear"],
         help="how masks are enlarged; of several one is drawn each step")
     add("--dropout", type=share, default=0.1, help="of the MixBlock's values")
@@ -109,7 +109,9 @@ def parse_args(argv=None):
     except ValueError as fault:
         parser.error(f"--config: {fault}")
     if first.dataset not in (None, config["dataset"]):
-        del config["image_size"], config["mean"], config["std"]     # every data set has its own
+        del config["mean"], config["std"]             # every data set has its own
+        if (first.arch or config["arch"]) not in ("deit_s", "swin_t"):
+            del config["image_size"]
         if first.dataset in STREAMED:
             config["crop"] = "resized"
     parser.set_defaults(**config)
@@ -128,8 +130,6 @@ def parse_args(argv=None):
                          "to which it should fall: give both")
     return args
 
-
-# --------------------------------------------------------------------------------------- one step
 
 def draw_mixing(n: int, args, generator, fall: float, device="cpu") -> Draws:
     """Return draws for n images, partners on `device`; `fall`: from 1 to 0 over the run."""
@@ -162,7 +162,7 @@ class SAMix(nn.Module):
         loss = {"head": args.head, "smoothing": args.label_smoothing}
         with torch.no_grad():
             features, _ = self.k.backbone(images)
-        scale = images.shape[-1] // features.shape[-1]
+        scale = mixblock.scale_of(images, features)
         mask_mb = self.block(features, draws.lam_mb, draws.perm_mb, scale, mode=draws.modes[0])
         mask_bb = self.masks_for_q(features, draws, scale)
         self.columns = mixblock.mask_columns(mask_mb)       # of the log

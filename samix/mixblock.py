@@ -47,7 +47,6 @@ def rescale_lambda(lam: Tensor, k: float) -> Tensor:
 
 class MixBlock(nn.Module):
     """Masks of image pairs by a layer's features. mode: of their enlargement; dropout: of values.
-
     'samix': lambda multiplies the features, query and key see both images, the value is non-linear.
     'automix': the query sees the first image, the key, of the same weights, the second, the value
     is linear; with lam_concat lambda is one more input channel, else masks do not depend on it."""
@@ -144,8 +143,15 @@ def plain_near_ends(mask: Tensor, lam: Tensor, lam_margin: float = 0.08) -> Tens
     return torch.where(near, torch.cat([lam, 1 - lam], 1), mask)
 
 
+def scale_of(images: Tensor, features: Tensor) -> int:
+    """Return the factor by which masks of the features' size cover the images."""
+    return max(-(-images.shape[side] // features.shape[side]) for side in (2, 3))
+
+
 def mix(images: Tensor, mask: Tensor, perm: Tensor, partners: Tensor | None = None) -> Tensor:
-    """Return images mixed by masks (B, 2, H, W) with images[perm], or with partners[perm]."""
+    """Return images mixed with images[perm], or with partners[perm], by masks (B, 2, H, W), which
+    may be larger than the images (B, C, h, w)."""
     perm = perm.to(images.device, non_blocking=True)
     others = (images if partners is None else partners)[perm]
-    return torch.lerp(others, images, mask[:, :1].to(images.dtype))
+    mask = mask[:, :1, :images.shape[2], :images.shape[3]]
+    return torch.lerp(others, images, mask.to(images.dtype))

@@ -97,7 +97,7 @@ class Contrast(nn.Module):
         perm_bb, perm_mb = draws.perm_bb, draws.perm_mb
         features, keys = encode_keys(self.k, torch.cat([view_q, view_k]), order)
         (features_q, features_k), (key_q, key_k) = features.chunk(2), keys.chunk(2)
-        scale = view_q.shape[-1] // features_q.shape[-1]
+        scale = mixblock.scale_of(view_q, features_q)
         with torch.no_grad():
             mask_bb = self.block(features_q, draws.lam_bb, perm_bb, scale, partners=features_k)
             mask_bb = mixblock.adjust_mask(mask_bb, draws.lam_bb, margin=self.args.mask_margin)

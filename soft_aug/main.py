@@ -9,8 +9,7 @@ eight GPUs        torchrun --nproc_per_node=8 soft_aug/main.py --task cifar100 -
 two machines      torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d \\
                       --rdzv_endpoint=HOST:29500 soft_aug/main.py --task cifar100 --da 2 --loss st
 
---batch_size counts the images of a step over all processes.
-"""
+--batch_size counts the images of a step over all processes."""
 import copy
 import dataclasses
 import math
@@ -67,7 +66,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("augmentation").add_argument
     add("--method", choices=METHODS, help="sets --da, --loss, --ra; these and other flags win")
     add("--da", type=int, choices=[-1, 0, 1, 2], default=0,
-        help="-1: none; 0: flip, crop of 4 pixels; 1: these and Cutout; 2: flip, SoftCrop")
+        help="-1: none; 0: flip, crop of 4 pixels; 1: these and Cutout of --l; 2: flip, SoftCrop")
     add_boolean(add, "--ra", False, "RandAugment")
     add("--crop", type=amount, default=12.0, help="SoftCrop: standard deviation, pixels")
     add("--pcrop", type=amount, default=2.0, help="SoftCrop: power k of the confidence curve")
@@ -138,8 +137,8 @@ def choose_seed(args, device) -> int:
         for path in sorted(runs, key=lambda path: path.stat().st_mtime):
             number = path.parent.name.removeprefix(before).removesuffix(after)
             seed = int(number) if number.isdecimal() else seed
-    elif args.resume:
-        seed = checkpoint.load(args.resume).get("args", {}).get("seed", seed)
+    elif asked:
+        seed = checkpoint.load(asked).get("args", {}).get("seed", seed)
     seed = int(distributed.total(torch.tensor(seed * (distributed.rank() == 0), device=device)))
     log(f"seed: {seed}")
     return seed

@@ -54,8 +54,7 @@ def confidence(visible: Tensor, num_classes: int, *, power: float, t: float = 1.
 
 def draw_noise(shape, noise: float, scale: float = 1.0, generator=None, device="cpu"):
     """Return sigma (B,) = |N(0, noise²)| and the field N(0, scale²) of `shape` (B, C, H, W). A GPU
-    draws the field by its own generator, which `step_generator` seeds: sending it would
-    synchronise."""
+    draws the field itself, seeded by `step_generator`: sending it would synchronise."""
     sigma = (torch.randn(shape[0], generator=generator) * noise).abs()
     if torch.device(device).type == "cpu":
         return sigma, torch.randn(shape, generator=generator) * scale

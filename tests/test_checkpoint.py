@@ -6,17 +6,19 @@ import json
 import os
 import pickle
 import signal
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import ROOT
 
 from common import checkpoint, distributed, plots
 from common.errors import RunError
 from common.run import Run, StepSums
 
 CPU = torch.device("cpu")
-INFO = SimpleNamespace(name="set", num_classes=2, fingerprint="0")
+INFO = SimpleNamespace(name="set", num_classes=2, fingerprint="0", image_size=8)
 
 
 def state(value):
@@ -119,7 +121,8 @@ def test_other_network_or_data_is_named():
 def make_run(root, **flags):
     args = SimpleNamespace(**{"root_dir": str(root), "resume": "", "max_steps": None, "epochs": 3,
                               "evaluate": "", "tensorboard": False, "batch_size": 10, "arch": "a",
-                              "initial_channels": 16, "seed": 0, "job_name": ""} | flags)
+                              "initial_channels": 16, "seed": 0, "job_name": "",
+                              "val_split": None} | flags)
     return Run(args, CPU, INFO, ["run", ""], model=torch.nn.Linear(2, 2))
 
 
@@ -130,6 +133,18 @@ def test_run_folder_is_held_by_one_run(tmp_path):
         make_run(tmp_path).start()
     fcntl.flock(run.lock, fcntl.LOCK_UN)
     make_run(tmp_path).start()
+
+
+def test_a_disk_without_locks_and_a_program_s_own_folder(tmp_path, monkeypatch):
+    def flock(file, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    monkeypatch.setattr(sys, "argv", ["main.py", "--flag"])
+    monkeypatch.chdir(ROOT / "sage")
+    run = make_run(tmp_path)
+    run.start()
+    assert "sage/main.py --flag" in json.loads((run.folder / "args.json").read_text())["command"]
 
 
 def test_flags_that_changed_are_named(tmp_path, capsys):

@@ -1,6 +1,7 @@
 """compare.py on hand-made runs, and the driver of all programs on a tiny set."""
 import csv
 import json
+import time
 
 import numpy as np
 import pytest
@@ -76,6 +77,10 @@ def test_what_is_no_run_or_differs_is_said(tmp_path, capsys, monkeypatch):
     said = capsys.readouterr()
     assert "a: 2 of 3 epochs" in said.err and "differ in precision: bf16; off" in said.err
     assert "sage: vanilla" in said.out and "sage: sage" in said.out
+    make_run(tmp_path, "c", [10])
+    (tmp_path / "c" / "log.csv").unlink()                   # in its first epoch
+    compare.main([str(tmp_path)])
+    assert "1 runs have no finished epoch" in capsys.readouterr().err
     (tmp_path / "a" / "log.csv").write_text("epoch,seconds\n1,2\n")
     with pytest.raises(RunError, match="a: no test accuracy in its log.csv"):
         compare.main([str(tmp_path / "a")])
@@ -122,6 +127,20 @@ def test_driver_runs_keeps_and_never_repeats_another_experiment(driver, tmp_path
     driver("--keep", str(kept), data="other.npz")
     assert "not run here" not in capsys.readouterr().out
     assert len(list((tmp_path / "out" / "vanilla").iterdir())) == 2
+
+
+def test_ctrl_c_starts_no_other_run(driver, monkeypatch):
+    begun = []
+
+    def run(method, seed, args):
+        begun.append(seed)
+        time.sleep(0.2 * (len(begun) > 1))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compare_methods, "run", run)
+    with pytest.raises(KeyboardInterrupt):
+        driver("--seeds", *"123456789")
+    assert len(begun) < 9
 
 
 def test_driver_needs_the_data_and_names_a_run_that_fails(driver, tmp_path, capsys):

@@ -12,7 +12,7 @@ from programs import two_processes
 from torch import nn
 
 from common import corruptions, evaluation, gradcam, models
-from common.errors import DataError
+from common.errors import DataError, RunError
 from sage import main as sage
 
 ALL = SimpleNamespace(amp="off", max_steps=None, cam="", corruptions=None, batch_size=7)
@@ -232,6 +232,8 @@ def test_the_last_feature_map_is_found(name):
     images = torch.randn(2, 3, size, size)
     maps, logits = gradcam.grad_cam(net, gradcam.last_layer(net, images), images)
     assert maps.shape == (2, size, size) and 0 < maps.max() <= 1 and logits.shape == (2, 5)
+    with pytest.raises(RunError, match="a ReLU gives no feature map"):     # it never runs
+        gradcam.grad_cam(net, torch.nn.ReLU(), images)
 
 
 @pytest.mark.parametrize("program, data", [

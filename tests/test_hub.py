@@ -137,12 +137,29 @@ def test_options_are_the_programs_and_wrong_ones_are_named():
     assert mixer("sage", rand_pos=0.1, in_batch=True).args.rand_pos == 0.1
     for method, options, words in (
             ("sage", {"rand_pos": 2}, "--rand_pos: '2' is not a number"),
-            ("sage", {"nonsense": 1}, "--nonsense"), ("sage", {"update_ratio": 0.5}, "loss"),
+            ("sage", {"nonsense": 1}, "--nonsense"), ("sage", {"update_ratio": 0.5}, "program"),
+            ("resizemix", {"randaugment": True}, "program"), ("softcrop", {"ra": 1}, "program"),
             ("nothing", {}, "no method 'nothing'")):
         with pytest.raises(ValueError, match=words):
             mixer(method, **options)
     with pytest.raises(ValueError, match="needs the model"):
         mixer("sage")(torch.rand(2, 3, 32, 32), torch.tensor([0, 1]))
+
+
+@pytest.mark.parametrize("method", ["cutmix", "resizemix", "softcrop", "superpixels"])
+def test_slices_and_other_default_devices(method):
+    """A batch that is a view mixes like its copy; draws are on the CPU whatever the default is."""
+    mix, labels = mixer(method, prob=0.9), torch.arange(4)
+    images = torch.rand(4, 3, 40, 40)[:, :, 4:36, 4:36] * 0.1
+    draws = [torch.Generator().manual_seed(3) for _ in range(3)]
+    whole, targets = mix(images.contiguous(), labels, generator=draws[0])
+    assert torch.equal(mix(images, labels, generator=draws[1])[0], whole)
+    torch.set_default_device("meta")
+    try:
+        again = mix(images, labels, generator=draws[2])
+    finally:
+        torch.set_default_device(None)
+    assert torch.equal(again[0], whole) and torch.equal(again[1], targets)
 
 
 def test_workers_and_epochs_draw_differently():
@@ -186,3 +203,6 @@ def test_samix_learns_in_a_loop():
     for before, part in ((k, net.net.k), (block, net.net.block), (q, net.net.q)):
         assert any(not torch.equal(a, b) for a, b in zip(before, part.parameters(), strict=True))
     assert net.eval()(images).shape == (16, 10)
+    state, net.step = net.state_dict(), 0
+    net.load_state_dict(state)
+    assert net.step == 2

@@ -213,6 +213,27 @@ def test_crop_after_resizing(tmp_path, loader):
 
 
 @LOADERS
+def test_all_places_of_a_crop_are_alike(tmp_path, loader):
+    ramps(tmp_path)
+    batches = stream(tmp_path, loader, batch_size=64, image_size=56, crop="random",
+                     resize="square", interpolation="bilinear", **RAW)
+    images = torch.cat([epoch(batches, number)[0][0] for number in range(4)])
+    places = (images[:, 0].amin((1, 2)) * 64 / 200).round()
+    ends = torch.isin(places, torch.tensor([0.0, 8.0])).float().mean()
+    assert set(places.tolist()) == set(range(9)) and 0.15 < ends < 0.3, ends    # 2/9; once 1/8
+
+
+@LOADERS
+def test_training_images_as_in_tests(tmp_path, loader):
+    """What a linear probe is fitted on."""
+    ramps(tmp_path, count=8)
+    options = {"image_size": 56, "crop": "centre", "resize": "shorter", "flip": False} | RAW
+    fitted, tested = (epoch(stream(tmp_path, loader, train=train, **options))[0][0]
+                      for train in (True, False))
+    assert torch.equal(fitted, tested)                      # all ramps are the same
+
+
+@LOADERS
 @pytest.mark.parametrize("resize", [None, "shorter"])
 def test_range_of_crops(tmp_path, loader, resize):
     ramps(tmp_path)

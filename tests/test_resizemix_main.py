@@ -339,12 +339,19 @@ def test_grad_cam_finds_the_class():
         gradcam.find_layer(models.build("convnext_t", 2, 32), "layer4.2")
 
 
-def test_previews_evaluation_and_grad_cam(tmp_path, capsys):
-    for words in ("", "--resizemix False", "--cutmix_prob 1 --batch_aug True --autoaugment True"):
+def test_previews_evaluation_and_grad_cam(tmp_path, capsys, monkeypatch):
+    titles = []
+    drawing = resizemix.plots.preview
+    monkeypatch.setattr(resizemix.plots, "preview", lambda path, title, rows, *more: (
+        titles.append((title, rows["partner"] is not None)), drawing(path, title, rows, *more))[1])
+    for words in ("", "--resizemix False", "--cutmix_prob 1 --batch_aug True --autoaugment True",
+                  "--method cutmix --cutmix_prob 0.01"):
         resizemix.main([*SMALL, *words.split(), "--preview", str(tmp_path / "mixed.png"),
                         "--root_dir", str(tmp_path / "none")])
         with Image.open(tmp_path / "mixed.png") as picture:
             assert picture.width > 800 and len(picture.convert("RGB").getcolors(1 << 24)) > 50
+    assert [mixed for _, mixed in titles] == [True, False, True, True], titles
+    monkeypatch.undo()
     assert not (tmp_path / "none").exists()
     words = ["--epochs", 8, "--labels_per_class", 60, "--resizemix", "False", "--cutout", 2]
     folder = train(tmp_path / "runs", *words)
@@ -478,6 +485,20 @@ def children(pid: int) -> dict:
         if rank:
             found[int(rank[1])] = int(child)
     return found
+
+
+def test_script_trains_cifar_in_one_process_and_imagenet_on_all_gpus(tmp_path):
+    """The interpreter of this test prints what it is asked for; it sees three GPUs."""
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\n[ "$1" = -c ] && echo 3 || echo "$@"\n')
+    python.chmod(0o755)
+    script = ["sh", str(ROOT / "resizemix" / "scripts" / "train_dist.sh")]
+    for given, wanted in (({}, "main.py --config cifar100_wrs"),
+                          ({"CONFIG": "imagenet_res"}, "--nproc_per_node=3"),
+                          ({"CONFIG": "cifar10_ss", "NPROC": "2"}, "--nproc_per_node=2")):
+        environment = os.environ | {"PYTHON": str(python)} | given
+        printed = subprocess.run(script, env=environment, text=True, capture_output=True).stdout
+        assert wanted in printed and ("run --standalone" in printed) == ("nproc" in wanted), printed
 
 
 @needs_dali

@@ -619,6 +619,8 @@ def test_start_epoch_repeats_from_there(tmp_path, capsys):
     assert re.findall(r"^epoch (\d)/3  loss", capsys.readouterr().out, re.M) == ["2", "3"]
     rows = (folder / "log.csv").read_text().splitlines()
     assert [row.split(",")[0] for row in rows[1:]] == ["1", "2", "3"]
+    train(tmp_path / "new", *words, "--RESUME", "True", "--START_EPOCH", 2)
+    assert "warning: --start_epoch 2, after 0 trained epochs" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("method", SUPERPIXELS)
@@ -661,6 +663,7 @@ def test_two_ranks_agree(tmp_path, method):
     ("--pretrained none.pth", 1, "none.pth: no such file of weights"),
     ("--batch_size 500", 0, ""),
     ("--dataset cub200 --data_dir nowhere", 1, "is for sets that fit in memory"),
+    ("--arch deit_b16 --initial_channels 40", 1, "--initial_channels 40 is no multiple of 16"),
     ("--evaluate", 1, "best.pt: no such checkpoint"),
     ("--LR 1e30 --print_freq 1", 1, "at epoch 1, step")])
 def test_bad_input_is_one_line(tmp_path, words, code, line, capsys):

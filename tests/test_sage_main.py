@@ -297,6 +297,9 @@ def test_log_off_writes_nothing(tmp_path):
     ("--dataset nodata", 2, "invalid choice: 'nodata'"),
     ("--schedule 1 2 --gammas 0.1", 2, "--schedule has 2 epochs, --gammas 1"),
     ("--method sage --kernel_size 99", 1, "too wide for images of 16 pixels"),
+    ("--arch resnext50_32x4d", 1, "a ResNeXt needs --initial_channels 16 or more"),
+    ("--method sage --kernel_size 4", 2, "--kernel_size is odd, --m_block_num 2 or more, or -1"),
+    ("--method comix --m_block_num 0", 2, "--m_block_num 2 or more"),
     ("--method puzzle --image_size 15", 1, "15×15 pixels cannot be halved"),
     ("--valid_labels_per_class 500", 1, "--valid_labels_per_class 500 leaves no image"),
     ("--dataset npz --data_dir none.npz", 1, "none.npz: No such file"),
@@ -369,7 +372,7 @@ def test_starts_without_gco(tmp_path, solver, code, line):
 def test_manifold_needs_a_network_that_mixes_inside(tmp_path, capsys):
     code, error = faults(capsys, "--root_dir", tmp_path, "--method", "manifold", "--arch", "deit_s",
                          "--initial_channels", 64)
-    assert code == 1 and "unexpected keyword argument 'perm'" in error
+    assert code == 1 and "--method manifold: deit_s for 16 pixels cannot mix inside" in error
 
 
 def test_runs_from_its_own_folder(tmp_path):

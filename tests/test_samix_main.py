@@ -505,6 +505,7 @@ def test_script_trains_on_two_ranks(sets, tmp_path):
     ("--head bce --label_smoothing 0.1", "--label_smoothing is of --head ce"),
     ("--mean 0.5 0.5 0.5", "--mean and --std: give both"),
     ("--optimizer adamw --nesterov", "--nesterov is of --optimizer sgd"),
+    ("--drop_path 0.1", "resnet18 cannot have"),
     ("--layer 4", "no layer 4 before the last: there are 4"),
     ("--padding 16", "cannot be padded by 16 of their reflection"),
     ("--arch swin_t --image_size 32 --initial_channels 5", "swin_t cannot have"),
@@ -519,6 +520,21 @@ def test_bad_input_is_one_line(tmp_path, words, line, capsys):
         samix.main([*SMALL, "--root_dir", str(tmp_path), *words.split()])
     assert line in f"{fault.value} {capsys.readouterr().err}" and "\n" not in str(fault.value)
     assert not list(tmp_path.rglob("*.pt"))
+
+
+@pytest.mark.parametrize("size", [18, 21])
+def test_sides_that_the_features_do_not_divide(tmp_path, size, drawn):
+    """Masks of 5 or 6 features a side, four times as large, are cut to the images."""
+    folder = train(tmp_path, "--image_size", size, "--max_steps", 1)
+    assert (folder / "mixed_start.png").exists() and (folder / "mixed.png").exists()
+
+
+def test_transformers_keep_their_size_on_other_data():
+    size = {words: samix.parse_args(f"--config {words}".split()).image_size for words in (
+        "cifar100_swin_t --dataset cifar10", "cifar100_r18 --dataset npz",
+        "cifar100_swin_t --dataset cifar10 --arch resnet18",
+        "cifar100_deit_s --dataset folder --image_size 64")}
+    assert list(size.values()) == [224, None, None, 64]
 
 
 def test_milestones_leave_the_warm_up(tmp_path):

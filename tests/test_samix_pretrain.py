@@ -307,6 +307,10 @@ def test_imagenet_pretrains(photos, tmp_path, capsys):
           "--workers", 1, "--max_steps", 1, "--batch_size", 8)
 
 
+def test_views_whose_sides_the_features_do_not_divide(tmp_path):
+    train(tmp_path, "--image_size", 18, "--max_steps", 1)
+
+
 # -------------------------------------------------------------------------------------- the probe
 
 def test_probe_is_scikit_learns_logistic_regression(tmp_path, capsys):
@@ -348,15 +352,17 @@ def test_probe_of_main_has_its_layer_and_statistics(tmp_path, monkeypatch):
     words = ["--dataset", "digits", "--image_size", 16, "--initial_channels", 8, "--arch",
              "wrn28_2", "--layer", 2, "--labels_per_class", 6, "--batch_size", 30, "--mean", 0.1,
              0.2, 0.3, "--std", 0.4, 0.5, 0.6, "--max_steps", 1, "--device", "cpu", "--crop",
-             "zero", "--root_dir", tmp_path / "a"]
+             "zero", "--root_dir", tmp_path / "a", "--seed", 3]
     monkeypatch.setattr(samix, "draw_preview", lambda path, *words: path)
     samix.main([*map(str, words)])
     seen = []
     load = data.load
-    monkeypatch.setattr(data, "load", lambda *args, **words: seen.append(args[2]) or load(
-        *args, **words))
+    monkeypatch.setattr(data, "load", lambda *args, **words: seen.append((args[2], words)) or
+                        load(*args, **words))
     probe(tmp_path / "b", "--weights", next((tmp_path / "a").rglob("best.pt")), "--max_steps", 1)
-    assert tuple(seen[0].mean) == (0.1, 0.2, 0.3) and tuple(seen[0].std) == (0.4, 0.5, 0.6)
+    recipe, words = seen[0]
+    assert tuple(recipe.mean) == (0.1, 0.2, 0.3) and tuple(recipe.std) == (0.4, 0.5, 0.6)
+    assert words["seed"] == 3 and next((tmp_path / "b").iterdir()).name.endswith("seed3")
 
 
 @pytest.mark.parametrize("program, words, line", [

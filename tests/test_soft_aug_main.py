@@ -56,6 +56,11 @@ def test_streamed_sets(tmp_path, no_pictures, recipe):
              f"--batch_size 4 --net resnet18 --initial_channels 4 --epochs 1 --ft 0 --seed 0 "
              f"--workers 1 --device cpu --root_dir {tmp_path / 'runs'} {recipe}")
     soft_aug.main(words.split())
+    if "ra" in recipe:              # test images of another seed are training images
+        best = next((tmp_path / "runs").rglob("best.pt"))
+        with pytest.raises(RunError, match="take its --val_split, --data_dir and --seed 0"):
+            soft_aug.main(words.replace("--seed 0", f"--seed 5 --evaluate {best}").split())
+        soft_aug.main(words.replace("--seed 0", f"--evaluate {best}").split())
     rows = table(next((tmp_path / "runs").rglob("log.csv")))
     assert len(rows) == 1 and math.isfinite(rows[0]["train_loss"]) and "test_accuracy" in rows[0]
 

@@ -242,6 +242,10 @@ def test_export_as_onnx(tmp_path, monkeypatch):
     export.main(words)
     images = torch.rand(2, 3, 32, 32)
     torch.testing.assert_close(seen[0](images), ours(images))
+    large = models.build("preactresnet18", 7, 64).eval()    # whose stem has stride 2
+    export.main([checkpoint_of(large, "preactresnet18", tmp_path, pixels=64), "out.onnx"])
+    images = torch.rand(2, 3, 64, 64)
+    torch.testing.assert_close(seen[1](images), large(images))
     with pytest.raises(RunError, match="ONNX is for the networks of sage"):
         export.main([checkpoint_of(network.Network("resnet18", 7), "resnet18", tmp_path), "o.onnx"])
 

@@ -49,12 +49,10 @@ def load(name: str, data_dir: str, recipe: Recipe = USUAL, *, batch_size: int, d
          labels_per_class: int | None = None, valid_labels_per_class: int = 0,
          val_split: float | None = None, drop_last: bool = False, channels_last: bool = False):
     """Return training batches, test batches and Info of a data set. Raises DataError, RunError.
-
     Batches yield images (B, 3, H, W) float32, normalised, and labels (B,) int64, on `device`.
     batch_size: images of one step over all processes. val_split: share of each class to test on, of
     a folder or imagenet without a test part. drop_last: no partial batch at an epoch's end (unless
-    the whole set is one). workers: threads that decode files or run DALI.
-    """
+    the whole set is one). workers: threads that decode files or run DALI."""
     if batch_size % distributed.world():
         raise RunError(f"--batch_size {batch_size} is no multiple of the {distributed.world()} "
                        "processes")
@@ -65,7 +63,7 @@ def load(name: str, data_dir: str, recipe: Recipe = USUAL, *, batch_size: int, d
               "workers": max(1, workers), "drop_last": drop_last, "channels_last": channels_last}
     if name in STREAMED:
         if labels_per_class or valid_labels_per_class:
-            raise RunError(f"--labels_per_class is for sets that fit in memory, not for {name}")
+            raise RunError(f"--(valid_)labels_per_class is for sets that fit in memory, not {name}")
         parts = open_sets(name, root, val_split, seed)
         train, test, info = load_streamed(name, parts, recipe, image_size or 224, loader, engine)
     else:

@@ -47,9 +47,7 @@ def table(file: Path, separator: str | None = None) -> dict[str, list[str]]:
 
 def decode(encoded: bytes) -> Image.Image:
     """Return the image in RGB, turned by its EXIF orientation; of several frames the first.
-
-    16-bit samples are scaled to 8; transparent pixels lie on white.
-    """
+    16-bit samples are scaled to 8; transparent pixels lie on white."""
     image = Image.open(io.BytesIO(encoded))
     kind, deep = image.format, image.mode.startswith("I")
     if image.mode == "F" or image.mode == "I" and kind not in ("PNG", "PPM"):

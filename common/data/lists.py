@@ -127,7 +127,7 @@ def test_part(root: Path, *parts: str) -> str:
         if any((root / f"{part}{end}").exists() for end in ("", ".rec", ".idx")):
             return part
     raise DataError(f"{root} holds neither {parts[0]} nor {parts[1]} (folders, or .rec and .idx); "
-                    "--val_split 0.2 tests on a fifth of the training images")
+                    "of class folders --val_split 0.2 tests on a fifth")
 
 
 def open_sets(dataset: str, root: Path, val_split: float | None = None, seed: int = 0) -> tuple:

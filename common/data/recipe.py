@@ -21,11 +21,9 @@ STATISTICS = {
 @dataclass(frozen=True)
 class Recipe:
     """What is done to images; memory.py and stream.py both read it (None: the data set's usual).
-
     crop: "padded", RandomCrop of the image with `padding` pixels around it; "resized",
     RandomResizedCrop; "random", RandomCrop; "centre", the whole central square (streamed sets).
-    Usual: padded for sets in memory (by 2 up to 32 pixels a side, else 4), resized for others.
-    """
+    Usual: padded for sets in memory (by 2 up to 32 pixels a side, else 4), resized for others."""
     resize: str | None = None           # before the crop: "shorter" to image_size·256/224, "square"
     crop: str | None = None
     padding: int | None = None

@@ -22,17 +22,13 @@ STREAMED = ("imagenet", "cub200", "stanford_dogs")
 NAMES = (*IN_MEMORY, *STREAMED)
 CIFAR = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}
 ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
-
-
 Split = namedtuple("Split", "images, labels")       # (N, H, W, 3) uint8, (N,) int64 of one part
 
 
 def read(name: str, root: Path, image_size: int | None, workers: int, val_split=None, seed=0):
     """Return training Split, test Split and class names of a data set. Raises DataError.
-
     image_size: of the images, if not the stored one; files are resized by their shorter side, then
-    cropped, arrays to the square. `workers` threads decode image files.
-    """
+    cropped, arrays to the square. `workers` threads decode image files."""
     image_size = image_size or {"digits": 32, "tiny-imagenet-200": 64}.get(name)
     if name == "digits":
         train, test, classes = read_digits()

@@ -22,13 +22,11 @@ FILTERS = {"lanczos": ("TRIANGULAR", "LANCZOS3"), "bilinear": ("TRIANGULAR", "LI
 
 class Stream:
     """(B, 3, S, S) float32 normalised images and (B,) int64 labels of `data`; both loaders' part.
-
     data: `Files` or `RecordFile`; recipe: all of its fields set. batch_size: images of one step
     over all `world` processes. Everything drawn is a function of (seed, epoch, rank).
     train: every rank does equally many steps of equal size, for which at most one image a rank is
     seen twice in an epoch. Files are in a new permutation each epoch; records in the file's order
-    through a window of shuffled records, with shards that rotate. Else every image is seen once.
-    """
+    through a window of shuffled records, with shards that rotate. Else every image is seen once."""
 
     def __init__(self, data, recipe: Recipe, *, image_size: int, batch_size: int, device,
                  train: bool, seed: int = 0, rank: int = 0, world: int = 1, workers: int = 4,
@@ -36,7 +34,7 @@ class Stream:
         recipe.check("a streamed set", crop=("resized", "random", "centre"),
                      transform_first=(False,), resize=(None, "shorter", "square"),
                      test_crop=("centre", "whole"), interpolation=tuple(FILTERS))
-        whole = recipe.crop == "centre"                 # in training, of the shorter side
+        whole = recipe.crop == "centre" and not recipe.resize       # in training
         if not train:
             whole = recipe.test_crop == "whole"
             recipe = dataclasses.replace(recipe, crop="centre", flip=False, color_jitter=0,
@@ -185,7 +183,10 @@ class DaliStream(Stream):
             images = fn.resize(images, **filters, **{"resize_shorter": self.side}
                                if self.resize == "shorter" else {"size": (self.side, self.side)})
             if recipe.crop == "random":
-                y, x = (fn.random.uniform(range=(0.0, 1.0)) for _ in range(2))
+                last = self.side - self.size        # all offsets alike
+                draw = {"values": [n / last for n in range(last + 1)]} \
+                    if self.resize == "square" and last else {"range": (0.0, 1.0)}
+                y, x = (fn.random.uniform(**draw) for _ in range(2))
                 images = fn.crop(images, crop=square, crop_pos_x=x, crop_pos_y=y)
             elif recipe.crop == "resized":
                 images = fn.random_resized_crop(images, size=square, **area, **filters)

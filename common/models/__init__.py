@@ -15,11 +15,9 @@ ALL = [name for names in NAMES.values() for name in names]
 def build(name: str, num_classes: int, image_size: int = 32, *, initial_channels: int = 64,
           dropout: float = 0.0, **options) -> nn.Module:
     """Return the network `name`. Raises ValueError, RunError for sizes that it cannot have.
-
     image_size: chooses the stem's stride and, from 128 pixels on, ImageNet's ResNet; only deit_s
     takes no other size. initial_channels: 64 is the network as published, 16 a quarter of all its
-    widths. dropout: probability before the classifier. Transformers also take drop_path.
-    """
+    widths. dropout: probability before the classifier. Transformers also take drop_path."""
     for specs, family in FAMILIES.values():
         if name in specs:
             return family(name, num_classes, image_size, initial_channels, dropout, **options)

@@ -13,10 +13,8 @@ from common.models.parts import Network
 
 class Backbone(nn.Module):
     """A network of `build` without its classifier: images (B, 3, H, W) -> (middle, pooled).
-
     middle (B, channels, h, w): feature map after stage `layer`, counted from 1 (Swin: after patch
-    merging; ViT: after block `layer`, patch tokens only). pooled: (B, width).
-    """
+    merging; ViT: after block `layer`, patch tokens only). pooled: (B, width)."""
 
     def __init__(self, network: nn.Module, layer: int, image_size: int):
         super().__init__()
@@ -61,6 +59,6 @@ def build_backbone(name: str, image_size: int, layer: int, **options) -> Backbon
     form = image_size if image_size > 64 or name in ("deit_s", "swin_t") else 32
     try:
         return Backbone(models.build(name, 1000, form, **options), layer, image_size)
-    except (ValueError, RuntimeError) as fault:
+    except (TypeError, ValueError, RuntimeError) as fault:
         raise RunError(f"{name} cannot have {options} on {image_size} pixels: "
                        f"{str(fault).splitlines()[0]}") from None

@@ -1,6 +1,7 @@
 """What the families of networks share."""
 from torch import Tensor, nn
 
+from common.errors import RunError
 from common.mixing import mixup
 
 
@@ -22,8 +23,7 @@ def norm_relu(channels: int, momentum: float = 0.1) -> list[nn.Module]:
 
 
 def make_stages(block, in_channels: int, widths, depths, strides=(1, 2, 2, 2)) -> list[nn.Module]:
-    """Return stages of `depths` blocks, made by block(in_channels, out_channels, stride), the first
-    of each with one of `strides`."""
+    """Return stages of `depths` blocks, block(channels in, out, stride); strides: of the first."""
     stages = []
     for width, depth, stride in zip(widths, depths, strides, strict=False):
         blocks = [block(in_channels, width, stride)]
@@ -34,10 +34,8 @@ def make_stages(block, in_channels: int, widths, depths, strides=(1, 2, 2, 2)) -
 
 class Network(nn.Module):
     """Stem, stages, tail, global average pooling, dropout, linear classifier: (B, num_classes).
-
     With a permutation `perm` (B,) it mixes activations (Manifold Mixup, Verma et al. 2019):
-    h·lam + h[perm]·(1 - lam) after stage `layer`, 0: the input; `lam` a scalar or (B,).
-    """
+    h·lam + h[perm]·(1 - lam) after stage `layer`, 0: the input; `lam` a scalar or (B,)."""
 
     def __init__(self, stem: nn.Module, stages: list[nn.Module], tail: nn.Module,
                  features: int, num_classes: int, dropout: float = 0.0):
@@ -83,11 +81,13 @@ class PreActBlock(nn.Module):
 
 def post_act_block(kind, in_channels: int, out_channels: int, stride: int, **options) -> nn.Module:
     """Return torchvision's BasicBlock or Bottleneck (`kind`), projected where the shape changes."""
-    project = None
+    project, planes = None, out_channels // kind.expansion
+    if planes * options.get("base_width", 64) < 64:
+        raise RunError("a ResNeXt needs --initial_channels 16 or more")
     if stride != 1 or in_channels != out_channels:
         project = nn.Sequential(conv(in_channels, out_channels, 1, stride),
                                 nn.BatchNorm2d(out_channels))
-    return kind(in_channels, out_channels // kind.expansion, stride, project, **options)
+    return kind(in_channels, planes, stride, project, **options)
 
 
 def he_init(network: Network, zero_bias: bool = True) -> Network:

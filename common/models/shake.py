@@ -113,8 +113,7 @@ def make_branch(in_channels: int, out_channels: int, stride: int, resnext: bool)
 
 
 class ShakeBlock(nn.Module):
-    """x + a·f(x) + (1 - a)·g(x): a ~ U(0, 1) for each sample, drawn anew for the gradient; 1/2 in
-    evaluation."""
+    """x + a·f(x) + (1 - a)·g(x): a ~ U(0, 1) for each sample, anew for the gradient; else 1/2."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, resnext: bool = False):
         super().__init__()

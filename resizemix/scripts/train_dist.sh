@@ -13,7 +13,7 @@
 #   CONFIG       a configuration of configs.py (imagenet_res if DATA holds train and val, as folders
 #                or .rec files, else cifar100_wrs)
 #   OUT          where the run's folder is made (experiments)
-#   NPROC        processes on this machine (its GPUs, or 1)
+#   NPROC        processes on this machine (for ImageNet its GPUs, else 1)
 #   NNODES       machines (1); NODE_RANK: number of this one (0); MASTER_ADDR: the first one's
 #                address; MASTER_PORT (23333)
 #   PYTHON       the interpreter (the project's .venv, or python3)
@@ -25,9 +25,9 @@ if { [ -d "$DATA/train" ] && [ -d "$DATA/val" ]; } || \
     config=imagenet_res
 fi
 [ -x "$root/.venv/bin/python" ] && python=$root/.venv/bin/python || python=python3
-gpus=$(nvidia-smi -L 2>/dev/null | grep -c . || true)
-[ "$gpus" -gt 0 ] || gpus=1
-python=${PYTHON:-$python} NPROC=${NPROC:-$gpus} NNODES=${NNODES:-1}
+python=${PYTHON:-$python} NNODES=${NNODES:-1}
+case ${CONFIG:-$config} in imagenet*) ;; *) NPROC=${NPROC:-1} ;; esac
+NPROC=${NPROC:-$("$python" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
 set -- "$root/resizemix/main.py" --config "${CONFIG:-$config}" --data_dir "$DATA" \
     --root_dir "${OUT:-experiments}" --resume auto "$@"
 

@@ -17,6 +17,6 @@ MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_PORT=${MASTER_PORT:-23333}
 SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-8}   # srun no longer takes over sbatch's own
 export MASTER_ADDR MASTER_PORT SRUN_CPUS_PER_TASK
-exec srun "${PYTHON:-$python}" "$root/resizemix/main.py" --launcher slurm \
+exec srun --kill-on-bad-exit=1 "${PYTHON:-$python}" "$root/resizemix/main.py" --launcher slurm \
     --config "${CONFIG:-imagenet_res}" --data_dir "$DATA" --root_dir "${OUT:-experiments}" \
     --resume auto "$@"

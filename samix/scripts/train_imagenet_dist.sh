@@ -21,9 +21,8 @@ set -eu
 root=$(cd "$(dirname "$0")/../.." && pwd)
 : "${DATA:?set DATA to the folder of the data set}"
 [ -x "$root/.venv/bin/python" ] && python=$root/.venv/bin/python || python=python3
-gpus=$(nvidia-smi -L 2>/dev/null | grep -c . || true)
-[ "$gpus" -gt 0 ] || gpus=1
-python=${PYTHON:-$python} NPROC=${NPROC:-$gpus} NNODES=${NNODES:-1}
+python=${PYTHON:-$python} NNODES=${NNODES:-1}
+NPROC=${NPROC:-$("$python" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
 set -- "$root/samix/main.py" --config "${CONFIG:-imagenet_r50}" --method "${METHOD:-samix}" \
     ${EPOCHS:+--epochs "$EPOCHS"} --data_dir "$DATA" --root_dir "${OUT:-experiments}" --resume auto "$@"
 

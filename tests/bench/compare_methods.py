@@ -6,9 +6,10 @@
 
 Protocol P20: batch 100, flip and random crop with padding 2, SGD with Nesterov momentum 0.9,
 weight decay 1e-4, each program's learning rate the best of three for its plain training, or
-within a quarter of a point of it (RESULTS.md), times 0.1 after epochs 10 and 15 of 20; reported is the median test accuracy of the
-last five epochs. P100: 100 epochs, times 0.1 after 50 and 75. softaug_*: ResNet-18, a crop with
-padding 4 (standard) or of SoftCrop's strength. make_s20.py makes the data.
+within a quarter of a point of it (RESULTS.md), times 0.1 after epochs 10 and 15 of 20; reported
+is the median test accuracy of the last five epochs. P100: 100 epochs, times 0.1 after 50 and 75.
+softaug_*: ResNet-18, a crop with padding 4 (standard) or of SoftCrop's strength. make_s20.py makes
+the data.
 
 A run belongs to its command and to the data's fingerprint. Stopped at any moment, the same command
 goes on where it was; with one of the two changed it begins anew. --keep DIR copies what compare.py
@@ -163,6 +164,9 @@ def main(argv=None):
         try:
             for done in tqdm(as_completed(wanted), total=len(wanted), desc="runs"):
                 folders[wanted[done]] = str(done.result())
+        except KeyboardInterrupt:
+            pool.shutdown(cancel_futures=True)
+            raise
         except subprocess.CalledProcessError as fault:
             pool.shutdown(cancel_futures=True)
             parser.exit(1, f"error: {' '.join(fault.cmd[:2])} … ended with {fault.returncode}; see "
