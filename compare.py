@@ -74,8 +74,8 @@ def find(folders: list[str], last: int) -> list[list]:
             raise RunError(f"{folder}: no run (a folder with args.json) there")
         found |= {path.resolve(): path.parent for path in paths}
     done = [folder for folder in found.values() if (folder / "log.csv").exists()] or found.values()
-    if left := len(found) - len(done):
-        warn(f"{left} runs have no finished epoch")
+    if left := [str(folder) for folder in found.values() if folder not in done]:
+        warn(f"left out, without a finished epoch: {', '.join(left)}")
     for run in (read(folder, last) for folder in done):
         key = run.program, *((name, str(value)) for name, value in sorted(run.flags.items())
                              if name not in IGNORED)

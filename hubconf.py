@@ -211,10 +211,10 @@ class SAMix(nn.Module):
         self.args, self.total, self.draws, self.step = args, total_steps, _Draws(seed), 0
 
     def get_extra_state(self):
-        return self.step
+        return torch.tensor(self.step)
 
     def set_extra_state(self, step):
-        self.step = step
+        self.step = int(step)
 
     def forward(self, images, labels=None):
         if not self.training:

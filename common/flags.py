@@ -156,8 +156,8 @@ def add_run_time_flags(group, resume):
            help="draw a mixed batch with its label shares (by --resume's network), and exit")
     either("--cam", type=path, metavar="FILE.png", action=Cam,
            help="draw what --target_layer looks at (Grad-CAM) in test images, and exit")
-    add("--target_layer", metavar="layerN.M", help="--cam: block M of stage N, or (samix) a "
-        "module's name (default: the last with a feature map)")
+    add("--target_layer", metavar="layerN.M", help="--cam: block M of stage N, or a module's "
+        "name (default: the last with a feature map)")
     add("--corruptions", metavar="DIR", type=folder, help="CIFAR-10-C, CIFAR-100-C or "
         "Tiny-ImageNet-C: evaluate on these too, with --evaluate or after training")
     add("--max_steps", type=positive, metavar="N", help="a trial: stop after N training steps and "

@@ -114,9 +114,9 @@ class Run:
         state = checkpoint.load(path)
         data = state["identity"].get("data")
         checkpoint.check_identity(state, self.identity | {"data": data})
-        if self.args.val_split and data != self.info.fingerprint:
-            raise RunError("--val_split draws other test images than the checkpoint's run: take "
-                           f"its --val_split, --data_dir and --seed {state['args']['seed']}")
+        if evaluate and self.args.val_split and data != self.info.fingerprint:
+            raise RunError("--val_split: data or parts are not those of the checkpoint's run; "
+                           f"take its flags and --seed {state['args']['seed']}")
         checkpoint.load_part("model", self.parts["model"], state)
         # between epochs the counter is at the next one
         log(f"checkpoint: {path}, epoch {state['epoch'] + (state.get('step') != 0)}")
@@ -146,7 +146,7 @@ class Run:
             runtime.traceback_folder = self.folder
         if not self.writes:
             return
-        program = os.path.relpath(sys.argv[0], Path(__file__).parents[1])
+        program = os.path.relpath(sys.argv[0] or "python", Path(__file__).parents[1])
         facts |= runtime.facts(self.device) | {
             "parameters": parameters(self.parts["model"]), "data": str(self.info),
             "fingerprint": self.info.fingerprint,
@@ -206,6 +206,7 @@ class Run:
         if self.stop.arrived(step, last=self.step == self.epoch_steps):
             sums.check(self.epoch)
             self.save(sums.state())
+            distributed.total(torch.zeros(1, device=self.device)).item()    # rank 0 has written it
             number = self.stop.number
             raise Stopped(f"{signal.Signals(number).name}: stopped at epoch {self.epoch + 1}, step "
                           f"{self.step}; go on with --resume auto", 128 + number)

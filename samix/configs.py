@@ -50,7 +50,8 @@ FILES = {
         "l2_a2_bili_val_dp01_mul_mb_mlr1e_3_m0_bb_mlr0_4xb64_ep100": {"block_momentum": 0.0},
         "l2_a2_bili_val_dp01_mul_mb_mlr1e_3_m0_bb_mlr0_4xb64_fp16_ep100": {
             "block_momentum": 0.0, "amp": "fp16"},
-        "l2_a2_bili_val_dp01_mul_mb_mlr1e_3_m09_bb_mlr0_4xb64_ep300": {"epochs": 300}},
+        "l2_a2_bili_val_dp01_mul_mb_mlr1e_3_m09_bb_mlr0_4xb64_ep300": {
+            "epochs": 300, "block_momentum": 0.9}},
     ("cifar100", "cifar100"): {
         "l2_a2_bili_val_dp0_mul_x_cat_L1_var_01_mlr5e_2": {},
         "l2_a2_bili_val_dp0_mul_x_cat_L1_var_01_mlr5e_2_lam_mul_k0_25_mask_adjust0_25_ep800": {

@@ -81,14 +81,14 @@ def main(argv=None):
                  if name.startswith("q.backbone.")}
         if not state:
             raise RunError(f"{args.weights} holds no encoder of pretrain.py or of main.py's SAMix")
-    for name in ("arch", "dataset", "initial_channels", "image_size", "seed", "val_split"):
+    for name in ("arch", "dataset", "initial_channels", "image_size", "seed"):
         if getattr(args, name) is None:
             setattr(args, name, known.get(name))
     device = runtime.setup(args)
     crop, resize = ("centre", "shorter") if args.dataset in STREAMED else \
         ("resized" if known.get("crop") == "resized" else "padded", None)
     recipe = Recipe(crop=crop, resize=resize, padding=0, flip=False, interpolation="bicubic",
-                    scale=(1.0, 1.0), ratio=(1.0, 1.0), mean=known.get("mean"),
+                    scale=(1.0, 1.0), ratio=(0.01, 100.0), mean=known.get("mean"),
                     std=known.get("std"))                   # all images as in tests
     train, test, info = data.load(
         args.dataset, args.data_dir, recipe, device=device, **flags.chosen(args, flags.LOADING))

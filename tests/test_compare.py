@@ -80,7 +80,7 @@ def test_what_is_no_run_or_differs_is_said(tmp_path, capsys, monkeypatch):
     make_run(tmp_path, "c", [10])
     (tmp_path / "c" / "log.csv").unlink()                   # in its first epoch
     compare.main([str(tmp_path)])
-    assert "1 runs have no finished epoch" in capsys.readouterr().err
+    assert "left out, without a finished epoch:" in capsys.readouterr().err
     (tmp_path / "a" / "log.csv").write_text("epoch,seconds\n1,2\n")
     with pytest.raises(RunError, match="a: no test accuracy in its log.csv"):
         compare.main([str(tmp_path / "a")])

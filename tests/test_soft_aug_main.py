@@ -58,7 +58,7 @@ def test_streamed_sets(tmp_path, no_pictures, recipe):
     soft_aug.main(words.split())
     if "ra" in recipe:              # test images of another seed are training images
         best = next((tmp_path / "runs").rglob("best.pt"))
-        with pytest.raises(RunError, match="take its --val_split, --data_dir and --seed 0"):
+        with pytest.raises(RunError, match="take its flags and --seed 0"):
             soft_aug.main(words.replace("--seed 0", f"--seed 5 --evaluate {best}").split())
         soft_aug.main(words.replace("--seed 0", f"--evaluate {best}").split())
     rows = table(next((tmp_path / "runs").rglob("log.csv")))

@@ -45,7 +45,8 @@ def write_onnx(state: dict, identity: dict, args: dict, classes: int, path: Path
     """Write a network of common/models as ONNX, for batches of any size."""
     if not all(map(importlib.util.find_spec, ("onnx", "onnxscript"))):
         raise RunError(f"{path}: pip install onnx onnxscript")
-    size = args.get("pixels") or args.get("image_size") or 32
+    size = args.get("pixels") or args.get("image_size") or {        # older ones lack the first
+        "tiny-imagenet-200": 64, "imagenet": 224}.get(identity["dataset"], 32)
     try:
         network = models.build(identity["arch"], classes, size, dropout=args.get("dropout") or 0.0,
                                initial_channels=identity["initial_channels"])
