@@ -390,7 +390,7 @@ def test_faults_of_fine_grained_sets(tmp_path):
     savemat(dogs / "test_list.mat", {"file_list": np.array([["a"]], object),
                                      "labels": np.ones((3, 1))})
     fault("stanford_dogs", dogs, r"test_list\.mat: damaged")
-    with pytest.raises(RunError, match="--labels_per_class .* not for cub200"):
+    with pytest.raises(RunError, match="--.valid_.labels_per_class .* not cub200"):
         data.load("cub200", str(root), batch_size=4, device=torch.device("cpu"),
                   labels_per_class=3)
 

@@ -559,7 +559,7 @@ def test_slurm_script_starts_the_ranks(tmp_path, capsys):
     The two ranks evaluate every image once, and with one and the same network.
     """
     (tmp_path / "srun").write_text(
-        '#!/bin/sh\n[ "$SRUN_CPUS_PER_TASK" = 3 ] || exit 3\n'
+        '#!/bin/sh\n[ "$SRUN_CPUS_PER_TASK $1" = "3 --kill-on-bad-exit=1" ] || exit 3\nshift\n'
         "for id in 0 1; do SLURM_PROCID=$id SLURM_LOCALID=$id SLURM_STEP_NUM_TASKS=2 "
         '"$@" & pids="$pids $!"; done\nfor pid in $pids; do wait $pid || exit 1; done\n')
     (tmp_path / "scontrol").write_text("#!/bin/sh\necho 127.0.0.1\necho 127.0.0.2\n")

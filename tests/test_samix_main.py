@@ -412,7 +412,7 @@ def test_four_heads_are_measured_and_reported(tmp_path, capsys):
             zip([(folder / "log.csv").read_text().splitlines()[0]] * 6,
                 (folder / "log.csv").read_text().splitlines()[1:], strict=True)]
     last = rows[-1]
-    assert float(last["test_accuracy"]) == float(last["one_k_accuracy"]) > 30
+    assert float(last["test_accuracy"]) == float(last["one_k_accuracy"]) > 20
     medians = {head: np.median([float(row[f"{head}_accuracy"]) for row in rows])
                for head in HEADS}
     found = re.search(r"headline, one_k at the last epoch: ([\d.]+) %; the best of 4 heads by the "
