@@ -6,8 +6,8 @@
 
 RUN is a run's folder, or a folder of such folders. Runs that differ in nothing but --seed become
 one line: mean, and half the range over seeds. accuracy: median test accuracy, %, of the --last
-epochs; gain: over the first line of the same program, so give its plain training first; ECE,
-visible, FGSM, mCE: of evaluation.csv, %, '–' where a run has none."""
+evaluations; gain: over the first line of the same program, so give its plain training first;
+ECE, visible, FGSM, mCE: of evaluation.csv, %, '–' where a run has none."""
 import argparse
 import csv
 import json
