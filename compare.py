@@ -6,8 +6,9 @@
 
 RUN is a run's folder, or a folder of such folders. Runs that differ in nothing but --seed become
 one line: mean, and half the range over seeds. accuracy: median test accuracy, %, of the --last
-evaluations; gain: over the first line of the same program, so give its plain training first;
-ECE, visible, FGSM, mCE: of evaluation.csv, %, '–' where a run has none."""
+evaluations; gain: seed by seed over the first line of the same program, so give its plain training
+first; ECE, visible, FGSM, mCE: of evaluation.csv, %, '–' where a run has none. s/epoch: '–' where
+seeds ran on different devices."""
 import argparse
 import csv
 import json
@@ -109,14 +110,16 @@ def lines(groups: list[list], names: list[str]) -> list[dict]:
     rows, plain = [], {}
     for name, group in zip(names, groups, strict=True):
         row = {"run": name, "seeds": len({run.seed for run in group})}
+        devices = {run.facts["device"] for run in group}
         for key in group[0].numbers:
-            if all(key in run.numbers for run in group):
+            if all(key in run.numbers for run in group) and (key != "s/epoch" or len(devices) == 1):
                 row |= summary(key, [run.numbers[key] for run in group])
         first = plain.setdefault(group[0].program, group)
         if first is not group:
-            base = {run.seed: run.numbers["accuracy"] for run in first}
+            base = {seed: mean(run.numbers["accuracy"] for run in first if run.seed == seed)
+                    for seed in {run.seed for run in first}}
             pairs = [run.numbers["accuracy"] - base[run.seed] for run in group if run.seed in base]
-            row |= summary("gain", pairs if len(pairs) == len(group) == len(first) else
+            row |= summary("gain", pairs if len(pairs) == len(group) else
                            [row["accuracy"] - mean(run.numbers["accuracy"] for run in first)])
         rows.append(row)
     return rows

@@ -44,6 +44,22 @@ def test_two_plain_runs_of_one_seed_both_count(tmp_path):
     assert float(rows_of(tmp_path / "t.csv")[1]["gain"]) == 9
 
 
+def test_a_gain_is_over_the_same_seeds_and_seconds_are_of_one_device(tmp_path):
+    """Plain training of seeds 1 (twice), 2 and 3; a method of 1 and 2, of 3, and of 9."""
+    runs = [make_run(tmp_path, f"a{n}", [value] * 3, seed=seed)
+            for n, (seed, value) in enumerate([(1, 60), (1, 62), (2, 50), (3, 40)])]
+    runs += [make_run(tmp_path, f"{method}{seed}", [70] * 3, method=method, seed=seed)
+             for method, seed in (("sage", 1), ("sage", 2), ("mixup", 3), ("cutmix", 9))]
+    gpu = tmp_path / "sage2" / "args.json"
+    gpu.write_text(gpu.read_text().replace('"gpu": null', '"gpu": "H100"'))
+    compare.main([*runs, "--csv", str(tmp_path / "t.csv"), "--picture", str(tmp_path / "t.png")])
+    _, sage, mixup, cutmix = rows_of(tmp_path / "t.csv")
+    assert (float(sage["gain"]), float(sage["gain spread"])) == (14.5, 5.5)     # 9 and 20
+    assert (float(mixup["gain"]), mixup["gain spread"]) == (30, "")
+    assert float(cutmix["gain"]) == 70 - 53
+    assert sage["s/epoch"] == "" and float(mixup["s/epoch"]) == 2
+
+
 def test_table_and_picture_by_hand(tmp_path, capsys):
     runs = [make_run(tmp_path, "a1", [10, 50, 60, 62]),
             make_run(tmp_path, "a2", [10, 52, 64, 66], seed=2),
