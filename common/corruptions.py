@@ -4,7 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-from common.data.lists import as_files, list_classes
+from common.data.images import reading
+from common.data.lists import HIDDEN, as_files, list_classes
 from common.data.memory import MemoryBatches
 from common.data.recipe import Recipe
 from common.data.sources import decode_files
@@ -16,41 +17,56 @@ def kind(condition: str) -> str:
     return condition[:-2] if re.fullmatch(".+ [1-5]", condition) else ""
 
 
-def read(folder, info, batch_size: int, device):
-    """Yield ('fog 1', its MemoryBatches), … of <corruption>.npy, severities 1 to 5 in order, beside
-    labels.npy, or of <corruption>/<severity>/<class>/*. A DataError names what does not fit."""
-    recipe = Recipe(crop="padded", padding=0, mean=info.mean, std=info.std)
-    size = info.image_size, info.width
-
-    def batches(path, images, labels):
-        if images.dtype != np.uint8 or images.shape[1:] != (*size, 3):
-            raise DataError(f"{path}: {images.dtype} images of {images.shape[1:]}, the network is "
-                            f"evaluated on {(*size, 3)}")
-        return MemoryBatches(images, labels, recipe, size=size, batch_size=batch_size,
-                             device=device)
-
-    root = Path(folder).expanduser()
+def find(folder, info) -> list[tuple]:
+    """Return (condition, file, function that returns its images and labels) of each severity, 1 to
+    5, of <corruption>.npy beside labels.npy, or of <corruption>/<severity>/<class>/*. A DataError
+    names what does not fit."""
+    root, found = Path(folder).expanduser(), []
     arrays = sorted(file for file in root.glob("*.npy") if file.stem != "labels")
-    folders = sorted(path for path in root.glob("[!.]*") if path.is_dir())
+    folders = sorted(path for path in root.glob("*")
+                     if path.is_dir() and not path.name.startswith(HIDDEN))
     if not arrays and not folders:
         raise DataError(f"{root}: neither <corruption>.npy nor <corruption>/<severity>/<class>/")
+    if arrays:                          # labels of one severity, or of one after another
+        with reading(root / "labels.npy", "integers (N,)"):
+            labels = np.load(root / "labels.npy").ravel().astype(np.int64, casting="same_kind")
     for file in arrays:
-        images = np.load(file, mmap_mode="r")
-        count = len(images) // 5
-        labels = np.load(root / "labels.npy").astype(np.int64)      # once, or for each severity
-        if (len(labels) not in (count, len(images)) or len(images) % 5
-                or labels.max() >= info.num_classes):
-            raise DataError(f"{file}: {len(images)} images do not fit {len(labels)} labels up to "
-                            f"{labels.max()} in labels.npy, or these {info.num_classes} classes")
-        for severity in range(5):
-            part = np.array(images[severity * count:][:count])
-            yield f"{file.stem} {severity + 1}", batches(file, part, labels[:count])
+        with reading(file, "images (5 N, height, width, 3)"):
+            images = np.load(file, mmap_mode="r")
+            count = len(images) // 5
+        check_images(file, images, info)
+        if (len(images) != 5 * count or not count or len(labels) not in (count, 5 * count)
+                or (labels.reshape(-1, count) != labels[:count]).any()
+                or labels.min() < 0 or labels.max() >= info.num_classes):
+            raise DataError(f"{file}: {len(images)} images of five severities, each in the order "
+                            f"of the test set, do not fit {len(labels)} labels in labels.npy or "
+                            f"these {info.num_classes} classes")
+        found += [(f"{file.stem} {severity}", file, lambda part=part:
+                   (np.array(part), labels[:len(part)]))
+                  for severity, part in enumerate(np.split(images, 5), 1)]
     for part in (folder / severity for folder in folders for severity in "12345"):
         classes = list_classes(part)
-        found = as_files(part, classes)
-        labels = np.array(class_index(part, classes, info))[found.labels]
-        yield f"{part.parent.name} {part.name}", batches(
-            part, decode_files(found.files, None, 4), labels)
+        index, listed = np.array(class_index(part, classes, info)), as_files(part, classes)
+        found.append((f"{part.parent.name} {part.name}", part, lambda listed=listed, index=index:
+                      (decode_files(listed.files, None, 4), index[listed.labels])))
+    return found
+
+
+def check_images(path, images, info):
+    """Raise DataError unless `images` are uint8 and as large as those of the test set."""
+    if images.dtype != np.uint8 or images.shape[1:] != (info.image_size, info.width, 3):
+        raise DataError(f"{path}: {images.dtype} images of {images.shape[1:]}, the network is "
+                        f"evaluated on {(info.image_size, info.width, 3)}")
+
+
+def read(folder, info, batch_size: int, device):
+    """Yield ('fog 1', its MemoryBatches), … of all that `find` finds."""
+    recipe = Recipe(crop="padded", padding=0, mean=info.mean, std=info.std)
+    for condition, path, load in find(folder, info):
+        images, labels = load()
+        check_images(path, images, info)
+        yield condition, MemoryBatches(images, labels, recipe, size=(info.image_size, info.width),
+                                       batch_size=batch_size, device=device)
 
 
 def class_index(folder: Path, names, info) -> list[int]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from common import corruptions, distributed, files, gradcam, plots, runtime
 from common.data.recipe import mean_std, unnormalise
 from common.distributed import log
+from common.errors import RunError
 
 BINS = 10                                           # of confidence
 OCCLUDED = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)      # shifts of test images, of the side
@@ -143,6 +144,10 @@ def report(net, test, args, info, run, checkpoint: Path | None = None):
         device = next(net.parameters()).device
         for name, loader in corruptions.read(args.corruptions, info, args.batch_size, device):
             results[name] = evaluate(net, loader, args, info)
+    bad = [name for name, result in results.items() if not math.isfinite(result["loss"])]
+    if bad:
+        raise RunError(f"the network's outputs are not finite ({', '.join(bad[:3])}); another "
+                       "checkpoint may be sound")
     lines = ["condition,accuracy,top5,loss,ece,count"]
     for name, result in results.items():
         log(f"{name}: {sentence(result)}")

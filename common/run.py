@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from common import checkpoint, distributed, files, plots, runtime
+from common import checkpoint, corruptions, distributed, files, plots, runtime
 from common.distributed import log
 from common.errors import RunError, Stopped
 
@@ -100,6 +100,8 @@ class Run:
         self.writes = self.keeps_files and distributed.rank() == 0
         self.history, self.best, self.epoch, self.step, self.sums = [], -1.0, 0, 0, None
         self.events, self.steps_left, self.begun = None, args.max_steps, (0.0, 0)
+        if args.corruptions:
+            corruptions.find(args.corruptions, info)                # now, not after the training
 
     def load_weights(self) -> Path | None:
         """Load weights of --evaluate (auto: --resume's or best.pt) or --resume; return the file."""

@@ -122,7 +122,7 @@ def make_run(root, **flags):
     args = SimpleNamespace(**{"root_dir": str(root), "resume": "", "max_steps": None, "epochs": 3,
                               "evaluate": "", "tensorboard": False, "batch_size": 10, "arch": "a",
                               "initial_channels": 16, "seed": 0, "job_name": "",
-                              "val_split": None} | flags)
+                              "val_split": None, "corruptions": None} | flags)
     return Run(args, CPU, INFO, ["run", ""], model=torch.nn.Linear(2, 2))
 
 

@@ -1,6 +1,7 @@
 """The evaluation that all programs share: counts, calibration, occlusion, FGSM, corruptions."""
 import csv
 import importlib
+import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -210,12 +211,47 @@ def test_corruptions_that_do_not_fit_are_named(tmp_path, corrupted):
     refused(tmp_path / "flat" / "none", "none: neither")
     refused(flat, r"fog.npy: uint8 images of \(8, 8, 3\).*\(32, 32, 3\)", facts(4, 32))
     refused(deep, r"fog/1: .*\(32, 32, 3\)", facts(4, 32))
-    refused(flat, "labels up to 3 in labels.npy, or these 3 classes", facts(3, 8))
+    refused(flat, "60 labels in labels.npy or these 3 classes", facts(3, 8))
     refused(deep, "class 3: a class that made lacks", facts(3, 8))
+    (flat / "__MACOSX").mkdir()
+    assert len(corruptions.find(flat, facts(4, 8))) == 10
+    for wrong in (labels, labels[::-1]):                    # severity 2 in another order
+        np.save(flat / "labels.npy", np.concatenate([labels, np.roll(wrong, 1), *[labels] * 3]))
+        refused(flat, "fog.npy: 60 images of five severities, each in the order")
+    for wrong in (np.tile(labels, 5)[:, None] - 1, np.tile(labels, 6), labels[:0]):
+        np.save(flat / "labels.npy", wrong)
+        refused(flat, "fog.npy: 60 images")
+    np.save(flat / "labels.npy", labels + 0.5)
+    refused(flat, "labels.npy: damaged, or not integers")
+    np.save(flat / "labels.npy", labels[:, None])           # a column of one severity's
+    assert len(corruptions.find(flat, facts(4, 8))) == 10
+    whole = (flat / "snow storm.npy").read_bytes()
+    for wrong in (whole[:-1000], b"<html>"):
+        (flat / "snow storm.npy").write_bytes(wrong)
+        refused(flat, "snow storm.npy: damaged, or not images")
+    np.save(flat / "fog.npy", arrays["fog"][:12])           # one severity alone
+    refused(flat, "fog.npy: 12 images")
     np.save(flat / "fog.npy", arrays["fog"][:50])
     refused(flat, "fog.npy: 50 images")
     (deep / "fog" / "4").rename(deep / "fog" / "6")
     refused(deep, "fog/4: No such file")
+
+
+def test_corruptions_are_looked_at_before_the_training(tmp_path, corrupted):
+    _, deep, *_ = corrupted
+    with pytest.raises(DataError, match="fog/1/class 0: a class that digits lacks"):
+        sage.main(["--dataset", "digits", "--arch", "preactresnet18", "--initial_channels", "4",
+                   "--epochs", "1", "--root_dir", str(tmp_path), "--corruptions", str(deep)])
+    assert not list(tmp_path.rglob("log.csv"))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_network_of_nan_is_an_error(tmp_path, value):
+    net = nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
+    nn.init.constant_(net[1].bias, value)
+    with pytest.raises(RunError, match="outputs are not finite .clean, visible"):
+        report(net, [(torch.randn(12, 3, 8, 8), torch.arange(12) % 4)], facts(4, 8), tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_wordnet_folders_are_classes_in_order(tmp_path):

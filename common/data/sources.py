@@ -76,7 +76,7 @@ def read_cifar(name: str, root: Path, workers: int):
         root = root.parent
     folders = inside(root, name)
     file = root if root.suffix == ".npz" else root / f"{name}.npz"
-    if file.exists():
+    if file.exists() or file == root:
         train, test, classes = read_npz(file)
     elif (folders / "train").is_dir():
         train, test, classes = decode_parts(open_folders(folders, ("test", "val")), 32, workers)
