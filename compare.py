@@ -6,9 +6,9 @@
 
 RUN is a run's folder, or a folder of such folders. Runs that differ in nothing but --seed become
 one line: mean, and half the range over seeds. accuracy: median test accuracy, %, of the --last
-evaluations; gain: seed by seed over the first line of the same program, so give its plain training
-first; ECE, visible, FGSM, mCE: of evaluation.csv, %, '–' where a run has none. s/epoch: '–' where
-seeds ran on different devices."""
+evaluations; gain: seed by seed over the first line of the same program, data and network, where
+training without mixing is put; ECE, visible, FGSM, mCE: of evaluation.csv, %, '–' where a run has
+none. s/epoch: '–' where seeds ran on different devices."""
 import argparse
 import csv
 import json
@@ -18,19 +18,22 @@ from types import SimpleNamespace
 
 from common import files, plots, runtime
 from common.corruptions import kind
+from common.data.images import reading
 from common.distributed import warn
 from common.errors import RunError
 from common.flags import positive
 from common.run import NOT_TRAINING
 
-IGNORED = {*NOT_TRAINING, "seed", "job_name", "amp", "compile", "channels_last", "log_off"}
+IGNORED = {*NOT_TRAINING, "seed", "job_name", "log_off"} - {"max_steps"}
 VISIBLE = 47                            # %, the occlusion of the table: the nearest there is
 
 
 def table(path: Path) -> list[dict]:
-    """Return the rows of a CSV file, by column."""
-    with open(path) as file:
-        return list(csv.DictReader(file))
+    """Return the rows of a CSV file, by column. Raises ValueError if its end is missing."""
+    text = path.read_text()
+    if not text.endswith("\n"):
+        raise ValueError(f"the end of {path.name} is missing")
+    return list(csv.DictReader(text.splitlines()))
 
 
 def read(folder: Path, last: int) -> SimpleNamespace:
@@ -39,9 +42,10 @@ def read(folder: Path, last: int) -> SimpleNamespace:
     flags, log = facts["args"], table(folder / "log.csv")
     curve = {int(row["epoch"]): float(row["test_accuracy"]) for row in log
              if row.get("test_accuracy")}
-    if not curve:
-        raise RunError(f"{folder}: no test accuracy in its log.csv")
-    numbers, visible = {"accuracy": median([*curve.values()][-last:])}, {}
+    numbers, visible = {}, {}
+    if curve:
+        numbers = {"accuracy": median([*curve.values()][-last:]),
+                   "s/epoch": median(float(row["seconds"]) for row in log)}
     if (folder / "evaluation.csv").exists():
         rows = {row["condition"]: row for row in table(folder / "evaluation.csv")}
         accuracy = {name: float(row["accuracy"]) for name, row in rows.items()}
@@ -54,34 +58,53 @@ def read(folder: Path, last: int) -> SimpleNamespace:
                        if name.startswith("fgsm")}}
         if corrupted := [value for name, value in accuracy.items() if kind(name)]:
             numbers["mCE"] = 100 - mean(corrupted)
-    numbers["s/epoch"] = median(float(row["seconds"]) for row in log)
     if len(log) < flags["epochs"]:
         warn(f"{folder}: {len(log)} of {flags['epochs']} epochs")
+    drawn = any(flags.get(name) for name in ("val_split", "labels_per_class"))      # by the seed
+    data = str(facts.get("data" if drawn else "fingerprint"))
     name = next((Path(word).parent.name for word in facts["command"].split()
                  if word.endswith("main.py")), "")
     return SimpleNamespace(
-        folder=folder, flags=flags, seed=flags["seed"], curve=curve, visible=visible,
-        numbers=numbers, name=name, program=(name, frozenset(flags)),   # other flags: another one
-        facts={"data": facts.get("fingerprint"), "precision": flags["amp"], "torch": facts["torch"],
+        folder=folder, flags=flags | {"data": data}, seed=flags["seed"], curve=curve,
+        visible=visible, numbers=numbers, name=name, base=(name, data, flags.get("arch")),
+        facts={"data": data, "precision": flags["amp"], "torch": facts["torch"],
+               "epochs": flags["epochs"], "batch_size": flags.get("batch_size"),
                "device": facts["gpu"] or f"CPU, {facts['threads']} threads"})
 
 
+def is_plain(flags: dict) -> bool:
+    """Return whether these flags of a program mix and soften nothing."""
+    if "method" in flags:
+        return flags["method"] in ("vanilla", "baseline")
+    return (not any(flags.get(name) for name in ("resizemix", "cutmix_prob", "da", "ra"))
+            and flags.get("loss", "ce") == "ce")
+
+
 def find(folders: list[str], last: int) -> list[list]:
-    """Return runs in groups that differ in nothing but the seed, in the order of `folders`."""
-    found, groups = {}, {}
+    """Return runs in groups that differ in nothing but the seed: in the order of `folders`, but of
+    runs of one program, data and network those without mixing first."""
+    found, left, groups = {}, [], {}
     for folder in map(Path, folders):
         paths = sorted(folder.glob("args.json")) or sorted(folder.rglob("args.json"))
         if not paths:
             raise RunError(f"{folder}: no run (a folder with args.json) there")
         found |= {path.resolve(): path.parent for path in paths}
-    done = [folder for folder in found.values() if (folder / "log.csv").exists()] or found.values()
-    if left := [str(folder) for folder in found.values() if folder not in done]:
-        warn(f"left out, without a finished epoch: {', '.join(left)}")
-    for run in (read(folder, last) for folder in done):
-        key = run.program, *((name, str(value)) for name, value in sorted(run.flags.items())
-                             if name not in IGNORED)
-        groups.setdefault(key, []).append(run)
-    return list(groups.values())
+    for folder in found.values():
+        with reading(folder, "a run's args.json, log.csv, evaluation.csv of this version"):
+            run = read(folder, last) if (folder / "log.csv").exists() else None
+        if run and run.curve:
+            key = run.base, *((name, str(value)) for name, value in sorted(run.flags.items())
+                              if name not in IGNORED)
+            groups.setdefault(key, []).append(run)
+        else:
+            left.append(str(folder))
+    if left and not groups:
+        raise RunError(f"no test accuracy yet in log.csv of {', '.join(left)}")
+    if left:
+        warn(f"left out, without a test accuracy in log.csv: {', '.join(left)}")
+    places = list(dict.fromkeys(key[0] for key in groups))
+    return [groups[key] for key in sorted(groups, key=lambda key: (
+        places.index(key[0]), not is_plain(groups[key][0].flags)))]
 
 
 def labels(groups: list[list]) -> list[str]:
@@ -89,18 +112,25 @@ def labels(groups: list[list]) -> list[str]:
     names = []
     for run in (group[0] for group in groups):
         method = run.flags.get("method")
-        alike = [other[0].flags for other in groups if other[0].program == run.program
-                 and other[0].flags.get("method") == method]
+        alike = [other[0].flags for other in groups
+                 if (other[0].name, other[0].flags.get("method")) == (run.name, method)]
         words = [f"{name} {' '.join(map(str, value)) if isinstance(value, list) else value}"
                  for name, value in run.flags.items() if name not in IGNORED
-                 and any(other[name] != value for other in alike)]
+                 and any(other.get(name) != value for other in alike)]
         words = ", ".join([method] * bool(method) + words)
         names.append(": ".join(filter(None, (run.name, words))) or run.folder.name)
     return names
 
 
-def summary(name: str, values: list[float]) -> dict:
+def by_seed(group: list, name: str) -> dict[int, float]:
+    """Return a number of each seed: the mean of its runs."""
+    return {seed: mean(run.numbers[name] for run in group if run.seed == seed)
+            for seed in sorted({run.seed for run in group})}
+
+
+def summary(name: str, values) -> dict:
     """Return the mean, and half the range of more than one value, as columns of the table."""
+    values = list(values)
     spread = {f"{name} spread": (max(values) - min(values)) / 2} if values[1:] else {}
     return {name: mean(values)} | spread
 
@@ -113,14 +143,13 @@ def lines(groups: list[list], names: list[str]) -> list[dict]:
         devices = {run.facts["device"] for run in group}
         for key in group[0].numbers:
             if all(key in run.numbers for run in group) and (key != "s/epoch" or len(devices) == 1):
-                row |= summary(key, [run.numbers[key] for run in group])
-        first = plain.setdefault(group[0].program, group)
+                row |= summary(key, by_seed(group, key).values())
+        first = plain.setdefault(group[0].base, group)
         if first is not group:
-            base = {seed: mean(run.numbers["accuracy"] for run in first if run.seed == seed)
-                    for seed in {run.seed for run in first}}
-            pairs = [run.numbers["accuracy"] - base[run.seed] for run in group if run.seed in base]
-            row |= summary("gain", pairs if len(pairs) == len(group) else
-                           [row["accuracy"] - mean(run.numbers["accuracy"] for run in first)])
+            own, base = by_seed(group, "accuracy"), by_seed(first, "accuracy")
+            alike = own.keys() <= base.keys()
+            row |= summary("gain", [own[seed] - base[seed] for seed in own] if alike else
+                           [mean(own.values()) - mean(base.values())])
         rows.append(row)
     return rows
 
@@ -161,7 +190,8 @@ def write_csv(path: Path, rows: list[dict]):
 def draw(path: Path, groups: list[list], names: list[str]):
     """Draw test accuracy over epochs and visible fraction; a band is the seeds' range."""
     from matplotlib import colormaps
-    figure = plots.new_figure(13, max(4.2, 0.22 * len(names) + 1))
+    beside = max(1, min(6, 180 // (max(map(len, names)) + 9)))          # labels in a line
+    figure = plots.new_figure(13, 4.4 + 0.17 * -(-len(names) // beside))
     left, right = figure.subplots(1, 2)
     for n, (group, name) in enumerate(zip(groups, names, strict=True)):
         colour = colormaps["turbo"]((n + 0.5) / len(groups))
@@ -169,15 +199,16 @@ def draw(path: Path, groups: list[list], names: list[str]):
                             (right, [run.visible for run in group if run.visible])):
             common = sorted(set.intersection(*map(set, found))) if found else []
             values = [[curve[x] for curve in found] for x in common]
-            axis.plot(common, list(map(mean, values)), color=colour, linewidth=1.6, label=name,
+            axis.plot(common, list(map(mean, values)), ("-", "--", ":")[n % 3], color=colour,
+                      linewidth=1.6, label=name[:170],
                       marker="o" if len(common) < 12 else None, markersize=3)
             axis.fill_between(common, list(map(min, values)), list(map(max, values)),
                               color=colour, alpha=0.15, linewidth=0)
     plots.frame(left, xlabel="epoch", ylabel="test accuracy, %")
     plots.frame(right, xlabel="visible fraction of the image, %", ylabel="test accuracy, %")
     left.xaxis.get_major_locator().set_params(integer=True)
-    figure.legend(*left.get_legend_handles_labels(), loc="outside right upper", frameon=False,
-                  fontsize=8)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower left", frameon=False,
+                  fontsize=8, ncols=beside)
     plots.save_figure(figure, path)
 
 

@@ -2,6 +2,7 @@
 import csv
 import json
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ def make_run(root, name, accuracies, program="sage", evaluation=True, **flags):
             "data_dir": name, "milestones": [1, 2]} | flags
     (folder / "args.json").write_text(json.dumps(
         {"args": args, "command": f"python {program}/main.py", "gpu": None, "threads": 1,
-         "data": "d", "torch": "2"}))
+         "data": "d", "fingerprint": "f", "torch": "2"}))
     (folder / "log.csv").write_text("epoch,test_accuracy,seconds\n" + "".join(
         f"{n + 1},{value},{n + 1}\n" for n, value in enumerate(accuracies)))
     if evaluation:
@@ -37,11 +38,62 @@ def rows_of(path):
         return list(csv.DictReader(file))
 
 
-def test_two_plain_runs_of_one_seed_both_count(tmp_path):
-    runs = [make_run(tmp_path, "a1", [60, 60, 60]), make_run(tmp_path, "a2", [62, 62, 62]),
-            make_run(tmp_path, "b1", [70, 70, 70], method="sage")]
-    compare.main([*runs, "--csv", str(tmp_path / "t.csv"), "--picture", str(tmp_path / "t.png")])
-    assert float(rows_of(tmp_path / "t.csv")[1]["gain"]) == 9
+def compared(tmp_path, *runs):
+    compare.main([*map(str, runs), "--csv", str(tmp_path / "t.csv"), "--picture",
+                  str(tmp_path / "t.png")])
+    return {row["run"]: row for row in rows_of(tmp_path / "t.csv")}
+
+
+def test_two_runs_of_one_seed_count_once(tmp_path):
+    runs = [make_run(tmp_path, f"{method}{n}", [value] * 3, seed=seed, method=method)
+            for method, values in (("vanilla", (60, 62, 91)), ("sage", (70, 70, 90)))
+            for n, (seed, value) in enumerate(zip((1, 1, 2), values, strict=True))]
+    plain, mixed = compared(tmp_path, *runs).values()
+    assert (plain["accuracy"], plain["accuracy spread"], plain["seeds"]) == ("76.0", "15.0", "2")
+    assert (float(mixed["gain"]), float(mixed["gain spread"])) == (4, 5)        # 9 and -1
+
+
+def test_what_is_no_seed_is_another_line(tmp_path):
+    """Data, precision, compilation and a trial; plain training comes first in each data set."""
+    make_run(tmp_path, "1", [10], method="sage")
+    for name, flags in enumerate([{}, {"amp": "bf16"}, {"compile": True}, {"max_steps": 2}], 2):
+        make_run(tmp_path, str(name), [10 * name], **flags)
+    other = make_run(tmp_path, "6", [90], method="sage")
+    args = tmp_path / "6" / "args.json"
+    args.write_text(args.read_text().replace('"fingerprint": "f"', '"fingerprint": "g"'))
+    rows = compared(tmp_path, *sorted(tmp_path.glob("[0-9]")), other)
+    assert [float(row["accuracy"]) for row in rows.values()] == [20, 30, 40, 50, 10, 90]
+    assert [row["gain"] for row in rows.values()] == ["", "10.0", "20.0", "30.0", "-10.0", ""]
+    assert any("data g" in name for name in rows) and any("amp bf16" in name for name in rows)
+
+
+def test_damaged_files_are_named_and_runs_without_accuracy_left_out(tmp_path, capsys):
+    good, bad = Path(make_run(tmp_path, "a", [10])), Path(make_run(tmp_path, "b", [20], method="x"))
+    for name, content in (("log.csv", "epoch,test_accuracy,seconds\n1,10"), ("args.json", "{}"),
+                          ("evaluation.csv", "condition,accuracy,top5,loss,ece,count\n"),
+                          ("evaluation.csv", "condition,accuracy\nclean,5\nfgsm 8/255,8.1")):
+        whole = (bad / name).read_text()
+        (bad / name).write_text(content)
+        with pytest.raises(RunError, match=f"{bad}: damaged, or not a run's args.json, log.csv"):
+            compared(tmp_path, good, bad)
+        (bad / name).write_text(whole)
+    (bad / "log.csv").write_text("epoch,train_loss,seconds\n1,2,3\n")      # self-supervised
+    assert len(compared(tmp_path, good, bad)) == 1
+    assert f"left out, without a test accuracy in log.csv: {bad}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("program, plain, mixed", [
+    ("resizemix", {"method": None, "resizemix": False, "cutmix_prob": 0.0}, {"resizemix": True}),
+    ("resizemix", {"method": None, "resizemix": False, "cutmix_prob": 0.0}, {"cutmix_prob": 1.0}),
+    ("soft_aug", {"method": None, "da": 0, "ra": False, "loss": "ce"}, {"da": 2, "loss": "st"}),
+    ("safuse", {"method": "baseline", "cutmix_prob": 0.5}, {"method": "safuse"}),
+    ("samix", {"method": "vanilla"}, {"method": "automix"})])
+def test_a_gain_is_over_training_without_mixing(tmp_path, program, plain, mixed):
+    runs = [make_run(tmp_path, name, [value], program=program, **flags) for name, value, flags in
+            (("a", 70, plain | mixed), ("b", 60, plain))]
+    for file in tmp_path.glob("*/args.json"):
+        file.write_text(file.read_text().replace('"method": null, ', ""))
+    assert [row["gain"] for row in compared(tmp_path, *runs).values()] == ["", "10.0"]
 
 
 def test_a_gain_is_over_the_same_seeds_and_seconds_are_of_one_device(tmp_path):
@@ -56,7 +108,7 @@ def test_a_gain_is_over_the_same_seeds_and_seconds_are_of_one_device(tmp_path):
     _, sage, mixup, cutmix = rows_of(tmp_path / "t.csv")
     assert (float(sage["gain"]), float(sage["gain spread"])) == (14.5, 5.5)     # 9 and 20
     assert (float(mixup["gain"]), mixup["gain spread"]) == (30, "")
-    assert float(cutmix["gain"]) == 70 - 53
+    assert float(cutmix["gain"]) == pytest.approx(70 - (61 + 50 + 40) / 3)
     assert sage["s/epoch"] == "" and float(mixup["s/epoch"]) == 2
 
 
@@ -96,9 +148,9 @@ def test_what_is_no_run_or_differs_is_said(tmp_path, capsys, monkeypatch):
     make_run(tmp_path, "c", [10])
     (tmp_path / "c" / "log.csv").unlink()                   # in its first epoch
     compare.main([str(tmp_path)])
-    assert "left out, without a finished epoch:" in capsys.readouterr().err
+    assert "left out, without a test accuracy in log.csv:" in capsys.readouterr().err
     (tmp_path / "a" / "log.csv").write_text("epoch,seconds\n1,2\n")
-    with pytest.raises(RunError, match="a: no test accuracy in its log.csv"):
+    with pytest.raises(RunError, match="no test accuracy yet in log.csv of .*a"):
         compare.main([str(tmp_path / "a")])
     with pytest.raises(RunError, match="no: no run .a folder with args.json. there"):
         compare.main([str(tmp_path / "no")])
@@ -140,8 +192,12 @@ def test_driver_runs_keeps_and_never_repeats_another_experiment(driver, tmp_path
         other = dict(arrays)
     other["test_labels"] = other["test_labels"][::-1]
     np.savez(tmp_path / "other.npz", **other)
-    driver("--keep", str(kept), data="other.npz")
-    assert "not run here" not in capsys.readouterr().out
+    before = (kept / "vanilla" / "seed1" / "log.csv").read_bytes()
+    with pytest.raises(RunError, match="seed1 holds another experiment.*--keep"):
+        driver("--keep", str(kept), data="other.npz")
+    assert (kept / "vanilla" / "seed1" / "log.csv").read_bytes() == before
+    driver("--methods", "vanilla", "vanilla", data="other.npz")
+    assert "| sage: vanilla | 1 |" in capsys.readouterr().out
     assert len(list((tmp_path / "out" / "vanilla").iterdir())) == 2
 
 
@@ -159,10 +215,10 @@ def test_ctrl_c_starts_no_other_run(driver, monkeypatch):
     assert len(begun) < 9
 
 
-def test_driver_needs_the_data_and_names_a_run_that_fails(driver, tmp_path, capsys):
-    with pytest.raises(SystemExit, match="1"):
-        driver(data="none.npz")
-    assert "none.npz: no .npz of the data" in capsys.readouterr().err
-    with pytest.raises(SystemExit, match="1"):
+def test_driver_needs_the_data_and_names_a_run_that_fails(driver, tmp_path):
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "few.npz").read_bytes()[:-100])
+    for name in ("none.npz", "cut.npz"):
+        with pytest.raises(RunError, match=f"{name}: no .npz of the data"):
+            driver(data=name)
+    with pytest.raises(RunError, match="ended with 2; see"):
         driver("--flags=--lr -1")
-    assert "ended with 2; see" in capsys.readouterr().err

@@ -14,7 +14,7 @@ the data.
 A run belongs to its command and to the data's fingerprint. Stopped at any moment, the same command
 goes on where it was; with one of the two changed it begins anew. --keep DIR copies what compare.py
 reads of finished runs to DIR, and takes those that DIR holds of the same command and data, saying
-so.
+so: their networks are then in no folder of --out.
 """
 import argparse
 import hashlib
@@ -24,6 +24,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import zipfile
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
@@ -33,6 +34,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import compare
+from common import runtime
+from common.errors import RunError
 
 ROOT = Path(__file__).resolve().parents[2]
 PROTOCOLS = {"p20": (20, "10 15"), "p100": (100, "50 75")}
@@ -103,19 +106,22 @@ def run(method: str, seed: int, args) -> Path:
     kept = args.keep / method / f"seed{seed}" if args.keep else None
     if kept and (kept / "args.json").exists():
         facts = json.loads((kept / "args.json").read_text())
-        if facts.get("key") == key:
-            tqdm.write(f"{method}, seed {seed}: kept in {kept}, not run here "
-                       f"({facts['gpu'] or 'CPU'}, commit {facts['commit']})")
-            return kept
+        if facts.get("key") != key:
+            raise RunError(f"{kept} holds another experiment (of other flags or data); name "
+                           "another folder by --keep")
+        tqdm.write(f"{method}, seed {seed}: kept in {kept}, not run here "
+                   f"({facts['gpu'] or 'CPU'}, commit {facts['commit']})")
+        return kept
     root = args.out / method / f"seed{seed}_{key}"
     root.mkdir(parents=True, exist_ok=True)
     if not any(finished(file.parent, epochs) for file in root.glob("*/log.csv")):
+        words = [word.replace("{data}", str(args.data)) for word in shlex.split(command)]
         with open(root / "output.txt", "a") as output:
-            subprocess.run([sys.executable, *(word.replace("{data}", str(args.data)) for word in
-                                              shlex.split(command)),
-                            "--root_dir", str(root), "--resume", "auto"], cwd=ROOT, stdout=output,
-                           stderr=output, check=True,
-                           env=os.environ | {"OMP_NUM_THREADS": str(args.threads)})
+            status = subprocess.run([sys.executable, *words, "--root_dir", str(root), "--resume",
+                                     "auto"], cwd=ROOT, stdout=output, stderr=output, env=os.environ
+                                    | {"OMP_NUM_THREADS": str(args.threads)}).returncode
+        if status:
+            raise RunError(f"{words[0]} … ended with {status}; see {root / 'output.txt'}")
     folder = next(root.glob("*/log.csv")).parent
     if kept:
         kept.mkdir(parents=True, exist_ok=True)
@@ -150,32 +156,26 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if min(args.threads, args.jobs) < 1:
         parser.error("--threads and --jobs are at least 1")
-    args.methods = args.methods or [name for name in COMMANDS
-                                    if args.protocol == "p20" or name not in ONCE]
+    methods = args.methods or [name for name in COMMANDS
+                               if args.protocol == "p20" or name not in ONCE]
     try:
         args.fingerprint = fingerprint(args.data)
-    except (OSError, ValueError, KeyError) as fault:
-        parser.exit(1, f"error: {args.data}: no .npz of the data ({fault}); "
-                       "tests/bench/make_s20.py makes one\n")
-    folders = {}
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as fault:
+        raise RunError(f"{args.data}: no .npz of the data ({fault}); tests/bench/make_s20.py makes "
+                       "one") from None
+    folders = {(method, seed): None for seed in args.seeds for method in methods}
     with ThreadPoolExecutor(args.jobs) as pool:
-        wanted = {pool.submit(run, method, seed, args): (method, seed)
-                  for seed in args.seeds for method in args.methods}
+        wanted = {pool.submit(run, *place, args): place for place in folders}
         try:
             for done in tqdm(as_completed(wanted), total=len(wanted), desc="runs"):
                 folders[wanted[done]] = str(done.result())
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, RunError):
             pool.shutdown(cancel_futures=True)
             raise
-        except subprocess.CalledProcessError as fault:
-            pool.shutdown(cancel_futures=True)
-            parser.exit(1, f"error: {' '.join(fault.cmd[:2])} … ended with {fault.returncode}; see "
-                           f"{Path(fault.cmd[-3]) / 'output.txt'}\n")
-    order = [folders[method, seed] for method in COMMANDS for seed in args.seeds
-             if (method, seed) in folders]
-    compare.main([*order, "--csv", str(args.out / "table.csv"), "--markdown", "--picture",
-                  str(args.out / "compare.png")])
+    compare.main([*(folders[place] for place in sorted(folders, key=lambda place: (
+        list(COMMANDS).index(place[0]), place[1]))), "--csv", str(args.out / "table.csv"),
+        "--markdown", "--picture", str(args.out / "compare.png")])
 
 
 if __name__ == "__main__":
-    main()
+    runtime.launch(main)

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 
+from common import files, runtime
 from common.data import sources
 from common.errors import RunError
 
@@ -60,14 +61,12 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.out.suffix != ".npz":
         parser.error(f"{args.out} does not end with .npz")
-    try:
-        arrays = make(args.cifar)
-        np.savez(args.out, **arrays)
-    except (RunError, OSError) as fault:
-        parser.exit(1, f"error: {fault}\n")
+    arrays = make(args.cifar)
+    with files.whole(args.out) as new, open(new, "wb") as file:
+        np.savez(file, **arrays)
     print(f"{args.out}: {len(arrays['train_labels'])} training and {len(arrays['test_labels'])} "
           f"test images of {len(CLASSES)} classes")
 
 
 if __name__ == "__main__":
-    main()
+    runtime.launch(main)
