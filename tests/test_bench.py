@@ -8,6 +8,8 @@ import pytest
 from bench import make_s20
 from conftest import ROOT, SHARED
 
+from common.errors import RunError
+
 
 @pytest.mark.parametrize("words, line", [
     ("sage.py --initial_channels 16 --batch_size 20 --rounds 1 --methods sage comix", "comix"),
@@ -60,15 +62,20 @@ def test_s20_from_a_shuffled_cifar(cifar, s20, tmp_path, capsys):
             assert made[name].tobytes() == ours[name].tobytes(), name
 
 
-def test_s20_refuses_a_changed_pixel(cifar, s20, tmp_path, capsys):
+def test_s20_refuses_a_changed_pixel(cifar, s20, tmp_path):
     with np.load(s20) as ours:
         wanted = ours["test_images"][250]
     place, = np.flatnonzero((cifar["test_images"] == wanted).all((1, 2, 3)))
     images = cifar["test_images"].copy()
     images[place, 31, 31, 2] ^= 1
     np.savez(tmp_path / "cifar100.npz", **cifar | {"test_images": images})
-    with pytest.raises(SystemExit, match="1"):
+    with pytest.raises(RunError, match="1 of S20's 6000 images are not there pixel by pixel, "
+                       "first a test image of baby"):
         make_s20.main([str(tmp_path / "cifar100.npz"), str(tmp_path / "s20.npz")])
-    assert "1 of S20's 6000 images are not there pixel by pixel, first a test image of baby" in \
-        capsys.readouterr().err
     assert not (tmp_path / "s20.npz").exists()
+
+
+def test_s20_of_a_file_that_is_not_there_downloads_nothing(tmp_path):
+    with pytest.raises(RunError, match="nosuch.npz: No such file"):
+        make_s20.main([str(tmp_path / "nosuch.npz"), str(tmp_path / "s20.npz")])
+    assert not list(tmp_path.iterdir())
