@@ -34,6 +34,15 @@ class Parser(argparse.ArgumentParser):
         words = sys.argv[1:] if argv is None else argv
         return self.parse_known_args([word for word in words if word not in ("-h", "--help")])[0]
 
+    def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
+        """As argparse's; flags of pictures and evaluations that nothing would follow are errors."""
+        found = super().parse_args(args, namespace)
+        if getattr(found, "target_layer", None) and not found.cam:
+            self.error("--target_layer is of --cam FILE.png")
+        if getattr(found, "corruptions", None) and (found.cam or found.preview):
+            self.error("--corruptions is of evaluations: not with --cam or --preview")
+        return found
+
     def error(self, message: str):
         """Exit with code 2 and two lines."""
         for word in message.split() if message.startswith("unrecognized") else ():
