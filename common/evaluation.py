@@ -28,12 +28,6 @@ def bin_sums(logits: Tensor, labels: Tensor, bins: int = BINS) -> Tensor:
     return values.new_zeros(3, bins).index_add_(1, index, values)
 
 
-def reliability_bins(logits: Tensor, labels: Tensor, bins: int = BINS):
-    """Return mean confidence, accuracy and count of each bin, float64 (bins,); of empty ones 0."""
-    *sums, count = bin_sums(logits, labels, bins)
-    return *(part / count.clamp(min=1) for part in sums), count
-
-
 def expected_calibration_error(logits: Tensor, labels: Tensor, bins: int = BINS) -> float:
     """Return the ECE in [0, 1] of logits (N, C) and labels (N,)."""
     confidence, hits, _ = bin_sums(logits, labels, bins)

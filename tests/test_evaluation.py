@@ -69,9 +69,9 @@ def test_evaluate_counts_every_image_once():
 def test_calibration_error_by_hand():
     logits = torch.log(torch.tensor([[0.95, 0.05], [0.85, 0.15], [0.85, 0.15], [0.5, 0.5]]))
     labels = torch.tensor([0, 1, 0, 0])
-    confidence, accuracy, count = evaluation.reliability_bins(logits, labels)
+    confidence, hits, count = evaluation.bin_sums(logits, labels)
     assert count.tolist() == [0, 0, 0, 0, 1, 0, 0, 0, 2, 1]     # 0.5 belongs to (0.4, 0.5]
-    assert accuracy[8] == 0.5 and confidence[8] == pytest.approx(0.85)
+    assert hits[8] == 1 and confidence[8] == pytest.approx(2 * 0.85)
     expected = (2 * 0.35 + 0.05 + 0.5) / 4
     assert evaluation.expected_calibration_error(logits, labels) == pytest.approx(expected,
                                                                                   abs=1e-6)
