@@ -231,7 +231,7 @@ class SAMix(nn.Module):
         """Move the momentum encoder after the network."""
         program, args = _ours("samix.main"), self.args
         program.momentum_update(self.net.k, self.net.q, program.ema_momentum(
-            self.step, self.total, args.ema_base, args.ema_end, args.ema_start))
+            min(self.step, self.total), self.total, args.ema_base, args.ema_end, args.ema_start))
         self.step += 1
 
 

@@ -1,4 +1,5 @@
 """Checkpoints: written atomically, the previous one stays, loaded without running code."""
+import contextlib
 import hashlib
 import io
 import os
@@ -39,6 +40,15 @@ def load(path) -> dict:
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
+def newest_valid(folder: Path) -> Path | None:
+    """Return the newest checkpoint of a run's folder that is not damaged, if any."""
+    for path in (folder / NEWEST, folder / PREVIOUS):
+        with contextlib.suppress(RunError):
+            load(path)
+            return path
+    return None
+
+
 def resume(source: str, folder: Path) -> dict | None:
     """Return the state to go on from. source '': None, a fresh start; 'auto': the newest valid
     checkpoint, if any; a path: that file. RunError: another run would be overwritten."""
@@ -52,7 +62,8 @@ def resume(source: str, folder: Path) -> dict | None:
     if empty:
         return None
     if not source:
-        raise RunError(f"{folder} already holds a run: take --resume auto or another --root_dir")
+        raise RunError(f"{folder} already holds a run: --resume auto continues it, --job_name NAME "
+                       "or another --root_dir begins a new one")
     try:
         return load(newest)
     except RunError as fault:

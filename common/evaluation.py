@@ -102,7 +102,8 @@ def occlude(images: Tensor, offset: int, info) -> Tensor:
 
 def conditions(net, info) -> tuple[list[str], object]:
     """Return names of clean, occluded and attacked images, and `measure`'s outputs for them."""
-    offsets = sorted({round(part * info.image_size) for part in OCCLUDED} - {0})
+    offsets = sorted({round(part * info.image_size) for part in OCCLUDED
+                      if part * info.image_size < info.width} - {0})
     visible = [math.prod(max(0, 1 - offset / side) for side in (info.image_size, info.width))
                for offset in offsets]
 

@@ -23,15 +23,17 @@ def whole(path: Path):
         path.parent.mkdir(parents=True, exist_ok=True)
         yield new
         os.replace(new, path)
-    except OSError as fault:
+    except BaseException as fault:
         new.unlink(missing_ok=True)
+        if not isinstance(fault, OSError):
+            raise
         raise RunError(f"{path} could not be written: {fault.strerror or fault}") from None
 
 
 def write_atomic(path: Path, text: str):
     """Write a text file that is whole at every moment."""
     with whole(path) as new:
-        new.write_text(text)
+        new.write_text(text, encoding="utf-8")
 
 
 def lock(path: Path, mode: str = "w"):

@@ -1,6 +1,4 @@
 """Grad-CAM (Selvaraju et al. 2017): which pixels a network's decision rests on."""
-import re
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,10 +9,13 @@ from common.errors import RunError
 
 def find_layer(net: nn.Module, name: str) -> nn.Module:
     """Return block M of stage N for 'layerN.M' (N from 1, M from 0), or the module `name`."""
-    ours = re.sub(r"^layer(\d+)", lambda n: f"stages.{int(n[1]) - 1}", name)
     modules = dict(net.named_modules())
+    for part in [*modules.values()]:
+        for number, stage in enumerate(getattr(part, "stages", ()), 1):
+            modules |= {f"layer{number}.{path}".rstrip("."): module
+                        for path, module in stage.named_modules()}
     for path, module in modules.items():
-        if f".{path}".endswith((f".{name}", f".{ours}")):
+        if f".{path}".endswith(f".{name}"):
             return module
     raise RunError(f"--target_layer {name}: {type(net).__name__} has no such block or module; its "
                    f"last ones: {', '.join([*modules][-8:])}")

@@ -107,8 +107,7 @@ class Run:
         """Load weights of --evaluate (auto: --resume's or best.pt) or --resume; return the file."""
         evaluate, path = self.args.evaluate, self.args.resume
         if path == "auto":
-            newest = self.folder / checkpoint.NEWEST
-            path = newest if newest.exists() else ""
+            path = checkpoint.newest_valid(self.folder)
         if evaluate:
             path = evaluate if evaluate != "auto" else path or self.folder / checkpoint.BEST
         if not path:

@@ -259,7 +259,8 @@ def main(argv=None):
     net, model = runtime.prepare(net, args, device)
     judged = CropTest(net) if args.crop_test and not args.cam else net
     optimizer = torch.optim.SGD(net.parameters(), lr=args.lr, momentum=args.momentum,
-                                weight_decay=args.weight_decay, nesterov=args.nesterov)
+                                weight_decay=args.weight_decay,
+                                nesterov=args.nesterov and args.momentum > 0)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     log(f"{about(info, net, train, args)}; {cost / 1e6:,.1f} M multiply-adds an image; "
         f"method {method_name(args)}")

@@ -59,7 +59,7 @@ def parse_args(argv=None):
     add("--milestones", type=count, nargs="*", default=[], help="step: epochs of the LR changes")
     add("--gamma", type=amount, default=0.1, help="step: LR factor at these epochs")
     add_boolean(add, "--nesterov", False, "Nesterov's momentum")
-    add("--gpu_ids", type=lambda text: [int(n) for n in text.strip("[]").split(",")],
+    add("--gpu_ids", type=lambda text: [*map(count, text.strip("[]").split(","))],
         metavar="N[,N…]", help="GPUs to use, a process on each")
     add = parser.add_argument_group("mixing").add_argument
     add("--cutmix_prob", type=share, default=0.5, help="share of the batches that are mixed")
@@ -105,7 +105,7 @@ class Mixed(NamedTuple):
 
 def is_mixed(args, epoch: int, step: int) -> bool:
     """Return whether this step's batch is mixed, the same on all processes."""
-    if args.method == "baseline" or args.p_binom == 0:
+    if args.method == "baseline" or args.p_binom == 0 and args.method not in ("cutmix", "occamix"):
         return False
     generator = torch.Generator().manual_seed(distributed.seed_of(args.seed, "mixed", epoch, step))
     return bool(torch.rand((), generator=generator) < args.cutmix_prob)
@@ -283,7 +283,8 @@ def main(argv=None):
         decoder=DECODERS.get(args.method, "none"), initial_channels=args.initial_channels,
         score=args.attention_score), args, device)
     optimizer = torch.optim.SGD(net.parameters(), lr=args.lr, momentum=args.momentum,
-                                weight_decay=args.weight_decay, nesterov=args.nesterov)
+                                weight_decay=args.weight_decay,
+                                nesterov=args.nesterov and args.momentum > 0)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     log(f"{about(info, net, train, args)}; method {args.method}")
 

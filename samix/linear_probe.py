@@ -73,7 +73,7 @@ def fit(layer: nn.Linear, features: Tensor, labels: Tensor, weight_decay: float)
 def main(argv=None):
     """Fit the probe, evaluate it, and return it."""
     args = parse_args(argv)
-    state, known = {}, {"initial_channels": 64, "layer": 3, "method": "random", "seed": 0}
+    state, known = {}, {"initial_channels": 64, "layer": 1, "method": "random", "seed": 0}
     if args.weights != "random":
         stored = checkpoint.load(args.weights)
         known |= stored["args"] | stored["identity"]

@@ -303,7 +303,8 @@ def main(argv=None):
     net, model = runtime.prepare(build(args, info), args, device)
     headline, groups = getattr(net, "k", net), parameter_groups(net, args)
     optimizer = torch.optim.AdamW(groups, args.lr) if args.optimizer == "adamw" else \
-        torch.optim.SGD(groups, args.lr, args.momentum, nesterov=args.nesterov)
+        torch.optim.SGD(groups, args.lr, args.momentum,
+                        nesterov=args.nesterov and args.momentum > 0)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     log(f"{about(info, net, train, args)}; method {args.method}")
     run = Run(args, device, info, [args.method], {"method": args.method},
@@ -311,7 +312,7 @@ def main(argv=None):
     if args.evaluate or args.preview:
         checkpoint = run.load_weights() or load_pretrained(net, args)
         if args.evaluate:
-            for name, result in measure(net, test, args, info).items():
+            for name, result in {} if args.cam else measure(net, test, args, info).items():
                 log(f"{name}: {evaluation.sentence(result)}")
             evaluation.report(headline, test, args, info, run, checkpoint)
         elif distributed.rank() == 0:

@@ -106,6 +106,8 @@ def parse_args(argv=None):
     soft = args.loss == "st" and (args.da == 2 or args.noise)
     if args.max_p < 1 and not (soft or args.loss == "sce"):
         parser.error("--max_p is for --loss sce, or for --loss st with --da 2 or --noise")
+    if (args.da == 1) != (args.l > 0):
+        parser.error("--da 1 (Cutout) and --l (the side of its hole) go together")
     if args.nogpu:
         args.device = "cpu"
     args.arch = args.arch.replace("pyramid272", "pyramidnet272")

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from common import checkpoint, distributed, plots
+from common import checkpoint, distributed, files, plots
 from common.errors import RunError
 from common.run import Run, StepSums
 
@@ -305,6 +305,33 @@ def test_evaluation_of_another_shape_is_named(tmp_path):
     again.parts["model"] = torch.nn.Linear(2, 3)
     with pytest.raises(RunError, match="checkpoint's model does not fit this run's .size mismatch"):
         again.load_weights()
+
+
+def test_a_file_that_fails_half_way_leaves_nothing(tmp_path):
+    with pytest.raises(ValueError), files.whole(tmp_path / "a") as new:
+        new.write_text("half")
+        raise ValueError
+    assert not list(tmp_path.iterdir())
+    files.write_atomic(tmp_path / "a", "Bücher ×")
+    assert (tmp_path / "a").read_bytes() == "Bücher ×".encode()
+
+
+@pytest.mark.parametrize("newest", ["gone", "damaged", "whole"])
+@pytest.mark.parametrize("flags", [{"evaluate": "auto"}, {}])       # the second: --preview
+def test_auto_is_the_newest_valid_checkpoint(tmp_path, newest, flags, capsys):
+    run = make_run(tmp_path)
+    run.start()
+    run.save()
+    run.epoch = 2
+    run.save()
+    file = run.folder / "checkpoint.pt"
+    if newest == "gone":
+        file.unlink()
+    elif newest == "damaged":
+        file.write_bytes(file.read_bytes()[:-9])
+    again = make_run(tmp_path, resume="auto", **flags)
+    name = "checkpoint.pt" if newest == "whole" else "checkpoint.prev.pt"
+    assert again.load_weights() == run.folder / name
 
 
 def test_run_logs_epochs_and_goes_on(tmp_path):

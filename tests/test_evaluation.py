@@ -120,6 +120,13 @@ def test_fgsm_is_one_clipped_step_along_the_sign():
     assert (seen[-2] - images).abs().max() > 0
 
 
+def test_no_condition_is_asked_twice():
+    """Of images of 40×16 pixels, moved by more than 16 along both axes, nothing would be seen."""
+    info = SimpleNamespace(**vars(facts(4, 40)) | {"width": 16})
+    names, _ = evaluation.conditions(None, info)
+    assert len(names) == len(set(names)) == 6 and "visible 0 %" not in names
+
+
 def report(net, loader, info, folder, checkpoint=None, **flags):
     run = SimpleNamespace(writes=True, folder=folder)
     evaluation.report(net, loader, SimpleNamespace(**vars(ALL) | flags), info, run, checkpoint)

@@ -1,5 +1,6 @@
 """Streaming loaders on a small ImageNet-like set of real photographs, as folders and RecordIO."""
 import io
+import os
 import shutil
 from pathlib import Path
 
@@ -428,6 +429,14 @@ def test_vanished_image_is_named(damaged, loader):
     (damaged / "folders" / "train" / "class 0" / "2.jpg").unlink()
     with pytest.raises(DataError, match=r"class 0/2\.jpg: No such file"):
         list(batches)
+
+
+def test_records_are_read_where_there_is_no_pread(damaged, monkeypatch):
+    record = damaged / "records" / "train.rec"
+    wanted = [RecordFile(record)[i] for i in (3, 0)]
+    monkeypatch.delattr(os, "pread")                        # Windows
+    file = RecordFile(record)
+    assert [file[i] for i in (3, 0)] == wanted
 
 
 @LOADERS

@@ -23,6 +23,7 @@ from common import checkpoint, distributed, gradcam, models, plots
 from common.data import Recipe
 from common.errors import DataError, RunError
 from common.mixing import draw_lambda, draw_pixels
+from common.models.features import build_backbone
 from resizemix import main as resizemix
 from resizemix import mixing, randaugment
 
@@ -331,8 +332,13 @@ def test_grad_cam_finds_the_class():
     expected = (expected / expected.amax((1, 2), keepdim=True)).nan_to_num()
     assert torch.allclose(maps, F.interpolate(expected[:, None], (16, 16), mode="bilinear")[:, 0],
                           atol=1e-5)
-    with pytest.raises(RunError, match="has no such block or module; its last ones: .*stages.2.1"):
+    with pytest.raises(RunError, match="has no such block or module; its last ones: .*layer3.1"):
         gradcam.find_layer(net, "layer3.2")
+    half = build_backbone("wrn16_8", 16, 1, initial_channels=4)         # SAMix's view of it
+    assert gradcam.find_layer(half, "layer3.1") is half.after[1][1]
+    assert gradcam.find_layer(half, "layer1.0") is half.before[1][0]
+    whole = build_backbone("resnet18", 128, 3)
+    assert isinstance(gradcam.find_layer(whole, "layer3.1"), torch.nn.Module)
     big = resizemix.models.build("resnet50", 10, 224)
     assert gradcam.find_layer(big, "layer4.2") is big.layer4[2]
     with pytest.raises(RunError, match="ConvNeXt has no such block"):

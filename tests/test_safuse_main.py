@@ -286,6 +286,8 @@ def test_share_of_mixed_batches():
     assert 160 < sum(mixed("")) < 240 and mixed("") == mixed("")
     assert sum(mixed("--cutmix_prob 1")) == 400 and sum(mixed("--cutmix_prob 0")) == 0
     assert sum(mixed("--method baseline")) == sum(mixed("--p_binom 0")) == 0
+    assert all(sum(mixed(f"--method {name} --cutmix_prob 1 --p_binom 0")) == 400
+               for name in ("cutmix", "occamix"))           # which have no use for --p_binom
     assert mixed("") != mixed("--seed 1")
 
 
@@ -654,9 +656,9 @@ def test_two_ranks_agree(tmp_path, method):
     ("--method nomix", 2, "invalid choice: 'nomix'"),
     ("--arch resnet34", 2, "invalid choice: 'resnet34'"),
     ("--N_min 31", 2, "--N_min 31 is more than --N_max 30"),
-    ("--gpu_ids x", 2, "argument --gpu_ids: invalid"),
+    ("--gpu_ids x", 2, "argument --gpu_ids: 'x' is not an integer"),
     ("--schedule A --milestones 3", 2, "--milestones are for --schedule step"),
-    ("--epochs 5 --START_EPOCH 5", 0, ""),
+    ("--epochs 5 --START_EPOCH 5", 0, ""), ("--nesterov --momentum 0 --max_steps 1", 0, ""),
     ("--attention_score mean", 2, "invalid choice: 'mean'"),
     ("--NUM_CLASS 100", 1, "--NUM_CLASS 100: digits has 10 classes"),
     ("--image_size 20", 1, "resnet18 takes images whose sides are multiples of 8 pixels"),

@@ -227,7 +227,7 @@ def test_training_is_the_recipe(tmp_path, words, rate, no_pictures, monkeypatch)
 
 @pytest.mark.parametrize("words, expected", [
     ("--da -1", {"padding": 0, "flip": False}), ("--da 0", {"padding": 4, "flip": None}),
-    ("--da 1", {"padding": 4, "flip": None}), ("--da 2", {"padding": 0, "flip": None}),
+    ("--da 1 --l 8", {"padding": 4, "flip": None}), ("--da 2", {"padding": 0, "flip": None}),
     ("--n 3 --loader dali --labels_per_class 5 --image_size 20 --b 10 --seed 4 --data_dir there",
      {"workers": 3, "loader": "dali", "labels_per_class": 5, "image_size": 20, "batch_size": 10,
       "seed": 4, "mean": None, "std": None, "transform": None}),
@@ -496,6 +496,7 @@ def test_preview_shows_the_targets_of_the_loss(info_and_batch):
     ("--loss st --max_p 0.8", 2, "--max_p is for --loss sce, or for --loss st with --da 2"),
     ("--dataset digits --image_size 128 --initial_channels 16", 1, "has --initial_channels 64"),
     ("--decay c --milestones 3", 2, "--milestones are for --decay s"),
+    ("--da 1", 2, "--da 1 (Cutout) and --l"), ("--l 8", 2, "--da 1 (Cutout) and --l"),
     ("--loss ce --other", 2, "--other is for --loss st"),
     ("--resume none.pt --seed -1", 1, "none.pt: no such checkpoint"),
     ("--evaluate none.pt", 1, "none.pt: no such checkpoint"),
@@ -547,7 +548,7 @@ def test_every_flag_is_in_the_run(trained):
 @pytest.mark.parametrize("method, words", {
     "standard": "", "standard+ra": "--ra t", "hard": "--da 2", "soft": "--da 2 --loss st",
     "soft+ra": "--da 2 --loss st --ra 1", "weighted": "--da 2 --loss st --no-soften",
-    "cutout": "--da 1 --l 16", "soft --da 1": "--da 1 --loss st"}.items())
+    "cutout": "--da 1 --l 16", "soft --da 0": "--da 0 --loss st"}.items())
 def test_methods_are_short_for_flags(method, words):
     assert soft_aug.parse_args(["--method", *method.split()]) == soft_aug.parse_args(words.split())
 

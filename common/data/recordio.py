@@ -30,6 +30,14 @@ def pack(label: float, key: int, image: bytes, job: int = 0) -> bytes:
                      bytes(-length % 4)))
 
 
+def read_at(file, length: int, position: int) -> bytes:
+    """Return bytes of an unbuffered file; where there is pread, threads may share the file."""
+    if hasattr(os, "pread"):
+        return os.pread(file.fileno(), length, position)
+    file.seek(position)                                     # Windows: a process has its own file
+    return file.read(length)
+
+
 class RecordFile:
     """Random access to a .rec file by the number of a record (not by key): len, [i] -> (first
     label, encoded image), name(i); `classes` as make_recordio.py names them, or none."""
@@ -80,12 +88,12 @@ class RecordFile:
             self.file = open(self.path, "rb", buffering=0)
         part, position = 1, int(self.offsets[i])
         while part in (1, 2):
-            frame = os.pread(self.file.fileno(), FRAME.size, position)
+            frame = read_at(self.file, FRAME.size, position)
             if len(frame) < FRAME.size:
                 raise ValueError("truncated")
             magic, length = FRAME.unpack(frame)
             part, length = length >> 29, length & (1 << 29) - 1
-            data = os.pread(self.file.fileno(), length, position + FRAME.size)
+            data = read_at(self.file, length, position + FRAME.size)
             if magic != MAGIC or len(data) < length:
                 raise ValueError("truncated" if magic == MAGIC else "no magic number")
             yield struct.pack("<I", MAGIC) + data if part > 1 else data

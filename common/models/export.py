@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 import torchvision
 
-from common import checkpoint, flags, models, runtime
+from common import checkpoint, files, flags, models, runtime
 from common.errors import RunError
 from common.models.weights import CLASSIFIERS, TORCHVISION
 
@@ -74,7 +74,8 @@ def main(argv=None):
         what = f"{identity['arch']} as ONNX"
     else:
         state, what = with_torchvisions_names(state, identity["arch"], classes) or (state, what)
-        torch.save(state, words.out)
+        with files.whole(words.out) as new:
+            torch.save(state, new)
     print(f"{words.out}: {what}, {len(state)} tensors")
 
 

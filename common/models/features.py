@@ -42,6 +42,11 @@ class Backbone(nn.Module):
         self.train()
         self.channels, self.width = middle.shape[1], pooled.shape[1]
 
+    @property
+    def stages(self) -> list[nn.Module]:
+        """The stages of our own networks, where Grad-CAM looks for 'layerN.M'."""
+        return [] if self.after is None else [*self.before[1:], *self.after[:-1]]
+
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         if self.after is not None:
             middle = self.before(images)
