@@ -21,7 +21,7 @@ from common.corruptions import kind
 from common.data.images import reading
 from common.distributed import warn
 from common.errors import RunError
-from common.flags import positive
+from common.flags import picture, positive
 from common.run import NOT_TRAINING
 
 IGNORED = {*NOT_TRAINING, "seed", "job_name", "log_off"} - {"max_steps"}
@@ -221,7 +221,7 @@ def main(argv=None):
     add("--last", type=positive, default=5, metavar="N", help="evaluations of the median")
     add("--csv", type=Path, metavar="FILE", help="write the table there, too")
     add("--markdown", action="store_true", help="print the table as Markdown")
-    add("--picture", type=Path, default=Path("compare.png"), metavar="FILE.png")
+    add("--picture", type=picture, default="compare.png", metavar="FILE.png")
     args = parser.parse_args(argv)
     groups = find(args.runs, args.last)
     names = labels(groups)

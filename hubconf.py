@@ -165,6 +165,8 @@ class Mixer:
         draws, kind = generator or self.draws(), images.device.type
         if self.prob < 1 and torch.rand((), generator=draws, device="cpu") >= self.prob:
             return images, _ours("common.mixing").probabilities(labels, self.info.num_classes)
+        if self.method not in ("cutmix", "resizemix"):
+            _ours("common.mixing").check_floats(images)
         if self.method not in _NEED_MODEL:
             model = nn.Identity()
         elif model is None:

@@ -64,16 +64,13 @@ def resume(source: str, folder: Path) -> dict | None:
     if not source:
         raise RunError(f"{folder} already holds a run: --resume auto continues it, --job_name NAME "
                        "or another --root_dir begins a new one")
-    try:
-        return load(newest)
-    except RunError as fault:
-        if not previous.exists():
-            raise
-        state = load(previous)
+    path = newest_valid(folder) or newest
+    state = load(path)                                      # raises where neither is valid
+    if path == previous:
+        warn(f"{newest} is missing or damaged; going on from {previous}")
         if rank() == 0 and newest.exists():                 # else it would become the previous one
             os.replace(newest, folder / "checkpoint.damaged.pt")
-        warn(f"{fault}; going on from {previous}")
-        return state
+    return state
 
 
 def check_identity(state: dict, identity: dict):

@@ -48,7 +48,8 @@ class Parser(argparse.ArgumentParser):
         for word in message.split() if message.startswith("unrecognized") else ():
             near = difflib.get_close_matches(word.split("=")[0], self._option_string_actions, 1)
             message += f"; did you mean {near[0]}?" if near and word.startswith("--") else ""
-        print_once(f"usage: {self.prog} [flags]; --help lists them\n{self.prog}: error: {message}")
+        usage = self.usage % {"prog": self.prog}
+        print_once(f"usage: {usage}; --help lists them\n{self.prog}: error: {message}")
         sys.exit(2)
 
 
@@ -84,6 +85,13 @@ def path(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError("an empty string is no path")
     return os.path.expanduser(text)
+
+
+def picture(text: str) -> str:
+    """argparse type: the path of a picture to draw."""
+    if not path(text).lower().endswith((".png", ".pdf", ".svg", ".jpg", ".jpeg", ".webp")):
+        raise argparse.ArgumentTypeError(f"'{text}' is no name of a picture: FILE.png, .pdf, .svg")
+    return path(text)
 
 
 def folder(text: str) -> str:
@@ -142,7 +150,7 @@ def add_flags(parser, datasets, archs, names: dict, **defaults):
     add("weight_decay", "L2 penalty of the optimizer", type=amount)
     add("seed", "random seed" + " (-1: pick one)" * (defaults["seed"] == -1),
         type=number(int, low=-2**63, high=2**63 - 1))
-    add("workers", "threads that decode image files or run DALI", type=count)
+    add("workers", "threads (of torch's loader: processes) that decode or run DALI", type=count)
     add("print_freq", "steps between log lines", type=positive)
     add_run_time_flags(parser.add_argument_group("run time (the same in every main.py)"),
                        names.get("resume", ()))
@@ -161,9 +169,9 @@ def add_run_time_flags(group, resume):
     either = group.add_mutually_exclusive_group().add_argument
     either("--evaluate", nargs="?", const="auto", type=path, metavar="CHECKPOINT",
            help="evaluate and exit: this file, or --resume's, or the run's best.pt")
-    either("--preview", type=path, metavar="FILE.png",
+    either("--preview", type=picture, metavar="FILE.png",
            help="draw a mixed batch with its label shares (by --resume's network), and exit")
-    either("--cam", type=path, metavar="FILE.png", action=Cam,
+    either("--cam", type=picture, metavar="FILE.png", action=Cam,
            help="draw what --target_layer looks at (Grad-CAM) in test images, and exit")
     add("--target_layer", metavar="layerN.M", help="--cam: block M of stage N, or a module's "
         "name (default: the last with a feature map)")

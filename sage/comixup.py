@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.mixing import Draws, check_floats
+from common.mixing import Draws, check_floats, send
 from common.precision import full_precision
 from sage import graphcut, puzzlemix
 
@@ -248,8 +248,9 @@ def co_mix_batch(images: Tensor, targets: Tensor, saliency: Tensor, draws: CoMix
     parts of one size at once if `parallel`. `saliency` (B, H, W); `draws` of `draw_comix` with the
     same m_part; options as in `label_parts`."""
     at_once = len(images) // m_part * m_part if parallel else m_part
+    sent = [send(t, images.device) for t in (draws.prior, draws.labels0)]
     batch = [t.to(images.device, non_blocking=True).split(at_once or len(images))
-             for t in (images, targets, saliency, draws.prior, draws.labels0)]
+             for t in (images, targets, saliency, *sent)]
     results = []
     for together in zip(*batch, strict=True):
         image, target, sal, prior, labels0 = (

@@ -63,7 +63,7 @@ def parse_args(argv=None):
     add_boolean(add, "--log_off", False, "write no files")
     add = parser.add_argument_group("method").add_argument
     add("--method", choices=METHODS, help="(default: that of the older words below, else vanilla)")
-    add("--train", choices=["vanilla", *OLDER_WORDS, "sage"], help="older words for a method:")
+    add("--train", choices=["vanilla", *OLDER_WORDS, "sage"], help="--method's older name, with:")
     add_boolean(add, "--box", None, "CutMix")
     add_boolean(add, "--graph", None, "Puzzle Mix")
     add_boolean(add, "--comix", None, "Co-Mixup")
@@ -71,8 +71,8 @@ def parse_args(argv=None):
     add_boolean(add, "--in_batch", False, "a lambda an image (not of saliencymix and comix)")
     add("--prob_mix", type=share, default=1.0, help="fraction of the batch that is mixed")
     add("--mix_schedule", choices=["fixed", "scheduled", "delayed"], default="fixed",
-        help="--prob_mix from the start; growing up to an epoch; from that epoch on")
-    add("--mix_scheduled_epoch", type=positive, default=300, help="that epoch")
+        help="mix --prob_mix of each batch: always; a share that grows until an epoch; after it")
+    add("--mix_scheduled_epoch", type=positive, default=300, help="the epoch of --mix_schedule")
     add("--mp", type=count, default=8, help="threads of Puzzle Mix's graph cuts, 0: none")
     add("--solver", choices=["auto", "gco", "device"], default="auto", help="of puzzle and comix: "
         "gco on the CPU, or batched on the device (auto: gco for puzzle on a CPU, if installed)")

@@ -66,7 +66,7 @@ def parse_args(argv=None):
         help="how masks are enlarged; of several one is drawn each step")
     add("--dropout", type=share, default=0.1, help="of the MixBlock's values")
     add("--mask_adjust", type=share, default=0.0, help="probability that masks move to lambda")
-    add("--lam_margin", type=share, default=0.08, help="nearer to 0 or 1 branch q sees plain Mixup")
+    add("--lam_margin", type=share, default=0.08, help="this near to 0 or 1, q sees plain Mixup")
     add("--switch_off", type=share, default=0.0,
         help="probability, annealed to 0 by a cosine, that a step has mix_k's loss; 0: all steps")
     add_boolean(add, "--no_repeat", False, "no image is its own partner")
@@ -80,7 +80,7 @@ def parse_args(argv=None):
     add("--mix_k_weight", type=amount, default=1.0, help="of the MixBlock's loss through branch k")
     add("--mask_loss", type=amount, default=0.1, help="weight of the masks' loss")
     add("--mask_loss_kind", choices=mixblock.MASK_LOSSES, default="l1_variance",
-        help="distance of masks from lambda; variance: less twice that over all pixels")
+        help="l1, l2: distance of the masks' mean from lambda; variance: minus twice that of masks")
     add("--mask_margin", type=share, default=0.1, help="of lambda: mean masks are free within it")
     add_boolean(add, "--mask_anneal", True, "the masks' loss falls to 0 along a cosine")
 

@@ -43,7 +43,8 @@ STEPS = [
         "sage --update_ratio 0.7 --eval_mode")),
     *((*SOFT, flags) for flags in (
         "--da -1", "--da 1 --l 8", "--da 2 --loss st --amp fp16",
-        "--da 2 --loss st --rw sample --other", "--da 2 --loss sce --mixup", "--da 0 --loss fl --ra", "--da 2 --loss st --noise 0.5")),
+        "--da 2 --loss st --rw sample --other", "--da 2 --loss sce --mixup",
+        "--da 0 --loss fl --ra", "--da 2 --loss st --noise 0.5")),
     *((*RESIZE, flags) for flags in (
         "--cutout 8", "--cutmix_prob 1 --clip_grad 5", "--resizemix", "--resizemix --batch_aug",
         "--resizemix --amp fp16", "--randaugment", "--autoaugment")),

@@ -38,6 +38,11 @@ for method in {methods!r}:
         assert load("mixer", method=method, num_classes=10, seed=1, mean=(0.5,) * 3,
                     std=(0.5,) * 3)(images, hard, net)[1].allclose(targets), method
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items()), method
+    try:                                                    # of pixels, not normalised
+        mixer((images * 127 + 128).byte(), labels, net)
+        assert method in ("cutmix", "resizemix"), method
+    except TypeError as fault:
+        assert "images must be floating point" in str(fault), method
     grads = [p.grad for p in net.parameters()]
     assert torch.equal(grads[0], torch.ones_like(grads[0])) and not any(
         g is not None for g in grads[1:]), method

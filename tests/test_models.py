@@ -139,7 +139,8 @@ def test_image_sizes(name):
     assert len(shapes) == 1
 
 
-@pytest.mark.parametrize("names", models.NAMES.values(), ids=models.NAMES)
+@pytest.mark.parametrize("names", models.FAMILIES.values(),
+                         ids=[family.__name__ for family in models.FAMILIES])
 def test_every_name(names):
     with torch.device("meta"):
         for name in names:
@@ -230,7 +231,7 @@ def test_backbone(name, form, size, layer, middle, width, device):
         Backbone(network, 99, size)
 
 
-@pytest.mark.parametrize("name", models.NAMES["transformer"])
+@pytest.mark.parametrize("name", models.transformer.SPECS)
 def test_transformers_train(name, device):
     """Every weight learns; drop path grows to its probability, and draws in training only."""
     torch.manual_seed(0)

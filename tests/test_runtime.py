@@ -109,6 +109,10 @@ def test_every_program_has_the_common_flags(capsys):
         with pytest.raises(SystemExit):
             parser.parse_args(words)
         assert "an empty string is no path" in capsys.readouterr().err
+    for words in (["--preview", "out"], ["--cam", "out.abc"]):
+        with pytest.raises(SystemExit):
+            parser.parse_args(words)
+        assert "is no name of a picture" in capsys.readouterr().err
 
 
 def test_typos_get_the_flag_that_was_meant(capsys):

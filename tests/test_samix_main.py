@@ -505,7 +505,7 @@ def test_script_trains_on_two_ranks(sets, tmp_path):
     ("--head bce --label_smoothing 0.1", "--label_smoothing is of --head ce"),
     ("--mean 0.5 0.5 0.5", "--mean and --std: give both"),
     ("--optimizer adamw --nesterov", "--nesterov is of --optimizer sgd"),
-    ("--drop_path 0.1", "resnet18 cannot have"),
+    ("--drop_path 0.1", "resnet18 has no option 'drop_path'"),
     ("--layer 4", "no layer 4 before the last: there are 4"),
     ("--padding 16", "cannot be padded by 16 of their reflection"),
     ("--arch swin_t --image_size 32 --initial_channels 5", "swin_t cannot have"),

@@ -47,7 +47,7 @@ class Info:
 def load(name: str, data_dir: str, recipe: Recipe = USUAL, *, batch_size: int, device,
          seed: int = 0, loader: str = "auto", workers: int = 2, image_size: int | None = None,
          labels_per_class: int | None = None, valid_labels_per_class: int = 0,
-         val_split: float | None = None, drop_last: bool = False, channels_last: bool = False):
+         val_split: float | None = None, drop_last: bool = False):
     """Return training batches, test batches and Info of a data set. Raises DataError, RunError.
     Batches yield images (B, 3, H, W) float32, normalised, and labels (B,) int64, on `device`.
     batch_size: images of one step over all processes. val_split: share of each class to test on, of
@@ -60,7 +60,7 @@ def load(name: str, data_dir: str, recipe: Recipe = USUAL, *, batch_size: int, d
     if val_split and name not in ("folder", "imagenet"):
         raise RunError(f"--val_split is for --dataset folder and imagenet; {name} has test images")
     engine = {"batch_size": batch_size, "device": torch.device(device), "seed": seed,
-              "workers": max(1, workers), "drop_last": drop_last, "channels_last": channels_last}
+              "workers": max(1, workers), "drop_last": drop_last}
     if name in STREAMED:
         if labels_per_class or valid_labels_per_class:
             raise RunError(f"--(valid_)labels_per_class is for sets that fit in memory, not {name}")

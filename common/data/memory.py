@@ -19,14 +19,14 @@ class MemoryBatches:
     equally many steps of equal size. size: (height, width) of resized images."""
 
     def __init__(self, images, labels, recipe: Recipe, *, size, batch_size, device, seed=None,
-                 drop_last=False, loader="auto", workers=2, channels_last=False):
+                 drop_last=False, loader="auto", workers=2):
         filters = ("bilinear", "bicubic", "lanczos")[:2 if recipe.crop == "resized" else 3]
         recipe.check("a set in memory", crop=("padded", "resized"), resize=(None,),
                      color_jitter=(0,), test_crop=(None, "whole"), interpolation=filters,
                      padding_mode=("constant", "reflect"))
         self.recipe, self.batch_size, self.device, self.seed = recipe, batch_size, device, seed
-        self.channels_last, self.workers = channels_last, workers
         self.count, self.stored, self.size = len(labels), images.shape[1:3], size
+        self.workers = workers
         self.steps = -(-self.count // batch_size)
         if drop_last and self.count > batch_size:
             self.steps = self.count // batch_size
@@ -76,7 +76,7 @@ class MemoryBatches:
             if self.recipe.transform and not self.recipe.transform_first:
                 images = self.transformed(images, step)
             labels = self.labels[self.order[self.part(step)]].to(self.device, non_blocking=True)
-            yield normalise(images, self.recipe, self.channels_last), labels
+            yield normalise(images, self.recipe), labels
 
     def part(self, step: int) -> slice:
         """Return this rank's images of a step, as a slice of its draws of the epoch."""

@@ -69,12 +69,10 @@ def mean_std(info, device) -> tuple[torch.Tensor, torch.Tensor]:
     return _on_device(tuple(info.mean), tuple(info.std), device)[:2]
 
 
-def normalise(images: torch.Tensor, info, channels_last: bool = False) -> torch.Tensor:
-    """Return uint8 images (B, 3, H, W) as float32 in units of info.std, in that memory format."""
+def normalise(images: torch.Tensor, info) -> torch.Tensor:
+    """Return uint8 images (B, 3, H, W) as float32 in units of info.std, contiguous."""
     _, _, scale, shift = _on_device(tuple(info.mean), tuple(info.std), images.device)
-    images = images.contiguous(
-        memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-    return images.float().mul_(scale).sub_(shift)
+    return images.contiguous().float().mul_(scale).sub_(shift)
 
 
 def unnormalise(images: torch.Tensor, info) -> torch.Tensor:

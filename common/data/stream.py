@@ -30,7 +30,7 @@ class Stream:
 
     def __init__(self, data, recipe: Recipe, *, image_size: int, batch_size: int, device,
                  train: bool, seed: int = 0, rank: int = 0, world: int = 1, workers: int = 4,
-                 drop_last: bool = False, channels_last: bool = False):
+                 drop_last: bool = False):
         recipe.check("a streamed set", crop=("resized", "random", "centre"),
                      transform_first=(False,), resize=(None, "shorter", "square"),
                      test_crop=("centre", "whole"), interpolation=tuple(FILTERS))
@@ -45,7 +45,7 @@ class Stream:
         self.data, self.recipe, self.size = data, recipe, image_size
         self.device, self.batch_size = torch.device(device), batch_size // world
         self.seed, self.rank, self.world, self.workers = seed, rank, world, workers
-        self.train, self.channels_last, self.count = train, channels_last, len(data)
+        self.train, self.count = train, len(data)
         self.shard = range(self.count * rank // world, self.count * (rank + 1) // world)
         self.images = -(-self.count // world) if train else len(self.shard)     # of this rank
         if drop_last and train and self.images > self.batch_size:
@@ -87,11 +87,11 @@ class Stream:
     def finish(self, images: torch.Tensor, step: int) -> torch.Tensor:
         """Return the images of a step as the network sees them."""
         if images.dtype != torch.uint8:             # normalised by DALI
-            return images.permute(0, 3, 1, 2) if self.channels_last else images
+            return images
         if self.recipe.transform:
             generator = torch.Generator().manual_seed(self.number("transform", step, self.rank))
             images = self.recipe.transform(images, generator)
-        return normalise(images, self.recipe, self.channels_last)
+        return normalise(images, self.recipe)
 
     def item(self, i: int, read=decode):
         """Return (label, image) of item i as `read` decodes it. Raises DataError naming it."""
@@ -199,8 +199,8 @@ class DaliStream(Stream):
             return fn.crop_mirror_normalize(images, crop=square, mirror=mirror, dtype=types.UINT8,
                                             output_layout="CHW")
         return fn.crop_mirror_normalize(
-            images, crop=square, mirror=mirror, output_layout="HWC" if self.channels_last else
-            "CHW", mean=[255 * v for v in recipe.mean], std=[255 * v for v in recipe.std])
+            images, crop=square, mirror=mirror, output_layout="CHW",
+            mean=[255 * v for v in recipe.mean], std=[255 * v for v in recipe.std])
 
 
 class TorchStream(Stream):

@@ -62,6 +62,7 @@ def write_onnx(state: dict, identity: dict, args: dict, classes: int, path: Path
 def main(argv=None):
     """Write what the command line asks for, and print what it is."""
     parser = flags.Parser(__doc__)
+    parser.usage = "%(prog)s CHECKPOINT OUT"
     parser.add_argument("checkpoint", help="checkpoint.pt or best.pt of a run")
     parser.add_argument("out", type=Path, help="OUT.pth or OUT.onnx")
     words = parser.parse_args(argv)

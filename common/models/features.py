@@ -64,6 +64,8 @@ def build_backbone(name: str, image_size: int, layer: int, **options) -> Backbon
     form = image_size if image_size > 64 or name in ("deit_s", "swin_t") else 32
     try:
         return Backbone(models.build(name, 1000, form, **options), layer, image_size)
-    except (TypeError, ValueError, RuntimeError) as fault:
+    except TypeError as fault:                              # "… keyword argument 'drop_path'"
+        raise RunError(f"{name} has no option {str(fault).split()[-1]}") from None
+    except (ValueError, RuntimeError) as fault:
         raise RunError(f"{name} cannot have {options} on {image_size} pixels: "
                        f"{str(fault).splitlines()[0]}") from None

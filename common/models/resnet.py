@@ -9,25 +9,16 @@ from common.errors import RunError
 from common.models import parts
 from common.models.parts import Network, PreActBlock, conv, he_init, make_stages, norm_relu
 
-PREACT = {                     # bottleneck blocks?, blocks per stage
-    "preactresnet18": (False, (2, 2, 2, 2)),
-    "preactresnet34": (False, (3, 4, 6, 3)),
-    "preactresnet50": (True, (3, 4, 6, 3)),
-    "preactresnet101": (True, (3, 4, 23, 3)),
-    "preactresnet152": (True, (3, 8, 36, 3)),
-}
-POSTACT = {                    # block, blocks per stage, groups, width of a group
-    "resnet18": (BasicBlock, (2, 2, 2, 2), 1, 64),
-    "resnet34": (BasicBlock, (3, 4, 6, 3), 1, 64),
-    "resnet50": (Bottleneck, (3, 4, 6, 3), 1, 64),
-    "resnet101": (Bottleneck, (3, 4, 23, 3), 1, 64),
-    "resnet152": (Bottleneck, (3, 8, 36, 3), 1, 64),
-    "resnet200": (Bottleneck, (3, 24, 36, 3), 1, 64),
-    "resnext50_32x4d": (Bottleneck, (3, 4, 6, 3), 32, 4),
-    "resnext101_32x4d": (Bottleneck, (3, 4, 23, 3), 32, 4),
-    "resnext29_4_24": (Bottleneck, (3, 3, 3), 4, 24),
-    "resnext29_4_24_new": (Bottleneck, (3, 3, 3), 4, 24),    # SAGE's second name for the same
-}
+DEPTHS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3),
+          152: (3, 8, 36, 3)}           # blocks per stage
+PREACT = {f"preactresnet{n}": (n >= 50, depths) for n, depths in DEPTHS.items()}   # bottlenecks?
+POSTACT = {                             # block, blocks per stage, groups, width of a group
+    **{f"resnet{n}": (Bottleneck if n >= 50 else BasicBlock, depths, 1, 64)
+       for n, depths in (DEPTHS | {200: (3, 24, 36, 3)}).items()},
+    "resnext50_32x4d": (Bottleneck, DEPTHS[50], 32, 4),
+    "resnext101_32x4d": (Bottleneck, DEPTHS[101], 32, 4),
+    **dict.fromkeys(["resnext29_4_24", "resnext29_4_24_new"],       # SAGE has two names for it
+                    (Bottleneck, (3, 3, 3), 4, 24))}
 WIDE = {                       # depth, widening factor, biases?, momentum of the last norm
     "wrn16_8": (16, 8, True, 0.9),
     "wrn28_2": (28, 2, True, 0.9),

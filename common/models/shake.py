@@ -9,13 +9,9 @@ from torch import Tensor, nn
 from common.models.parts import Network, conv, he_init, make_stages, norm_relu, stem
 
 PYRAMID = {"pyramidnet272": (272, 200), "pyramid272": (272, 200)}   # depth; growth of the width
-SHAKE = {                      # width of the first stage's branches (64 initial channels), ResNeXt?
-    "shakeshake26_2x32d": (32, False),
-    "shakeshake26_2x64d": (64, False),
-    "shakeshake26_2x96d": (96, False),
-    "shakeshake26_2x112d": (112, False),
-    "shakeshake26_2x96d_next": (256, True),
-}
+# Width of the first stage's branches (64 initial channels), ResNeXt?
+SHAKE = {f"shakeshake26_2x{width}d": (width, False) for width in (32, 64, 96, 112)} | {
+    "shakeshake26_2x96d_next": (256, True)}
 
 
 class Scale(torch.autograd.Function):
