@@ -2,16 +2,12 @@
 """SAFuse (Sun and Dornaika 2024) and the superpixel methods before it, LGCOAMix and OcCaMix, in one
 program, with CutMix and plain training to compare them with.
 
-a CPU trial       python safuse/main.py --dataset digits --initial_channels 16 --epochs 12 \\
-                      --schedule step --milestones 6 10 --batch_size 100 --LR 0.05
-one GPU           python safuse/main.py --method safuse --dataset cifar100 --data_dir data
-eight GPUs        torchrun --nproc_per_node=8 safuse/main.py --method lgcoamix --dataset cub200 \\
-                      --data_dir data --arch resnet50 --batch_size 64
-two machines      torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d \\
-                      --rdzv_endpoint=HOST:29500 safuse/main.py --method lgcoamix \\
-                      --dataset cub200 --data_dir data --arch resnet50 --batch_size 64
-
---batch_size counts the images of a step over all processes."""
+CPU trial   python safuse/main.py --dataset digits --initial_channels 16 --epochs 12 \\
+                --schedule step --milestones 6 10 --batch_size 100 --LR 0.05
+one GPU     python safuse/main.py --method safuse --dataset cifar100 --data_dir data
+eight GPUs  torchrun --nproc_per_node=8 safuse/main.py --method lgcoamix --dataset cub200 …
+two nodes   torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d \\
+                --rdzv_endpoint=HOST:29500 safuse/main.py --method lgcoamix …"""
 import dataclasses
 import os
 import signal

@@ -2,16 +2,12 @@
 """SAGE (Ma et al., BMVC 2022) and the methods it is compared with, in one program:
 vanilla, input (Mixup), manifold, cutmix, saliencymix, puzzle, comix, sage.
 
-a CPU trial       python sage/main.py --dataset digits --method sage --rand_pos 0.01 \\
-                      --arch preactresnet18 --initial_channels 16 --epochs 16 --schedule 6 12
-one GPU           python sage/main.py --dataset cifar100 --method sage --rand_pos 0.01 --amp bf16
-eight GPUs        torchrun --nproc_per_node=8 sage/main.py --dataset cifar100 --method sage \\
-                      --rand_pos 0.01 --batch_size 104
-two machines      torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d \\
-                      --rdzv_endpoint=HOST:29500 sage/main.py --dataset cifar100 --method sage \\
-                      --rand_pos 0.01 --batch_size 112
-
---batch_size counts the images of a step over all processes, and is a multiple of their number."""
+CPU trial   python sage/main.py --dataset digits --method sage --rand_pos 0.01 \\
+                --arch preactresnet18 --initial_channels 16 --epochs 16 --schedule 6 12
+one GPU     python sage/main.py --dataset cifar100 --method sage --rand_pos 0.01 --amp bf16
+eight GPUs  torchrun --nproc_per_node=8 sage/main.py --method sage … --batch_size 104
+two nodes   torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d \\
+                --rdzv_endpoint=HOST:29500 sage/main.py --method sage … --batch_size 112"""
 import copy
 import signal
 import sys

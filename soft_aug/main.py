@@ -2,14 +2,12 @@
 """Soft Augmentation (Liu et al., CVPR 2023): the more an augmentation hides of an image, the less
 confidence its target puts in the label. Beside it the crops and losses it is compared with.
 
-a CPU trial       python soft_aug/main.py --dataset digits --initial_channels 16 --da 2 --loss st \\
-                      --crop 6 --epochs 12 --ft 2
-one GPU           python soft_aug/main.py --task cifar100 --da 2 --loss st --amp bf16
-eight GPUs        torchrun --nproc_per_node=8 soft_aug/main.py --task cifar100 --da 2 --loss st
-two machines      torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d \\
-                      --rdzv_endpoint=HOST:29500 soft_aug/main.py --task cifar100 --da 2 --loss st
-
---batch_size counts the images of a step over all processes."""
+CPU trial   python soft_aug/main.py --dataset digits --initial_channels 16 --da 2 --loss st \\
+                --crop 6 --epochs 12 --ft 2
+one GPU     python soft_aug/main.py --task cifar100 --da 2 --loss st --amp bf16
+eight GPUs  torchrun --nproc_per_node=8 soft_aug/main.py --task cifar100 --da 2 --loss st
+two nodes   torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d \\
+                --rdzv_endpoint=HOST:29500 soft_aug/main.py --task cifar100 …"""
 import copy
 import dataclasses
 import math
