@@ -28,7 +28,7 @@ from tests.pretend_cuda import CUDA, Mismatch, pretend_cuda
 SMALL = ("--device cuda --dataset digits --labels_per_class 4 --epochs 10 --initial_channels 16 "
          "--batch_size 20 --seed 3 ")
 SAGE = "sage.main", "--arch preactresnet18 --schedule 6 8 --method "
-SOFT = "soft_aug.main", "--arch resnet18 --l 8 "
+SOFT = "soft_aug.main", "--arch resnet18 "
 RESIZE = "resizemix.main", "--arch wresnet40_2 --config cifar100_wrs --cutout 0 --resizemix False "
 SAFUSE = "safuse.main", "--schedule step --cutmix_prob 1 --method "
 SAMIX = "samix.main", ("--lr 0.05 --block_lr 0.05 --min_lr 0 --block_min_lr 0 --arch resnet18 "
