@@ -5,7 +5,7 @@ import sys
 
 import numpy as np
 import pytest
-from bench import make_s20
+from bench import make_s20, write_tables
 from conftest import ROOT, SHARED
 
 from common.errors import RunError
@@ -79,3 +79,22 @@ def test_s20_of_a_file_that_is_not_there_downloads_nothing(tmp_path):
     with pytest.raises(RunError, match="nosuch.npz: No such file"):
         make_s20.main([str(tmp_path / "nosuch.npz"), str(tmp_path / "s20.npz")])
     assert not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------------------- write_tables.py
+
+def test_documents_show_what_the_committed_logs_say():
+    """RESULTS.md, README.md and the five papers' READMEs, by compare.py."""
+    found = write_tables.documents()
+    assert len(found) == 7
+    for path, text in found.items():
+        assert path.read_text() == text, path
+
+
+def test_a_readmes_row_by_hand():
+    plain = {"run": "sage: vanilla", "ECE": 20, "visible 47 %": 18, "FGSM 8/255": 3}
+    sage = {"run": "sage: sage", "seeds": 2, "accuracy": 71.23, "gain": 5.94, "gain spread": 0.66,
+            "ECE": 5.61, "visible 47 %": 25.3, "FGSM 8/255": 6.04}
+    rows = {row["run"]: row for row in ({"run": "safuse: baseline"}, plain, sage)}
+    assert write_tables.front_row("| SAGE | sage | 2 / 3 | ? | ? | 7 |", rows) == \
+        "| SAGE | sage | 2 / 3 | 2 | 71.2 | +5.9 ± 0.7 | 20.0 → 5.6 | 18.0 → 25.3 | 3.0 → 6.0 | 7 |"
