@@ -86,8 +86,9 @@ def find(folders: list[str], last: int) -> list[list]:
     found, left, groups = {}, [], {}
     for folder in map(Path, folders):
         paths = sorted(folder.glob("args.json")) or sorted(folder.rglob("args.json"))
-        if not paths:
-            raise RunError(f"{folder}: no run (a folder with args.json) there")
+        if not folder.is_dir():
+            raise RunError(f"{folder}: no such folder")
+        left += [str(folder)] * (not paths)
         found |= {path.resolve(): path.parent for path in paths}
     for folder in found.values():
         with reading(folder, "a run's args.json, log.csv, evaluation.csv of this version"):
@@ -99,9 +100,9 @@ def find(folders: list[str], last: int) -> list[list]:
         else:
             left.append(str(folder))
     if left and not groups:
-        raise RunError(f"no test accuracy yet in log.csv of {', '.join(left)}")
+        raise RunError(f"no run with a test accuracy in its log.csv: {', '.join(left)}")
     if left:
-        warn(f"left out, without a test accuracy in log.csv: {', '.join(left)}")
+        warn(f"left out, no run with a test accuracy in its log.csv: {', '.join(left)}")
     places = list(dict.fromkeys(key[0] for key in groups))
     return [groups[key] for key in sorted(groups, key=lambda key: (
         places.index(key[0]), not is_plain(groups[key][0].flags)))]
@@ -206,7 +207,7 @@ def draw(path: Path, groups: list[list], names: list[str]):
                               color=colour, alpha=0.15, linewidth=0)
     plots.frame(left, xlabel="epoch", ylabel="test accuracy, %")
     plots.frame(right, xlabel="visible fraction of the image, %", ylabel="test accuracy, %")
-    left.xaxis.get_major_locator().set_params(integer=True)
+    left.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower left", frameon=False,
                   fontsize=8, ncols=beside)
     plots.save_figure(figure, path)

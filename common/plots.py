@@ -48,7 +48,7 @@ def curves(path: Path, title: str, history: list[dict]):
                 axis.plot(list(points), list(points.values()), color=colour, linewidth=1.8,
                           label=part, marker="o" if len(points) < 3 else None, markersize=4)
         frame(axis, xlabel="epoch", title=heading)
-        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         axis.legend(frameon=False, fontsize=9)
     save_figure(figure, path)
 
@@ -56,8 +56,9 @@ def curves(path: Path, title: str, history: list[dict]):
 def shares(target: torch.Tensor, classes: list[str]) -> str:
     """Return 'cat 63 %\\ndog 37 %' of one soft target (num_classes,); of digits '4: 63 %'."""
     most = target.float().cpu().topk(min(3, len(target)))
-    names = [classes[i][:16] + ":" * classes[i][-1:].isdigit() for i in most.indices]
-    return "\n".join(f"{name} {100 * value:.0f} %" for name, value in
+    names = [classes[i] if len(classes[i]) < 15 else f"{classes[i][:13].rstrip()}…"
+             for i in most.indices]
+    return "\n".join(f"{name}{':' * name[-1:].isdigit()} {100 * value:.0f} %" for name, value in
                      zip(names, most.values, strict=True) if value >= 0.005)
 
 

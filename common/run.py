@@ -115,6 +115,8 @@ class Run:
         state = checkpoint.load(path)
         data = state["identity"].get("data")
         checkpoint.check_identity(state, self.identity | {"data": data})
+        if evaluate and data != self.info.fingerprint:
+            distributed.warn("these are not the data of the checkpoint's run")
         if evaluate and self.args.val_split and data != self.info.fingerprint:
             raise RunError("--val_split: data or parts are not those of the checkpoint's run; "
                            f"take its flags and --seed {state['args']['seed']}")
@@ -142,6 +144,10 @@ class Run:
                 distributed.warn(f"--start_epoch {start_epoch}, after {self.epoch} trained epochs")
             self.epoch, self.step, self.sums = start_epoch, 0, None
             self.history = [row for row in self.history if row["epoch"] < start_epoch]
+        others = self.args.max_steps or any(hasattr(self.args, name) for name in changed)
+        if state and self.epoch >= self.args.epochs and others:
+            raise RunError(f"{self.folder}: this run is done, by other flags: name another "
+                           "--job_name or --root_dir, or --evaluate it")
         self.stop, self.begun = runtime.StopSignal(), (time.perf_counter(), self.epoch)
         if self.keeps_files:
             runtime.traceback_folder = self.folder
@@ -276,9 +282,9 @@ class Run:
                           f"{row['seconds']:.0f} s", self.left(self.epoch + 1)]).rstrip()
 
     def left(self, done: int) -> str:
-        """Return the time that the rest of the run will take, '' where it is not known yet."""
+        """Return the time that the rest of the run will take, '' where that is not known."""
         start, first = self.begun
-        if done <= first:
+        if done <= first or self.args.max_steps:
             return ""
         seconds = (time.perf_counter() - start) / (done - first) * (self.args.epochs - done)
         return f"{tqdm.format_interval(seconds)} left"

@@ -268,11 +268,10 @@ def draw_preview(path, net, train, args, info, scaler):
     images, labels = next(iter(train))
     args = copy.copy(args)
     args.mixup_alpha = args.mixup_alpha if args.method == "comix" else 32.0
-    for step in range(30):          # until SaliencyMix, whose lambda is Beta(1, 1), mixes as well
-        generator = distributed.step_generator(args.seed, 0, step)
-        mixed = mix_batch(copy.deepcopy(net), images, labels, args, info, generator, scaler)
-        if args.method != "saliencymix" or mixed.targets.amax(1).median() < 0.7:
-            break
+    batches = (mix_batch(copy.deepcopy(net), images, labels, args, info,
+                         distributed.step_generator(args.seed, 0, step), scaler)
+               for step in range(30 if args.method == "saliencymix" else 1))    # of Beta(1, 1)
+    mixed = min(batches, key=lambda mixed: mixed.targets.amax(1).median())
     shown = mixed.images
     if mixed.hidden:                # drawn at the input; training mixes behind a drawn layer
         shown, _ = mixing.mixup(images, mixed.hidden["perm"], mixed.hidden["lam"])

@@ -232,7 +232,8 @@ def main(argv=None):
         run.end_epoch(row | timing, None, sums)
     run.finish(f"{METHODS[args.method]}, {args.arch} on {info.name} (accuracy: queries nearest to "
                "their own key)", draw_preview, net, train, args, info)
-    log(f"now: python samix/linear_probe.py --weights {run.folder / 'checkpoint.pt'}")
+    log(f"now: python samix/linear_probe.py --weights {run.folder / 'checkpoint.pt'} "
+        f"--data_dir {args.data_dir}")
     return net
 
 

@@ -7,6 +7,7 @@ import os
 import pickle
 import signal
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -305,6 +306,43 @@ def test_evaluation_of_another_shape_is_named(tmp_path):
     again.parts["model"] = torch.nn.Linear(2, 3)
     with pytest.raises(RunError, match="checkpoint's model does not fit this run's .size mismatch"):
         again.load_weights()
+
+
+def test_a_run_that_is_done_is_not_rewritten(tmp_path):
+    run = make_run(tmp_path, epochs=3, batch_size=10)
+    run.start()
+    run.epoch = 3
+    run.save()
+    facts = run.folder / "args.json"
+    before = facts.read_text()
+    fcntl.flock(run.lock, fcntl.LOCK_UN)
+    for flags in ({"batch_size": 20}, {"max_steps": 2}):
+        with pytest.raises(RunError, match="this run is done, by other flags: name another"):
+            make_run(tmp_path, resume="auto", **flags).start()
+        assert facts.read_text() == before
+    more = make_run(tmp_path, resume="auto", epochs=4)      # goes on
+    more.start()
+    assert not more.over
+
+
+def test_other_data_than_the_checkpoints_are_said(tmp_path, capsys):
+    run = make_run(tmp_path)
+    run.start()
+    run.save()
+    words = {"evaluate": str(run.folder / "checkpoint.pt")}
+    make_run(tmp_path, **words).load_weights()
+    assert "not the data" not in capsys.readouterr().err
+    again = make_run(tmp_path, **words)
+    again.info = SimpleNamespace(**vars(INFO) | {"fingerprint": "another"})
+    again.load_weights()
+    assert "these are not the data of the checkpoint's run" in capsys.readouterr().err
+
+
+def test_a_trial_forecasts_nothing(tmp_path):
+    for steps, words in ((None, "00:0"), (3, "")):
+        run = make_run(tmp_path, max_steps=steps)
+        run.begun = (time.perf_counter() - 1, 0)
+        assert run.left(1).startswith(words) and bool(run.left(1)) == bool(words)
 
 
 def test_a_file_that_fails_half_way_leaves_nothing(tmp_path):

@@ -78,8 +78,10 @@ def test_damaged_files_are_named_and_runs_without_accuracy_left_out(tmp_path, ca
             compared(tmp_path, good, bad)
         (bad / name).write_text(whole)
     (bad / "log.csv").write_text("epoch,train_loss,seconds\n1,2,3\n")      # self-supervised
-    assert len(compared(tmp_path, good, bad)) == 1
-    assert f"left out, without a test accuracy in log.csv: {bad}" in capsys.readouterr().err
+    (tmp_path / "probe").mkdir()                            # without args.json
+    assert len(compared(tmp_path, good, bad, tmp_path / "probe")) == 1
+    assert f"left out, no run with a test accuracy in its log.csv: {tmp_path / 'probe'}, {bad}" \
+        in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("program, plain, mixed", [
@@ -148,11 +150,11 @@ def test_what_is_no_run_or_differs_is_said(tmp_path, capsys, monkeypatch):
     make_run(tmp_path, "c", [10])
     (tmp_path / "c" / "log.csv").unlink()                   # in its first epoch
     compare.main([str(tmp_path)])
-    assert "left out, without a test accuracy in log.csv:" in capsys.readouterr().err
+    assert "left out, no run with a test accuracy in its log.csv:" in capsys.readouterr().err
     (tmp_path / "a" / "log.csv").write_text("epoch,seconds\n1,2\n")
-    with pytest.raises(RunError, match="no test accuracy yet in log.csv of .*a"):
+    with pytest.raises(RunError, match="no run with a test accuracy in its log.csv: .*a"):
         compare.main([str(tmp_path / "a")])
-    with pytest.raises(RunError, match="no: no run .a folder with args.json. there"):
+    with pytest.raises(RunError, match="no: no such folder"):
         compare.main([str(tmp_path / "no")])
 
 

@@ -492,7 +492,14 @@ def test_which_files_a_class_folder_holds(tmp_path, capsys):
     (cat / "linked").symlink_to(tmp_path / "elsewhere")
     shutil.rmtree(root / "test" / "dog")
     assert load("folder", root)[2].num_train == 7
-    assert "2 files are no images and left out" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "2 files are no images and left out" in said and "one class" not in said
+    (tmp_path / "deep").mkdir()
+    for part in ("train", "test"):
+        shutil.copytree(root / "train", tmp_path / "deep" / part / "images", symlinks=True,
+                        ignore=shutil.ignore_patterns("pipe.png"))
+    load("folder", tmp_path / "deep")
+    assert "one class, images; class folders lie directly in" in capsys.readouterr().err
     (root / "test" / "emu").mkdir()
     shutil.copy(cat / "0.png", root / "test" / "emu")
     for name in ("folder", "imagenet"):
@@ -506,6 +513,10 @@ def test_faults_of_npz_are_one_line(tmp_path, capsys):
         (tmp_path / f"{name}.npz").write_bytes(content)
         with pytest.raises(DataError, match="damaged, or not an .npz file of train_images"):
             load("npz", tmp_path / f"{name}.npz")
+    with pytest.raises(DataError, match="Is a directory"):
+        load("npz", tmp_path)
+    names = np.array([b"a", b"b", b"c", b"d"])
+    assert load("npz", save_npz(tmp_path / "n.npz", classes=names))[2].classes == [*"abcd"]
     for match, changes in (("uint8", {"train_images": np.uint8(3)}),
                            ("uint8", {"train_images": np.zeros((48, 0, 32, 3), np.uint8)}),
                            ("beyond the 1000", {"train_labels": np.array([0] * 47 + [2**62])})):

@@ -161,6 +161,8 @@ def test_soft_targets_chain(device):
     again = mixing.soft_targets(first, perm, torch.tensor(0.6), 5)
     torch.testing.assert_close(again, 0.6 * first + 0.4 * first[perm])
     assert again.dtype == torch.float32 and torch.allclose(again.sum(1), torch.ones(4).to(device))
+    whole = torch.eye(4, 5, device=device)
+    assert torch.equal(mixing.probabilities(whole.long(), 5), whole)        # of F.one_hot
     with pytest.raises(ValueError, match="not of 6 classes"):
         mixing.soft_targets(first, perm, torch.tensor(0.7), 6)
 

@@ -281,6 +281,16 @@ def test_previews_are_drawn(tmp_path, method):
     assert not (tmp_path / "r").exists()
 
 
+def test_saliencymix_shows_the_draw_that_mixes_most(tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(sage.plots, "preview", lambda path, title, rows, targets, info:
+                        shown.append(targets))
+    for seed in range(3):
+        sage.main([*SMALL, "--method", "saliencymix", "--preview", "a.png", "--seed", str(seed),
+                   "--root_dir", str(tmp_path)])
+    assert all(targets.amax(1).median() < 0.85 for targets in shown)
+
+
 @pytest.mark.parametrize("method", sage.METHODS)
 def test_images_need_not_be_square(tmp_path, method, capsys):
     rng = np.random.default_rng(0)

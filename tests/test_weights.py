@@ -246,6 +246,8 @@ def test_export_as_onnx(tmp_path, monkeypatch):
     export.main([checkpoint_of(large, "preactresnet18", tmp_path, pixels=64), "out.onnx"])
     images = torch.rand(2, 3, 64, 64)
     torch.testing.assert_close(seen[1](images), large(images))
+    with pytest.raises(SystemExit, match="2"):
+        export.main([words[0], words[0]])                   # would be the end of the checkpoint
     with pytest.raises(RunError, match="ONNX is for the networks of sage"):
         export.main([checkpoint_of(network.Network("resnet18", 7), "resnet18", tmp_path), "o.onnx"])
 

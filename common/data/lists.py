@@ -77,6 +77,8 @@ def list_classes(folder: Path, names: list[str] | None = None, allow_empty=False
         if odd:
             raise DataError(f"{folder / odd[0]}: a class that the training images lack")
         return {name: classes.get(name, []) for name in names}
+    if len(classes) == 1:
+        warn(f"{folder}: one class, {next(iter(classes))}; class folders lie directly in {folder}")
     empty = [name for name, files in classes.items() if not files]
     if empty and not allow_empty:
         raise DataError(f"{folder / empty[0]}: a class without images")

@@ -108,11 +108,12 @@ def read_cifar_archive(name: str, root: Path):
 def read_npz(file: Path):
     """Return an .npz of train_images, train_labels, test_images, test_labels (perhaps classes)."""
     with reading(file, f"an .npz file of {', '.join(ARRAYS)}"):
-        if file.is_file() and not zipfile.is_zipfile(file):     # which numpy takes for a pickle
+        file.open("rb").close()                                 # or is_zipfile hides the reason
+        if not zipfile.is_zipfile(file):                        # which numpy takes for a pickle
             raise ValueError("no zip archive")
         with np.load(file, allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in ARRAYS}
-            classes = [str(c) for c in stored["classes"]] if "classes" in stored else []
+            classes = stored["classes"].astype(str).tolist() if "classes" in stored else []
     splits = []
     for part in ("train", "test"):
         images, labels = arrays[f"{part}_images"], arrays[f"{part}_labels"]

@@ -55,7 +55,7 @@ def write_onnx(state: dict, identity: dict, args: dict, classes: int, path: Path
         raise RunError(f"{path}: ONNX is for the networks of sage, resizemix and soft_aug; write "
                        "a .pth") from None
     torch.onnx.export(network.eval(), (torch.zeros(2, 3, size, size),), path, dynamo=True,
-                      input_names=["images"], output_names=["logits"],
+                      external_data=False, input_names=["images"], output_names=["logits"],
                       dynamic_shapes=({0: torch.export.Dim("batch")},))
 
 
@@ -66,6 +66,8 @@ def main(argv=None):
     parser.add_argument("checkpoint", help="checkpoint.pt or best.pt of a run")
     parser.add_argument("out", type=Path, help="OUT.pth or OUT.onnx")
     words = parser.parse_args(argv)
+    if words.out.resolve() == Path(words.checkpoint).resolve():
+        parser.error("OUT is the checkpoint itself")
     saved = checkpoint.load(words.checkpoint)
     state, identity, args = saved["model"], saved["identity"], saved.get("args", {})
     classes = identity["classes"] + bool(args.get("other"))     # Soft Augmentation's
