@@ -18,6 +18,8 @@ from common.errors import RunError
     ("safuse.py --rounds 1 --rounds_step 1 --no_table --sizes 32 --initial_channels 16 --batch 4",
      "mixed / plain step"),
     ("samix.py --initial_channels 16 --batch_size 4 --rounds 1", "samix step"),
+    ("evaluation.py --arch resnet18 --initial_channels 16 --images 9 --batch_size 5 --rounds 1 "
+     "--threads 1", "resnet18, 9 images, 10 conditions"),
     ("hub.py --data digits --steps 2 --batch_size 8 --methods softcrop samix", "the same weights")])
 def test_benches_run(words, line, monkeypatch, capsys):
     script, *flags = words.split()
