@@ -60,8 +60,8 @@ def read(folder: Path, last: int) -> SimpleNamespace:
             numbers["mCE"] = 100 - mean(corrupted)
     if len(log) < flags["epochs"]:
         warn(f"{folder}: {len(log)} of {flags['epochs']} epochs")
-    drawn = any(flags.get(name) for name in ("val_split", "labels_per_class"))      # by the seed
-    data = str(facts.get("data" if drawn else "fingerprint"))
+    drawn = any(map(flags.get, ("val_split", "labels_per_class", "valid_labels_per_class")))
+    data = str(facts.get("data" if drawn else "fingerprint"))           # drawn by the seed
     name = next((Path(word).parent.name for word in facts["command"].split()
                  if word.endswith("main.py")), "")
     return SimpleNamespace(

@@ -146,8 +146,8 @@ class Run:
             self.history = [row for row in self.history if row["epoch"] < start_epoch]
         others = self.args.max_steps or any(hasattr(self.args, name) for name in changed)
         if state and self.epoch >= self.args.epochs and others:
-            raise RunError(f"{self.folder}: this run is done, by other flags: name another "
-                           "--job_name or --root_dir, or --evaluate it")
+            raise RunError(f"{self.folder}: this run is done; other flags or --max_steps need "
+                           "another --job_name or --root_dir")
         self.stop, self.begun = runtime.StopSignal(), (time.perf_counter(), self.epoch)
         if self.keeps_files:
             runtime.traceback_folder = self.folder

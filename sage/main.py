@@ -59,7 +59,7 @@ def parse_args(argv=None):
     add_boolean(add, "--log_off", False, "write no files")
     add = parser.add_argument_group("method").add_argument
     add("--method", choices=METHODS, help="(default: that of the older words below, else vanilla)")
-    add("--train", choices=["vanilla", *OLDER_WORDS, "sage"], help="--method's older name, with:")
+    add("--train", choices=["vanilla", *OLDER_WORDS, "sage"], help="older name of --method, like:")
     add_boolean(add, "--box", None, "CutMix")
     add_boolean(add, "--graph", None, "Puzzle Mix")
     add_boolean(add, "--comix", None, "Co-Mixup")
@@ -270,7 +270,7 @@ def draw_preview(path, net, train, args, info, scaler):
     args.mixup_alpha = args.mixup_alpha if args.method == "comix" else 32.0
     batches = (mix_batch(copy.deepcopy(net), images, labels, args, info,
                          distributed.step_generator(args.seed, 0, step), scaler)
-               for step in range(30 if args.method == "saliencymix" else 1))    # of Beta(1, 1)
+               for step in range(30 if args.method == "saliencymix" else 1))    # lambda: Beta(1, 1)
     mixed = min(batches, key=lambda mixed: mixed.targets.amax(1).median())
     shown = mixed.images
     if mixed.hidden:                # drawn at the input; training mixes behind a drawn layer

@@ -39,6 +39,8 @@ METHODS = {"standard": {"da": 0, "loss": "ce"}, "cutout": {"da": 1, "loss": "ce"
            "hard": {"da": 2, "loss": "ce"}, "soft": {"da": 2, "loss": "st"},
            "weighted": {"da": 2, "loss": "st", "no_soften": True}}
 METHODS |= {f"{name}+ra": values | {"ra": True} for name, values in METHODS.items()}
+TAGS = {"lr": "learning/lr", "train_loss": "Train/loss", "test_loss": "Test/Average loss",
+        "test_accuracy": "Test/Accuracy", "test_ece": "Test/ECE"}       # of the paper's program
 STATISTICS = {"cifar100": ((0.5070751592371323, 0.48654887331495095, 0.4409178433670343),
                            (0.2673342858792401, 0.2564384629170883, 0.27615047132568404))}
 
@@ -277,6 +279,18 @@ def draw_softening(path: Path, args, num_classes: int):
     plots.save_figure(figure, path)
 
 
+def write_events(run):
+    """Write the newest row under the tags of the paper's program, for TensorBoard."""
+    row = run.history[-1]
+    tags = {tag: row[name] for name, tag in TAGS.items() if name in row}
+    if "test_loss" in row:
+        for part in ("Test", "Train"):
+            tags[f"{part}/Best Average loss"] = min(run.column(f"{part.lower()}_loss"))
+            tags[f"{part}/Best Accuracy"] = max(run.column(f"{part.lower()}_accuracy"))
+    for tag, value in tags.items():
+        run.events.add_scalar(tag, value, row["epoch"] + 1)
+
+
 def main(argv=None):
     """Train, evaluate or draw as the flags say; return the network."""
     args = parse_args(argv)
@@ -324,6 +338,8 @@ def main(argv=None):
         if last or run.epoch % args.eval_every == 0:
             row |= evaluation.columns(evaluation.evaluate(net, test, args, info))
         run.end_epoch(row | timing, row.get("test_accuracy"), sums)
+        if run.events:
+            write_events(run)
 
     evaluation.report(net, test, args, info, run)
     if args.da == 2 and run.writes:

@@ -317,7 +317,7 @@ def test_a_run_that_is_done_is_not_rewritten(tmp_path):
     before = facts.read_text()
     fcntl.flock(run.lock, fcntl.LOCK_UN)
     for flags in ({"batch_size": 20}, {"max_steps": 2}):
-        with pytest.raises(RunError, match="this run is done, by other flags: name another"):
+        with pytest.raises(RunError, match="this run is done; other flags or --max_steps need"):
             make_run(tmp_path, resume="auto", **flags).start()
         assert facts.read_text() == before
     more = make_run(tmp_path, resume="auto", epochs=4)      # goes on

@@ -67,6 +67,14 @@ def test_what_is_no_seed_is_another_line(tmp_path):
     assert any("data g" in name for name in rows) and any("amp bf16" in name for name in rows)
 
 
+@pytest.mark.parametrize("flag", ["val_split", "labels_per_class", "valid_labels_per_class"])
+def test_subsets_that_seeds_draw_are_one_line(tmp_path, flag):
+    runs = [Path(make_run(tmp_path, str(seed), [50], seed=seed, **{flag: 1})) for seed in (1, 2)]
+    facts = (runs[1] / "args.json").read_text()
+    (runs[1] / "args.json").write_text(facts.replace('"fingerprint": "f"', '"fingerprint": "g"'))
+    assert [row["seeds"] for row in compared(tmp_path, *runs).values()] == ["2"]
+
+
 def test_damaged_files_are_named_and_runs_without_accuracy_left_out(tmp_path, capsys):
     good, bad = Path(make_run(tmp_path, "a", [10])), Path(make_run(tmp_path, "b", [20], method="x"))
     for name, content in (("log.csv", "epoch,test_accuracy,seconds\n1,10"), ("args.json", "{}"),

@@ -134,11 +134,14 @@ def test_the_logs_follow_the_schedule(tmp_path, no_pictures):
     assert [row["lr"] for row in rows] == pytest.approx(rates, rel=1e-4)    # of their last steps
     events = EventAccumulator(str(folder / "tensorboard")).Reload()
     logged = {tag: [event.value for event in events.Scalars(tag)]
-              for tag in ("lr", "train_loss", "test_accuracy", "test_ece")}
-    assert logged["lr"] == pytest.approx(rates, rel=1e-4)
-    assert len(logged["train_loss"]) == 7 and len(logged["test_ece"]) == 3
+              for tag in ("learning/lr", "Train/loss", "Test/Average loss", "Test/Accuracy",
+                          "Test/ECE", "Test/Best Accuracy", "Test/Best Average loss",
+                          "Train/Best Accuracy", "Train/Best Average loss")}
+    assert logged["learning/lr"] == pytest.approx(rates, rel=1e-4)
+    assert len(logged["Train/loss"]) == 7 and len(logged["Test/ECE"]) == 3
     tested = [row["test_accuracy"] for row in rows if "test_accuracy" in row]
-    assert logged["test_accuracy"] == pytest.approx(tested, rel=1e-4)
+    assert logged["Test/Best Accuracy"] == pytest.approx(
+        [max(tested[:i]) for i in (1, 2, 3)], rel=1e-4)
     assert checkpoint.load(folder / "best.pt")["accuracy"] == pytest.approx(max(tested), rel=1e-4)
 
 
