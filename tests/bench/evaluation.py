@@ -42,7 +42,7 @@ def main(argv=None):
                for part in torch.arange(args.images).split(args.batch_size)]
     names, outputs = evaluation.conditions(net, info)
 
-    def bare():
+    def bare(batches):
         for images, labels in batches:
             leaf = images.clone().requires_grad_()
             torch.autograd.grad(F.cross_entropy(net(leaf), labels), leaf)
@@ -56,13 +56,16 @@ def main(argv=None):
         torch.cuda.synchronize()
         return time.perf_counter()
 
-    seconds = {"bare": [], "evaluation": []}
-    for _ in range(args.rounds):
-        for name, run in (("bare", bare), ("evaluation", lambda: evaluation.measure(
-                net, batches, flags, info, names, outputs))):
+    def measured(batches):
+        evaluation.measure(net, batches, flags, info, names, outputs)
+
+    seconds = {bare: [], measured: []}
+    for number in range(args.rounds + 1):
+        for run in seconds:
             start = clock()
-            run()
-            seconds[name].append(clock() - start)
+            run(batches if number else batches[:1])         # the first round warms up
+            if number:
+                seconds[run].append(clock() - start)
     bare_time, whole = (min(times) for times in seconds.values())
     print(f"{args.arch}, {args.images} images, {len(names)} conditions, {device}: passes "
           f"{bare_time:.1f} s, evaluation {whole:.1f} s: {whole / bare_time:.3f} times")
