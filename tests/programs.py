@@ -1,10 +1,13 @@
 """A paper's main.py run as users run it, made small by a few flags; comparisons."""
+import contextlib
 import os
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
+import time
 
 import pytest
 import torch
@@ -63,17 +66,30 @@ dist.destroy_process_group()
 
 
 def two_processes(*command) -> str:
-    """Run a python command as torchrun would, in two processes; return what the first printed."""
+    """Run a python command as torchrun would, in two processes; return what the first printed. When
+    one fails, or both take 300 seconds, all that they printed is the error."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    ranks = [subprocess.Popen(
-        [sys.executable, *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        text=True, cwd=ROOT, env=os.environ | {
-            "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}) for rank in "01"]
-    printed = [rank.communicate(timeout=600)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], printed
+    with contextlib.ExitStack() as files:
+        outputs = [files.enter_context(tempfile.TemporaryFile("w+")) for _ in "01"]
+        ranks = [subprocess.Popen(
+            [sys.executable, *map(str, command)], stdout=output, stderr=output, cwd=ROOT,
+            env=os.environ | {
+                "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "PYTHONFAULTHANDLER": "1"})
+            for rank, output in zip("01", outputs, strict=True)]
+        end = time.monotonic() + 300
+        while {rank.poll() for rank in ranks} in ({None}, {None, 0}) and time.monotonic() < end:
+            time.sleep(0.1)
+        for rank in ranks:                  # one that still waits prints where it stands
+            if rank.poll() is None:
+                rank.send_signal(signal.SIGABRT)
+            rank.wait()
+        for output in outputs:
+            output.seek(0)
+        printed = [output.read() for output in outputs]
+    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(printed)
     return printed[0]
 
 

@@ -13,6 +13,8 @@ from common.errors import RunError
 
 @pytest.mark.parametrize("words, line", [
     ("sage.py --initial_channels 16 --batch_size 20 --rounds 1 --methods sage comix", "comix"),
+    ("sage.py --loop --dataset npz --data_dir few.npz --initial_channels 16 --batch_size 5 "
+     "--rounds 1", "epoch / bare step"),
     ("resizemix.py mixing --repeats 1", "0.45"),
     ("soft_aug.py --batch_size 8 --repeats 1", "RandAugment"),
     ("safuse.py --rounds 1 --rounds_step 1 --no_table --sizes 32 --initial_channels 16 --batch 4",
@@ -21,8 +23,12 @@ from common.errors import RunError
     ("evaluation.py --arch resnet18 --initial_channels 16 --images 9 --batch_size 5 --rounds 1 "
      "--threads 1", "resnet18, 9 images, 10 conditions"),
     ("hub.py --data digits --steps 2 --batch_size 8 --methods softcrop samix", "the same weights")])
-def test_benches_run(words, line, monkeypatch, capsys):
+def test_benches_run(words, line, monkeypatch, capsys, tmp_path):
     script, *flags = words.split()
+    monkeypatch.chdir(tmp_path)
+    images, labels = np.zeros((10, 32, 32, 3), np.uint8), np.arange(10) % 2
+    np.savez("few.npz", train_images=images, train_labels=labels, test_images=images,
+             test_labels=labels)
     monkeypatch.setattr(sys, "argv", [script, *flags])
     try:
         runpy.run_path(str(ROOT / "tests" / "bench" / script), run_name="__main__")

@@ -3,7 +3,7 @@
 
     python tests/bench/sage.py                                  # batch 100, 32×32, PreActResNet-18
     python tests/bench/sage.py --amp bf16 --batch_size 512 --device cuda
-    python tests/bench/sage.py --loader_only                    # images a second of the loaders
+    python tests/bench/sage.py --loop                           # what the loop around a step costs
 
 Methods take turns round by round, so that what else the machine does weighs on all alike; printed
 are the median step and the mean mixing time (Puzzle Mix's depends on the drawn number of blocks).
@@ -11,6 +11,7 @@ Mixing alone is what the step does beside its forward and
 backward passes: saliency from a gradient, search, graph cuts, blending, targets.
 """
 import argparse
+import contextlib
 import statistics
 import sys
 import time
@@ -21,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 
 from common import data, distributed, models, runtime
+from common.run import Run
 from sage import main as sage
 
 
@@ -36,19 +38,24 @@ def timed(device, function, *args) -> float:
     return clock(device) - start
 
 
-def loaders(args, device):
-    """Images per second of one epoch of flipped, cropped, normalised batches."""
-    for loader in ("torch", "dali"):
-        try:
-            train, _, info = data.load(args.dataset, args.data_dir, batch_size=args.batch_size,
-                                       device=device, loader=loader)
-            rates = []
-            for epoch in range(3):
-                train.set_epoch(epoch)
-                rates.append(info.num_train / timed(device, list, (None for _ in train)))
-            print(f"loader {loader}: {max(rates):,.0f} images/s")
-        except ImportError as fault:
-            print(f"loader {loader}: not installed ({fault})")
+def loop(rounds, step, train, net, optimizer, scaler, args, info, device):
+    """Per step: the loaders alone, the bare step over and over, and main.py's epochs around it."""
+    run = Run(args, device, info, ["loop"], model=net, optimizer=optimizer, scaler=scaler)
+    run.start()
+    batches = {"torch": train}
+    with contextlib.suppress(ImportError):
+        batches["dali"] = data.load(args.dataset, args.data_dir, batch_size=args.batch_size,
+                                    device=device, loader="dali")[0]
+    work = {f"loader {name}": lambda one=one: [None for _ in one] for name, one in batches.items()}
+    work["bare step"] = lambda: [step(args, number) for number in range(len(train))]
+    work["epoch"] = lambda: sage.train_one_epoch(net, net, train, optimizer, scaler, args, info,
+                                                 run)
+    for number in range(rounds + 1):
+        run.step = 0
+        times = {name: 1e3 * timed(device, one) / len(train) for name, one in work.items()}
+        if number:                              # the first round warms up
+            print(", ".join(f"{name} {time:.2f} ms" for name, time in times.items())
+                  + f"; epoch / bare step {times['epoch'] / times['bare step']:.3f}")
 
 
 def main():
@@ -63,7 +70,7 @@ def main():
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--amp", choices=["off", "bf16", "fp16"], default="off")
     parser.add_argument("--solver", choices=["auto", "gco", "device"], default="auto")
-    parser.add_argument("--loader_only", action="store_true")
+    parser.add_argument("--loop", action="store_true")
     own = parser.parse_args()
     flags = ("--dataset", own.dataset, "--data_dir", own.data_dir, "--arch", own.arch, "--device",
              own.device, "--amp", own.amp, "--solver", own.solver, "--batch_size",
@@ -72,8 +79,6 @@ def main():
     parsed = {method: sage.parse_args([*flags, "--method", method]) for method in own.methods}
     args = parsed.setdefault("vanilla", sage.parse_args([*flags, "--method", "vanilla"]))
     device = runtime.setup(args)
-    if own.loader_only:
-        return loaders(own, device)
 
     train, _, info = data.load(args.dataset, args.data_dir, batch_size=args.batch_size,
                                device=device)
@@ -90,6 +95,9 @@ def main():
         scaler.step(optimizer)
         scaler.update()
 
+    if own.loop:
+        args.log_off = True
+        return loop(own.rounds, step, train, net, optimizer, scaler, args, info, device)
     gradients = {}                              # real ones, of the network as it is at the start
     for method, args in parsed.items():
         gradients[method] = sage.saliency_gradient(net, images, labels, args, scaler, 1.0).detach()
