@@ -1,5 +1,6 @@
 """A run: its folder, resume, the epoch's steps and their sums, log lines."""
 import csv
+import dataclasses
 import json
 import math
 import os
@@ -103,8 +104,9 @@ class Run:
         if args.corruptions:
             corruptions.find(args.corruptions, info)                # now, not after the training
 
-    def load_weights(self) -> Path | None:
-        """Load weights of --evaluate (auto: --resume's or best.pt) or --resume; return the file."""
+    def load_weights(self, *loaders) -> Path | None:
+        """Load weights of --evaluate (auto: --resume's or best.pt) or --resume; return the file.
+        Its run's mean and standard deviation of pixels replace those of info and `loaders`."""
         evaluate, path = self.args.evaluate, self.args.resume
         if path == "auto":
             path = checkpoint.newest_valid(self.folder)
@@ -121,6 +123,11 @@ class Run:
             raise RunError("--val_split: data or parts are not those of the checkpoint's run; "
                            f"take its flags and --seed {state['args']['seed']}")
         checkpoint.load_part("model", self.parts["model"], state)
+        if found := state["args"].get("statistics"):
+            self.info.mean, self.info.std = found
+            for loader in loaders:
+                loader.recipe = dataclasses.replace(loader.recipe, mean=self.info.mean,
+                                                    std=self.info.std)
         # between epochs the counter is at the next one
         log(f"checkpoint: {path}, epoch {state['epoch'] + (state.get('step') != 0)}")
         return Path(path)
@@ -169,6 +176,7 @@ class Run:
         """Return the flags, and what else a run's exact numbers depend on."""
         return vars(self.args) | {
             "pixels": self.info.image_size, "hardware": self.device.type,
+            "statistics": (tuple(self.info.mean), tuple(self.info.std)),
             "processes": distributed.world(),
             "threads": torch.get_num_threads() if self.device.type == "cpu" else None}
 

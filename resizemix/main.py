@@ -267,7 +267,7 @@ def main(argv=None):
     run = Run(args, device, info, [method_name(args)], model=net, optimizer=optimizer,
               scaler=scaler)
     if args.evaluate or args.preview:
-        checkpoint = run.load_weights() or load_pretrained(net, args)
+        checkpoint = run.load_weights(train, test) or load_pretrained(net, args)
         if args.evaluate:
             evaluation.report(judged, test, args, info, run, checkpoint)
         elif distributed.rank() == 0:

@@ -287,7 +287,7 @@ def main(argv=None):
     run = Run(args, device, info, [args.method], {"method": args.method}, model=net,
               optimizer=optimizer, scaler=scaler)
     if args.evaluate or args.preview:
-        checkpoint = run.load_weights() or load_pretrained(net.encoder, args)
+        checkpoint = run.load_weights(train, test) or load_pretrained(net.encoder, args)
         if args.evaluate:
             report(net, test, args, info, run, checkpoint)
         elif distributed.rank() == 0:

@@ -233,15 +233,6 @@ def blend(images: Tensor, targets: Tensor, labels: Tensor) -> tuple[Tensor, Tens
         return mixed, shares @ targets.float()
 
 
-def co_mix(images: Tensor, targets: Tensor, cost: Tensor, compatibility: Tensor, prior: Tensor,
-           labels0: Tensor, **options) -> tuple[Tensor, Tensor]:
-    """Return mixed images (B, C, H, W), soft targets (B, classes) of a part; see `label_parts`."""
-    terms = (t.to(images.device, non_blocking=True)[None]
-             for t in (cost, compatibility, prior, labels0))
-    mixed, soft = blend(images[None], targets[None], label_parts(*terms, **options))
-    return mixed[0], soft[0]
-
-
 def co_mix_batch(images: Tensor, targets: Tensor, saliency: Tensor, draws: CoMixDraws, *,
                  m_part: int = 20, omega: float = 0.001, parallel: bool = True, **options) -> tuple:
     """Return images (B, C, H, W) and targets (B, classes) mixed in parts of `m_part` images, all

@@ -302,7 +302,7 @@ def main(argv=None):
     run = Run(args, device, info, [args.method, f"job{args.job_id}" * (args.job_id > 0)],
               model=net, optimizer=optimizer, scaler=scaler)
     if args.evaluate or args.preview:
-        checkpoint = run.load_weights() or load_pretrained(net, args)
+        checkpoint = run.load_weights(train, test) or load_pretrained(net, args)
         if args.evaluate:
             evaluation.report(net, test, args, info, run, checkpoint)
         elif distributed.rank() == 0:

@@ -310,7 +310,7 @@ def main(argv=None):
     run = Run(args, device, info, [args.method], {"method": args.method},
               model=net, optimizer=optimizer, scaler=scaler)
     if args.evaluate or args.preview:
-        checkpoint = run.load_weights() or load_pretrained(net, args)
+        checkpoint = run.load_weights(train, test) or load_pretrained(net, args)
         if args.evaluate:
             for name, result in {} if args.cam else measure(net, test, args, info).items():
                 log(f"{name}: {evaluation.sentence(result)}")

@@ -218,7 +218,7 @@ def main(argv=None):
     run = Run(args, device, info, [args.method, "pretrained"], identity,
               model=net, queue=queue, optimizer=optimizer, scaler=scaler)
     if args.preview:
-        trained = run.load_weights() is not None
+        trained = run.load_weights(train) is not None
         if distributed.rank() == 0:
             log(f"mixed images: {draw_preview(args.preview, net, train, args, info, trained)}")
         return net

@@ -320,7 +320,7 @@ def main(argv=None):
     run = Run(args, device, info, run_name(args), {"other": args.other}, model=net,
               optimizer=optimizer, scaler=scaler)
     if args.evaluate or args.preview:
-        weights = run.load_weights() or load_pretrained(net, args)
+        weights = run.load_weights(train, test) or load_pretrained(net, args)
         if args.evaluate:
             evaluation.report(net, test, args, info, run, weights)
         elif distributed.rank() == 0:

@@ -19,7 +19,8 @@ from common.errors import RunError
 from common.run import Run, StepSums
 
 CPU = torch.device("cpu")
-INFO = SimpleNamespace(name="set", num_classes=2, fingerprint="0", image_size=8)
+INFO = SimpleNamespace(name="set", num_classes=2, fingerprint="0", image_size=8, mean=(0.5,) * 3,
+                       std=(0.2,) * 3)
 
 
 def state(value):

@@ -14,6 +14,7 @@ from torch import nn
 
 from common import corruptions, evaluation, gradcam, models
 from common.errors import DataError, RunError
+from safuse import main as safuse
 from sage import main as sage
 
 ALL = SimpleNamespace(amp="off", max_steps=None, cam="", corruptions=None, batch_size=7)
@@ -151,6 +152,31 @@ def test_report_writes_every_condition(tmp_path, capsys):
     report(net, in_batches(images, labels), info, tmp_path, tmp_path / "best.pt", max_steps=1)
     assert rows_of(tmp_path / "best_evaluation.csv")["clean"]["count"] == 5
     assert (tmp_path / "best_evaluation.png").exists()
+
+
+def test_other_data_are_normalised_as_the_run_s(tmp_path):
+    """The same test images beside darker training images, and --normalise forgotten."""
+    draw = np.random.default_rng(0)
+    labels = np.arange(40) % 4
+    images = draw.integers(0, 100, (40, 32, 32, 3), np.uint8) + np.uint8(30) * (
+        labels[:, None, None, None] == 1)
+    for name, factor in (("own", 1), ("other", 3)):
+        np.savez(tmp_path / f"{name}.npz", train_images=images // factor, train_labels=labels,
+                 test_images=images, test_labels=labels)
+    words = "--dataset npz --initial_channels 16 --device cpu --batch_size 20 --epochs 1".split()
+    for program, own, forgotten in (
+            (sage, "--schedule 9 --gammas 1 --arch resnet18", ""),
+            (safuse, "--method baseline", "--normalise True")):
+        root = tmp_path / program.__name__
+        own = [*words, *own.split()]
+        program.main([*own, *forgotten.split(), "--data_dir", str(tmp_path / "own.npz"),
+                      "--root_dir", str(root)])
+        folder, = root.iterdir()
+        wanted = rows_of(folder / "evaluation.csv")
+        for data in ("other", "own"):
+            program.main([*own, "--data_dir", str(tmp_path / f"{data}.npz"), "--evaluate",
+                          str(folder / "checkpoint.pt")])
+            assert rows_of(folder / "checkpoint_evaluation.csv") == wanted
 
 
 def test_two_ranks_report_what_one_does(tmp_path):

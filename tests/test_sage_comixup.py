@@ -7,8 +7,8 @@ from conftest import Golden, golden_cases
 
 from sage import comixup
 from sage.comixup import (
+    blend,
     block_masks,
-    co_mix,
     co_mix_batch,
     cost_and_compatibility,
     draw_comix,
@@ -25,6 +25,13 @@ def options(case):
 
 def part(case, device):
     return [case.tensor(name, device) for name in ("cost_in", "A", "dirichlet", "init_idx")]
+
+
+def co_mix(images, targets, *terms, **options):
+    """One part of a batch, as co_mix_batch mixes many."""
+    terms = (term.to(images.device)[None] for term in terms)
+    mixed, soft = blend(images[None], targets[None], label_parts(*terms, **options))
+    return mixed[0], soft[0]
 
 
 def objective(labels: torch.Tensor, cost: torch.Tensor, *, beta: float = 0.32, gamma: float = 1.0,
