@@ -67,8 +67,9 @@ def read(folder: Path, last: int) -> SimpleNamespace:
     return SimpleNamespace(
         folder=folder, flags=flags | {"data": data}, seed=flags["seed"], curve=curve,
         visible=visible, numbers=numbers, name=name, base=(name, data, flags.get("arch")),
-        facts={"data": data, "precision": flags["amp"], "torch": facts["torch"],
-               "epochs": flags["epochs"], "batch_size": flags.get("batch_size"),
+        facts={"data": data, "precision": flags["amp"] + ", TF32" * facts.get("tf32", False),
+               "torch": facts["torch"], "epochs": flags["epochs"],
+               "batch_size": flags.get("batch_size"),
                "device": facts["gpu"] or f"CPU, {facts['threads']} threads"})
 
 

@@ -160,7 +160,8 @@ def add_run_time_flags(group, resume):
     """Add the flags of the machine, of resume, evaluation and pictures; resume: its other names."""
     add = group.add_argument
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: a GPU, if any")
-    add("--amp", choices=["off", "bf16", "fp16"], default="off", help="autocast; fp16 needs a GPU")
+    add("--amp", choices=["off", "bf16", "fp16"], default="off", help="autocast; off: fp32, on "
+        "GPUs with TF32, unless NVIDIA_TF32_OVERRIDE=0; fp16 needs a GPU")
     add_boolean(add, "--compile", False, "torch.compile the network and the mixing")
     add_boolean(add, "--channels_last", True, "memory format of the network (faster)")
     add("--loader", choices=["auto", "dali", "torch"], default="auto", help="auto: the faster")

@@ -47,7 +47,7 @@ def setup(args) -> torch.device:
     name = torch.cuda.get_device_name(device) if on_gpu else \
         f"CPU, {torch.get_num_threads()} threads"
     log(f"device: {name}" + f", {world()} processes" * (world() > 1)
-        + f"; precision {'fp32' if args.amp == 'off' else args.amp}"
+        + f"; precision {'fp32' if args.amp == 'off' else args.amp}" + ", TF32" * has_tf32(device)
         + " (no GPU found)" * (not on_gpu and args.device != "cpu"))
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     bf16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported() \
@@ -81,6 +81,11 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
+def has_tf32(device: torch.device) -> bool:
+    """Return whether fp32 products and convolutions there are TF32's: 10 bits of mantissa."""
+    return device.type == "cuda" and os.environ.get("NVIDIA_TF32_OVERRIDE") != "0"
+
+
 def facts(device: torch.device) -> dict:
     """Return what a run notes of its machine and versions."""
     git = "git describe --always --dirty=+ --exclude='*'"
@@ -88,8 +93,9 @@ def facts(device: torch.device) -> dict:
                             text=True).stdout.strip()       # '' without git
     return {"device": str(device), "processes": world(), "commit": commit,
             "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
-            "threads": torch.get_num_threads(), "python": platform.python_version(),
-            "torch": torch.__version__, "torchvision": torchvision.__version__}
+            "tf32": has_tf32(device), "threads": torch.get_num_threads(),
+            "python": platform.python_version(), "torch": torch.__version__,
+            "torchvision": torchvision.__version__}
 
 
 def use_gpus(count: int):

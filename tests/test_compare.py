@@ -24,7 +24,7 @@ def make_run(root, name, accuracies, program="sage", evaluation=True, **flags):
             "data_dir": name, "milestones": [1, 2]} | flags
     (folder / "args.json").write_text(json.dumps(
         {"args": args, "command": f"python {program}/main.py", "gpu": None, "threads": 1,
-         "data": "d", "fingerprint": "f", "torch": "2"}))
+         "tf32": name == "tf32", "data": "d", "fingerprint": "f", "torch": "2"}))
     (folder / "log.csv").write_text("epoch,test_accuracy,seconds\n" + "".join(
         f"{n + 1},{value},{n + 1}\n" for n, value in enumerate(accuracies)))
     if evaluation:
@@ -150,10 +150,10 @@ def test_table_and_picture_by_hand(tmp_path, capsys):
 def test_what_is_no_run_or_differs_is_said(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make_run(tmp_path, "a", [10, 20], epochs=3)
-    make_run(tmp_path, "b", [10, 20, 30], method="sage", amp="bf16")
+    make_run(tmp_path, "tf32", [10, 20, 30], method="sage", amp="bf16")
     compare.main([str(tmp_path)])                           # a folder of runs
     said = capsys.readouterr()
-    assert "a: 2 of 3 epochs" in said.err and "differ in precision: bf16; off" in said.err
+    assert "a: 2 of 3 epochs" in said.err and "differ in precision: bf16, TF32; off" in said.err
     assert "sage: vanilla" in said.out and "sage: sage" in said.out
     make_run(tmp_path, "c", [10])
     (tmp_path / "c" / "log.csv").unlink()                   # in its first epoch
