@@ -87,9 +87,9 @@ def main(argv=None):
     device = runtime.setup(args)
     crop, resize = ("centre", "shorter") if args.dataset in STREAMED else \
         ("resized" if known.get("crop") == "resized" else "padded", None)
+    mean, std = known.get("statistics", (None, None))
     recipe = Recipe(crop=crop, resize=resize, padding=0, flip=False, interpolation="bicubic",
-                    scale=(1.0, 1.0), ratio=(0.01, 100.0), mean=known.get("mean"),
-                    std=known.get("std"))                   # all images as in tests
+                    scale=(1.0, 1.0), ratio=(0.01, 100.0), mean=mean, std=std)  # as in tests
     train, test, info = data.load(
         args.dataset, args.data_dir, recipe, device=device, **flags.chosen(args, flags.LOADING))
     torch.manual_seed(args.seed)
