@@ -334,7 +334,7 @@ class Run:
                 f"{statistics.mean(self.column('seconds')):.1f} s of training an epoch")
 
     def finish(self, title: str, draw, *what):
-        """Log the result, draw curves.png, and mixed.png by draw(path, *what)."""
+        """Log the result, draw curves.png, and mixed.png by draw(path, *what); end the lock."""
         log(self.report())
         if not self.writes:
             return
@@ -344,4 +344,5 @@ class Run:
             pixels = np.asarray(Image.open(picture).convert("RGB"))
             self.events.add_image("mixed images", pixels, dataformats="HWC")
             self.events.flush()
+        self.lock.close()
         log(f"curves, pictures and checkpoints: {self.folder}")

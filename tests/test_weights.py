@@ -2,6 +2,7 @@
 import argparse
 import hashlib
 import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -151,7 +152,7 @@ def test_the_flag_means_the_same_everywhere(program):
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_a_run_begins_with_the_file(program):
+def test_a_run_begins_with_the_file(program, capsys):
     """In every program; a resumed run does not read it again. Exported, the network is another
     program's, and torchvision's where it is."""
     module, words = PROGRAMS[program]
@@ -180,7 +181,10 @@ def test_a_run_begins_with_the_file(program):
     for key, value in net.state_dict().items():
         if key.endswith("weight") and not key.startswith("fc"):
             torch.testing.assert_close(state[name + key], value)
+    capsys.readouterr()
     export.main([str(saved), "out.pth"])
+    assert re.search(r"images: RGB in \[0, 1\], minus \(0\.\d{4}, .*divided by",
+                     capsys.readouterr().out)
     out = torch.load("out.pth", weights_only=True)
     assert out.keys() == state.keys()
     if small:

@@ -80,6 +80,9 @@ def main(argv=None):
         with files.whole(words.out) as new:
             torch.save(state, new)
     print(f"{words.out}: {what}, {len(state)} tensors")
+    if "statistics" in args:
+        mean, std = (", ".join(f"{value:.4f}" for value in values) for values in args["statistics"])
+        print(f"images: RGB in [0, 1], minus ({mean}), divided by ({std})")
 
 
 if __name__ == "__main__":
