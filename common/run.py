@@ -276,6 +276,8 @@ class Run:
         else:
             self.epoch, self.step, self.sums = self.epoch + 1, 0, None
             self.save()
+        if self.over:                       # nothing is left to save: Ctrl-C ends the evaluation
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def line(self, row: dict) -> str:
         """Return an epoch's line of the log: loss, accuracies, seconds, time left."""

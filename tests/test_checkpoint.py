@@ -222,6 +222,10 @@ def test_signals_are_noted_from_the_start_on(tmp_path):
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL       # --evaluate stops at once
     run.start()
     assert signal.getsignal(signal.SIGTERM) == run.stop.note
+    for epoch in range(3):                                  # Ctrl-C: until all epochs are done
+        assert signal.getsignal(signal.SIGINT) == run.stop.note
+        end_epoch(run, 50.0 + epoch)
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
 
 
 def end_epoch(run, accuracy, **row):
