@@ -124,6 +124,8 @@ class Run:
                            f"take its flags and --seed {state['args']['seed']}")
         checkpoint.load_part("model", self.parts["model"], state)
         if found := state["args"].get("statistics"):
+            if found != (tuple(self.info.mean), tuple(self.info.std)):
+                log("images are normalised as the checkpoint's run normalised its own")
             self.info.mean, self.info.std = found
             for loader in loaders:
                 loader.recipe = dataclasses.replace(loader.recipe, mean=self.info.mean,

@@ -154,7 +154,7 @@ def test_report_writes_every_condition(tmp_path, capsys):
     assert (tmp_path / "best_evaluation.png").exists()
 
 
-def test_other_data_are_normalised_as_the_run_s(tmp_path):
+def test_other_data_are_normalised_as_the_run_s(tmp_path, capsys):
     """The same test images beside darker training images, and --normalise forgotten."""
     draw = np.random.default_rng(0)
     labels = np.arange(40) % 4
@@ -177,6 +177,8 @@ def test_other_data_are_normalised_as_the_run_s(tmp_path):
             program.main([*own, "--data_dir", str(tmp_path / f"{data}.npz"), "--evaluate",
                           str(folder / "checkpoint.pt")])
             assert rows_of(folder / "checkpoint_evaluation.csv") == wanted
+            said = "normalised as the checkpoint's run" in capsys.readouterr().out
+            assert said == (data == "other" or bool(forgotten))
 
 
 def test_two_ranks_report_what_one_does(tmp_path):
