@@ -16,8 +16,8 @@ class Help(argparse.HelpFormatter):
     """Shows the default of every flag that has one, also of flags without a help text."""
 
     def add_argument(self, action):
-        text = action.help or ""
-        if action.default not in (None, "", [], argparse.SUPPRESS) and "(default" not in text:
+        text, none = action.help or "", (None, "", [], argparse.SUPPRESS)
+        if action.default not in none and text != argparse.SUPPRESS and "(default" not in text:
             action.help = f"{text} (default: %(default)s)".strip()
         super().add_argument(action)
 
@@ -28,6 +28,13 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, doc: str | None):
         super().__init__(description=(doc or "").split("\n\n")[0], formatter_class=Help,
                          usage="%(prog)s [flags]")
+        self.refused = {}
+
+    def refuse(self, names: str, why: str):
+        """Leave shared flags out of --help, and make them usage errors."""
+        for name in names.split():
+            self.refused[name] = why
+            self._option_string_actions[f"--{name}"].help = argparse.SUPPRESS
 
     def peek(self, argv=None) -> argparse.Namespace:
         """Return the flags given, before a configuration among them sets the others' defaults."""
@@ -35,8 +42,13 @@ class Parser(argparse.ArgumentParser):
         return self.parse_known_args([word for word in words if word not in ("-h", "--help")])[0]
 
     def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
-        """As argparse's; flags of pictures and evaluations that nothing would follow are errors."""
+        """As argparse's; refused flags, and flags of pictures and evaluations that nothing would
+        follow, are errors."""
         found = super().parse_args(args, namespace)
+        for name, why in self.refused.items():          # --cam sets evaluate
+            if getattr(found, name) != self.get_default(name) and not (
+                    name == "evaluate" and found.cam and "cam" not in self.refused):
+                self.error(f"--{name}: {why}")
         if getattr(found, "target_layer", None) and not found.cam:
             self.error("--target_layer is of --cam FILE.png")
         if getattr(found, "corruptions", None) and (found.cam or found.preview):
@@ -150,7 +162,8 @@ def add_flags(parser, datasets, archs, names: dict, **defaults):
     add("weight_decay", "L2 penalty of the optimizer", type=amount)
     add("seed", "random seed" + " (-1: pick one)" * (defaults["seed"] == -1),
         type=number(int, low=-2**63, high=2**63 - 1))
-    add("workers", "threads (of torch's loader: processes) that decode or run DALI", type=count)
+    add("workers", "threads (of torch's loader: processes) that decode or run DALI; 0 "
+        "counts as 1", type=count)
     add("print_freq", "steps between log lines", type=positive)
     add_run_time_flags(parser.add_argument_group("run time (the same in every main.py)"),
                        names.get("resume", ()))

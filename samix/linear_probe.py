@@ -36,12 +36,9 @@ def parse_args(argv=None):
                         help="of pretrain.py, or of main.py's SAMix")
     flags.add_flags(parser, data.NAMES, models.ALL, {}, initial_channels=None, momentum=None,
                     print_freq=None, seed=None, batch_size=256, weight_decay=1e-4)
+    parser.refuse("epochs lr momentum resume preview print_freq tensorboard evaluate",
+                  "the regression takes none")
     args = parser.parse_args(argv)
-    without_effect = ("epochs", "lr", "momentum", "resume", "preview", "print_freq", "tensorboard",
-                      *["evaluate"] * (not args.cam))       # which sets it
-    for name in without_effect:
-        if getattr(args, name) != parser.get_default(name):
-            parser.error(f"the regression takes no --{name}")
     if args.weights == "random" and not (args.dataset and args.arch):
         parser.error("--weights random needs --dataset and --arch")
     return args

@@ -69,11 +69,10 @@ def parse_args(argv=None):
                     weight_decay=1e-4)
 
     parser.set_defaults(**CONFIGS[parser.peek(argv).config])
+    parser.refuse("cam evaluate corruptions target_layer", "of samix/linear_probe.py")
     args = parser.parse_args(argv)
     if args.queue < args.batch_size:
         parser.error(f"--queue {args.queue} is less than a batch of {args.batch_size}")
-    if args.evaluate or args.corruptions:
-        parser.error("--evaluate, --corruptions, --cam: of samix/linear_probe.py")
     return args
 
 

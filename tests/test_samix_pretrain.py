@@ -368,14 +368,16 @@ def test_probe_of_main_has_its_layer_and_statistics(tmp_path, monkeypatch):
 @pytest.mark.parametrize("program, words, line", [
     (pretrain, "--queue 20", "--queue 20 is less than a batch of 30"),
     (pretrain, "--alpha 0", "'0' is not a number"),
-    (pretrain, "--evaluate", "--cam: of samix/linear_probe.py"),
+    (pretrain, "--evaluate", "--evaluate: of samix/linear_probe.py"),
+    (pretrain, "--cam x.png", "--cam: of samix/linear_probe.py"),
     (pretrain, "--layer 9", "no layer 9 before the last"),
     (pretrain, "--config nothing", "invalid choice: 'nothing'"),
     (linear_probe, "--weights none.pt", "none.pt: no such checkpoint"),
     (linear_probe, "--weights random", "--weights random needs --dataset and --arch"),
     (linear_probe, "--weights {baseline}", "holds no encoder of pretrain.py"),
     (linear_probe, "--weights {trained} --arch resnet34", "encoder does not fit this run's"),
-    (linear_probe, "--weights x --epochs 3", "the regression takes no --epochs")])
+    (linear_probe, "--weights x --evaluate", "--evaluate: the regression takes none"),
+    (linear_probe, "--weights x --epochs 3", "--epochs: the regression takes none")])
 def test_bad_input_is_one_line(tmp_path_factory, program, words, line, capsys):
     root = tmp_path_factory.mktemp("faults")
     if "{trained}" in words:
@@ -390,3 +392,13 @@ def test_bad_input_is_one_line(tmp_path_factory, program, words, line, capsys):
         program.main([*common, "--root_dir", str(root / "runs"), *words.split()])
     assert line in f"{fault.value} {capsys.readouterr().err}" and "\n" not in str(fault.value)
     assert not (root / "runs").exists()
+
+
+@pytest.mark.parametrize("program, flags, other", [
+    (pretrain, "cam evaluate corruptions target_layer", "--epochs"),
+    (linear_probe, "epochs lr momentum resume preview print_freq tensorboard evaluate", "--cam")])
+def test_help_leaves_out_the_flags_that_are_refused(program, flags, other, capsys):
+    with pytest.raises(SystemExit):
+        program.parse_args(["--help"])
+    shown = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.strip()]
+    assert other in shown and not {f"--{name}" for name in flags.split()} & set(shown)
