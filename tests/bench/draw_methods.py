@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
 """Draw the picture at the top of the README: two photographs mixed by every method.
 
-    python tests/bench/draw_methods.py methods.jpg [--epochs 30] [--runs DIR] [--sage mixed.png]
+    python tests/bench/draw_methods.py methods.jpg [--epochs 30] [--runs DIR]
+        [--sage sage/mixed.png] [--resizemix resizemix/mixed.png]
 
 Saliency, attention and SAMix's masks come from a network that learned to tell random crops of these
 photographs apart (ResNet-18 with 16 channels, trained by samix/main.py in about ten minutes; with
 --runs it is kept, and an interrupted training goes on). LGCOAMix pastes as SAFuse does, AutoMix
-learns masks as SAMix does; --sage draws the picture of SAGE's README. Manifold Mixup mixes
-activations, of which there is no picture.
+learns masks as SAMix does; --sage and --resizemix draw the pictures of these READMEs. Manifold
+Mixup mixes activations, of which there is no picture.
 """
 import argparse
 import sys
@@ -158,15 +159,26 @@ def draw(path, images, names, results):
 def draw_sage(path, images, names, net):
     """Write SAGE's picture: photographs, partners, saliency, and what SAGE makes of them."""
     perm, labels = torch.tensor(PERM), torch.arange(len(images))
-    grad = mixing.input_gradient(net.q, images, labels)
-    saliency = gradient_saliency(grad, 9, 3.0)
+    saliency = gradient_saliency(mixing.input_gradient(net.q, images, labels), 9, 3.0)
     offsets = draw_offsets(SIDE, SIDE, 0.02, torch.Generator().manual_seed(4))
-    mixed, ratio = sage_mix(images, saliency, perm, offsets, 0.5)
+    draw_rows(path, "SAGE shifts the partner to where most saliency of both is seen", images, names,
+              *sage_mix(images, saliency, perm, offsets, 0.5), saliency=saliency[:, 0].numpy())
+
+
+def draw_resizemix(path, images, names):
+    """Write ResizeMix's picture: photographs, partners, and their mixtures."""
+    corners = torch.tensor([[50, 5], [8, 50], [50, 50], [5, 8]])
+    draw_rows(path, "ResizeMix pastes the whole partner, smaller", images, names,
+              *resize_mix(images, torch.tensor(PERM), torch.tensor(0.55), corners))
+
+
+def draw_rows(path, title, images, names, mixed, ratio, **between):
+    """Write photographs above their partners, rows `between`, and the mixtures with labels."""
+    perm = torch.tensor(PERM)
     shown, partner, both = ((t * 0.25 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
                             for t in (images, images[perm], mixed))
-    targets = mixing.soft_targets(labels, perm, ratio, len(images))
-    rows = {"image": shown, "partner": partner, "saliency": saliency[:, 0].numpy(), "mixed": both}
-    plots.grid(path, "SAGE shifts the partner to where most saliency of both is seen", rows,
+    targets = mixing.soft_targets(torch.arange(len(images)), perm, ratio, len(images))
+    plots.grid(path, title, {"image": shown, "partner": partner, **between, "mixed": both},
                [caption(target, names) for target in targets], side=1.5)
     Image.open(path).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path)
 
@@ -177,6 +189,7 @@ def main():
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--runs", type=Path, help="folder that keeps the trained network")
     parser.add_argument("--sage", type=Path, help="draw SAGE's own picture, too")
+    parser.add_argument("--resizemix", type=Path, help="likewise, ResizeMix's")
     args = parser.parse_args()
     photos = photographs()
     with tempfile.TemporaryDirectory() as folder:
@@ -185,6 +198,8 @@ def main():
     draw(args.path, images, list(PHOTOS), mixtures(images, net))
     if args.sage:
         draw_sage(args.sage, images, list(PHOTOS), net)
+    if args.resizemix:
+        draw_resizemix(args.resizemix, images, list(PHOTOS))
 
 
 if __name__ == "__main__":
