@@ -8,7 +8,7 @@ RUN is a run's folder, or a folder of such folders. Runs that differ in nothing 
 one line: mean, and half the range over seeds. accuracy: median test accuracy, %, of the --last
 evaluations; gain: seed by seed over the first line of the same program, data and network, where
 training without mixing is put; ECE, visible, FGSM, mCE: of evaluation.csv, %, '–' where a run has
-none. s/epoch: '–' where seeds ran on different devices."""
+none. s/epoch: '–' where a run, or its seeds, ran on different devices."""
 import argparse
 import csv
 import json
@@ -44,8 +44,9 @@ def read(folder: Path, last: int) -> SimpleNamespace:
              if row.get("test_accuracy")}
     numbers, visible = {}, {}
     if curve:
-        numbers = {"accuracy": median([*curve.values()][-last:]),
-                   "s/epoch": median(float(row["seconds"]) for row in log)}
+        numbers = {"accuracy": median([*curve.values()][-last:])}
+        if "hardware" not in facts.get("changed", ()):
+            numbers["s/epoch"] = median(float(row["seconds"]) for row in log)
     if (folder / "evaluation.csv").exists():
         rows = {row["condition"]: row for row in table(folder / "evaluation.csv")}
         accuracy = {name: float(row["accuracy"]) for name, row in rows.items()}
@@ -70,7 +71,8 @@ def read(folder: Path, last: int) -> SimpleNamespace:
         facts={"data": data, "precision": flags["amp"] + ", TF32" * facts.get("tf32", False),
                "torch": facts["torch"], "epochs": flags["epochs"],
                "batch_size": flags.get("batch_size"),
-               "device": facts["gpu"] or f"CPU, {facts['threads']} threads"})
+               "device": facts["gpu"] or ", ".join(filter(None, (
+                   "CPU", facts.get("processor"), f"{facts['threads']} threads")))})
 
 
 def is_plain(flags: dict) -> bool:

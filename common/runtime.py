@@ -94,6 +94,7 @@ def facts(device: torch.device) -> dict:
     return {"device": str(device), "processes": world(), "commit": commit,
             "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
             "tf32": has_tf32(device), "threads": torch.get_num_threads(),
+            "processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
             "python": platform.python_version(), "torch": torch.__version__,
             "torchvision": torchvision.__version__}
 

@@ -122,6 +122,15 @@ def test_a_gain_is_over_the_same_seeds_and_seconds_are_of_one_device(tmp_path):
     assert sage["s/epoch"] == "" and float(mixup["s/epoch"]) == 2
 
 
+def test_a_run_that_changed_its_device_has_no_seconds(tmp_path):
+    runs = [make_run(tmp_path, "a", [60]), make_run(tmp_path, "b", [60], method="sage")]
+    moved = json.loads((tmp_path / "b" / "args.json").read_text())
+    moved["changed"] = {"hardware": "cuda -> cpu", "threads": "None -> 1"}
+    (tmp_path / "b" / "args.json").write_text(json.dumps(moved))
+    plain, sage = compared(tmp_path, *runs).values()
+    assert float(plain["s/epoch"]) > 0 and sage["s/epoch"] == ""
+
+
 def test_table_and_picture_by_hand(tmp_path, capsys):
     runs = [make_run(tmp_path, "a1", [10, 50, 60, 62]),
             make_run(tmp_path, "a2", [10, 52, 64, 66], seed=2),

@@ -6,6 +6,7 @@
 import re
 import sys
 from pathlib import Path
+from statistics import mean
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -23,27 +24,36 @@ RUNS = {"Mixup": "sage: input", "Manifold Mixup": "sage: manifold", "CutMix": "s
         "AutoMix": "samix: automix", "SAMix": "samix: samix"}
 
 
-def front_row(line: str, rows: dict[str, dict]) -> str:
+def rounded(value: float, sign: str = "") -> str:
+    """One decimal, halves up: accuracies are multiples of 0.05."""
+    return f"{value + 1e-9:{sign}.1f}"
+
+
+def front_row(line: str, groups: dict[str, list], rows: dict[str, dict]) -> str:
     """A row of README.md's table, its name, program, step and reported figure as they are."""
     name, program, step, *_, reported = (cell.strip() for cell in line.strip("|\n").split("|"))
-    row = rows[RUNS[name]]
-    plain = next(other for label, other in rows.items()
+    row, group = rows[RUNS[name]], groups[RUNS[name]]
+    plain = next(other for label, other in groups.items()
                  if label.partition(":")[0] == row["run"].partition(":")[0])
 
-    def pair(key):
-        return f"{plain[key]:.1f} → {row[key]:.1f}"
+    def pair(key):                      # of the same seeds, as the gain
+        own, base = compare.by_seed(group, key), compare.by_seed(plain, key)
+        both = own.keys() & base.keys() if own.keys() <= base.keys() else base
+        return f"{rounded(mean(base[seed] for seed in both))} → {rounded(mean(own.values()))}"
 
-    spread = f" ± {row['gain spread']:.1f}" if "gain spread" in row else ""
-    cells = [name, program, step, str(row["seeds"]), f"{row['accuracy']:.1f}",
-             f"{row['gain']:+.1f}{spread}", pair("ECE"), pair("visible 47 %"), pair("FGSM 8/255"),
-             reported]
+    spread = f" ± {rounded(row['gain spread'])}" if "gain spread" in row else ""
+    cells = [name, program, step, str(row["seeds"]), rounded(row["accuracy"]),
+             rounded(row["gain"], "+") + spread, pair("ECE"), pair("visible 47 %"),
+             pair("FGSM 8/255"), reported]
     return "| " + " | ".join(cells) + " |"
 
 
 def documents() -> dict[Path, str]:
     """The new text of each document that has such a table."""
     groups = compare.find([str(LOGS)], 5)
-    rows = compare.lines(groups, compare.labels(groups))
+    names = compare.labels(groups)
+    rows = [{key: value for key, value in row.items() if not key.startswith("s/epoch")}
+            for row in compare.lines(groups, names)]        # runs shared their machines
     head, rule, *table = compare.text(rows, markdown=True).split("\n")
     found = {}
     for path in (LOGS.parents[1] / "RESULTS.md",
@@ -58,7 +68,8 @@ def documents() -> dict[Path, str]:
     before, begin, after = (ROOT / "README.md").read_text().partition(HEAD)
     lines = (begin + after).split("\n")
     end = next(n for n, line in enumerate(lines) if not line.startswith("|"))
-    front = [front_row(line, {row["run"]: row for row in rows}) for line in lines[2:end]]
+    by_name = [dict(zip(names, values, strict=True)) for values in (groups, rows)]
+    front = [front_row(line, *by_name) for line in lines[2:end]]
     found[ROOT / "README.md"] = before + "\n".join([*lines[:2], *front, *lines[end:]])
     return found
 
