@@ -45,7 +45,7 @@ def read(folder: Path, last: int) -> SimpleNamespace:
     numbers, visible = {}, {}
     if curve:
         numbers = {"accuracy": median([*curve.values()][-last:])}
-        if "hardware" not in facts.get("changed", ()):
+        if "hardware" not in facts.get("changed", ()) and len(facts.get("devices", ())) < 2:
             numbers["s/epoch"] = median(float(row["seconds"]) for row in log)
     if (folder / "evaluation.csv").exists():
         rows = {row["condition"]: row for row in table(folder / "evaluation.csv")}
@@ -67,7 +67,8 @@ def read(folder: Path, last: int) -> SimpleNamespace:
                  if word.endswith("main.py")), "")
     return SimpleNamespace(
         folder=folder, flags=flags | {"data": data}, seed=flags["seed"], curve=curve,
-        visible=visible, numbers=numbers, name=name, base=(name, data, flags.get("arch")),
+        visible=visible, numbers=numbers, name=name,
+        base=(name, data, flags.get("arch"), flags.get("initial_channels")),
         facts={"data": data, "precision": flags["amp"] + ", TF32" * facts.get("tf32", False),
                "torch": facts["torch"], "epochs": flags["epochs"],
                "batch_size": flags.get("batch_size"),
@@ -79,8 +80,9 @@ def is_plain(flags: dict) -> bool:
     """Return whether these flags of a program mix and soften nothing."""
     if "method" in flags:
         return flags["method"] in ("vanilla", "baseline")
-    return (not any(flags.get(name) for name in ("resizemix", "cutmix_prob", "da", "ra"))
-            and flags.get("loss", "ce") == "ce")
+    return flags.get("loss", "ce") == "ce" and not any(map(flags.get, (
+        "resizemix", "cutmix_prob", "cutout", "randaugment", "autoaugment", "batch_aug",
+        "da", "ra", "mixup", "noise")))
 
 
 def find(folders: list[str], last: int) -> list[list]:

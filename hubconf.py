@@ -9,7 +9,6 @@ import builtins
 import contextlib
 import copy
 import importlib.machinery
-import io
 import sys
 import types
 from functools import partial
@@ -73,16 +72,16 @@ _NOT_MIXING = {"clean_lam", "update_ratio", "prob_mix", "mixup_hidden", "other",
 
 
 def _parse(room: str, words: str, options: dict):
-    """Return the program's flags; its line of usage errors becomes a ValueError."""
+    """Return the program's flags; a usage error is a ValueError."""
     words = words.split()
     for name, value in options.items():
         words += [f"--{name}", *map(str, value if isinstance(value, (list, tuple)) else [value])]
-    errors = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(errors):
-            return _ours(f"{room}.main").parse_args(words)
-    except SystemExit:
-        raise ValueError(errors.getvalue().strip().rpartition("error: ")[2]) from None
+    _ours("common.flags").Parser.stop = _refuse
+    return _ours(f"{room}.main").parse_args(words)
+
+
+def _refuse(parser, message: str):
+    raise ValueError(message)
 
 
 class _Draws:

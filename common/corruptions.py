@@ -47,6 +47,7 @@ def find(folder, info) -> list[tuple]:
     for part in (folder / severity for folder in folders for severity in "12345"):
         classes = list_classes(part)
         index, listed = np.array(class_index(part, classes, info)), as_files(part, classes)
+        check_images(listed.files[0], decode_files(listed.files[:1], None, 1), info)
         found.append((f"{part.parent.name} {part.name}", part, lambda listed=listed, index=index:
                       (decode_files(listed.files, None, 4), index[listed.labels])))
     return found

@@ -56,10 +56,14 @@ class Parser(argparse.ArgumentParser):
         return found
 
     def error(self, message: str):
-        """Exit with code 2 and two lines."""
+        """Exit with code 2 and two lines, of which one may say "did you mean"."""
         for word in message.split() if message.startswith("unrecognized") else ():
             near = difflib.get_close_matches(word.split("=")[0], self._option_string_actions, 1)
             message += f"; did you mean {near[0]}?" if near and word.startswith("--") else ""
+        self.stop(message)
+
+    def stop(self, message: str):
+        """Print a usage error, and exit."""
         usage = self.usage % {"prog": self.prog}
         print_once(f"usage: {usage}; --help lists them\n{self.prog}: error: {message}")
         sys.exit(2)

@@ -100,6 +100,7 @@ class Run:
         self.keeps_files = not getattr(args, "log_off", False)
         self.writes = self.keeps_files and distributed.rank() == 0
         self.history, self.best, self.epoch, self.step, self.sums = [], -1.0, 0, 0, None
+        self.devices = []                               # all that the run has seen
         self.events, self.steps_left, self.begun = None, args.max_steps, (0.0, 0)
         if args.corruptions:
             corruptions.find(args.corruptions, info)                # now, not after the training
@@ -157,7 +158,10 @@ class Run:
         if state and self.epoch >= self.args.epochs and others:
             raise RunError(f"{self.folder}: this run is done; other flags or --max_steps need "
                            "another --job_name or --root_dir")
-        self.stop, self.begun = runtime.StopSignal(), (time.perf_counter(), self.epoch)
+        self.begun = time.perf_counter(), self.epoch
+        if not self.over:
+            self.stop = runtime.StopSignal()
+            self.devices += {runtime.hardware(self.device)} - {*self.devices}
         if self.keeps_files:
             runtime.traceback_folder = self.folder
         if not self.writes:
@@ -167,7 +171,7 @@ class Run:
             "parameters": parameters(self.parts["model"]), "data": str(self.info),
             "fingerprint": self.info.fingerprint,
             "command": " ".join([Path(sys.executable).name, program, *sys.argv[1:]]),
-            "args": vars(self.args),
+            "args": vars(self.args), "devices": self.devices,
             "resumed_at": [self.epoch + 1, self.step] if state else None, "changed": changed}
         files.write_atomic(self.folder / "args.json", json.dumps(facts, indent=1, default=str))
         if self.args.tensorboard:
@@ -177,7 +181,8 @@ class Run:
     def settings(self) -> dict:
         """Return the flags, and what else a run's exact numbers depend on."""
         return vars(self.args) | {
-            "pixels": self.info.image_size, "hardware": self.device.type,
+            "pixels": self.info.image_size, "width": self.info.width,
+            "hardware": runtime.hardware(self.device),
             "statistics": (tuple(self.info.mean), tuple(self.info.std)),
             "processes": distributed.world(),
             "threads": torch.get_num_threads() if self.device.type == "cpu" else None}
@@ -195,6 +200,7 @@ class Run:
             checkpoint.load_part(name, part, state)
         for name in ("history", "best", "epoch", "step", "sums"):
             setattr(self, name, state[name])
+        self.devices = state.get("devices", [])         # older ones lack them
         log(f"resumed at epoch {self.epoch + 1}, step {self.step}")
         changed = {name: f"{value} -> {now[name]}" for name, value in then.items()
                    if name not in NOT_TRAINING and value != now.get(name, value)}
@@ -224,12 +230,16 @@ class Run:
             sums.check(self.epoch)
             self.save(sums.state())
             distributed.total(torch.zeros(1, device=self.device)).item()    # rank 0 has written it
-            number = self.stop.number
-            raise Stopped(f"{signal.Signals(number).name}: stopped at epoch {self.epoch + 1}, step "
-                          f"{self.step}; go on with --resume auto", 128 + number)
+            raise self.stopped(f"at epoch {self.epoch + 1}, step {self.step}")
         if self.steps_left is not None:
             self.steps_left -= 1
         return self.steps_left == 0
+
+    def stopped(self, where: str) -> Stopped:
+        """Return the end of a program that a signal has stopped."""
+        number = self.stop.number
+        return Stopped(f"{signal.Signals(number).name}: stopped {where}; go on with --resume auto",
+                       128 + number)
 
     def check_finite(self, row: dict):
         """Raise RunError when a value of `row` or a weight of the network is not finite."""
@@ -247,7 +257,8 @@ class Run:
             checkpoint.save(self.folder, {
                 **{name: part.state_dict() for name, part in self.parts.items()},
                 "epoch": self.epoch, "step": self.step, "sums": sums, "history": self.history,
-                "best": self.best, "identity": self.identity, "args": self.settings()})
+                "best": self.best, "devices": self.devices, "identity": self.identity,
+                "args": self.settings()})
 
     def clock(self) -> dict:
         """Return seconds since the epoch began here, and images per second of all processes."""
@@ -278,8 +289,10 @@ class Run:
         else:
             self.epoch, self.step, self.sums = self.epoch + 1, 0, None
             self.save()
-        if self.over:                       # nothing is left to save: Ctrl-C ends the evaluation
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+        if self.over:                       # nothing is left to save: a signal ends the evaluation
+            if self.stop.arrived(self.step, last=True):
+                raise self.stopped("after the last step")
+            self.stop.release()
 
     def line(self, row: dict) -> str:
         """Return an epoch's line of the log: loss, accuracies, seconds, time left."""

@@ -83,7 +83,15 @@ def cores() -> int:
 
 def has_tf32(device: torch.device) -> bool:
     """Return whether fp32 products and convolutions there are TF32's: 10 bits of mantissa."""
-    return device.type == "cuda" and os.environ.get("NVIDIA_TF32_OVERRIDE") != "0"
+    return (device.type == "cuda" and os.environ.get("NVIDIA_TF32_OVERRIDE") != "0"
+            and torch.cuda.is_tf32_supported())
+
+
+def hardware(device: torch.device) -> str:
+    """Return the GPU's name, or what instructions the processor has."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
 
 
 def facts(device: torch.device) -> dict:
@@ -92,9 +100,9 @@ def facts(device: torch.device) -> dict:
     commit = subprocess.run(git, shell=True, cwd=Path(__file__).parent, capture_output=True,
                             text=True).stdout.strip()       # '' without git
     return {"device": str(device), "processes": world(), "commit": commit,
-            "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+            "gpu": hardware(device) if device.type == "cuda" else None,
             "tf32": has_tf32(device), "threads": torch.get_num_threads(),
-            "processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
+            "processor": hardware(torch.device("cpu")),
             "python": platform.python_version(), "torch": torch.__version__,
             "torchvision": torchvision.__version__}
 
@@ -163,12 +171,17 @@ def compiled(function, args):
 
 
 class StopSignal:
-    """Notes SIGTERM and Ctrl-C; the training loop asks after each step. A second one kills."""
+    """Notes SIGTERM and Ctrl-C; the training loop asks after each step. A second one kills, as
+    does the first after `release`."""
 
     def __init__(self):
         self.number = 0
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.note)
+
+    def release(self):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def note(self, number, frame):
         self.number = number

@@ -78,13 +78,13 @@ def main(argv=None):
                  if name.startswith("q.backbone.")}
         if not state:
             raise RunError(f"{args.weights} holds no encoder of pretrain.py or of main.py's SAMix")
-    for name in ("arch", "dataset", "initial_channels", "image_size", "seed"):
+    for name in ("arch", "dataset", "initial_channels", "image_size", "seed", "val_split"):
         if getattr(args, name) is None:
             setattr(args, name, known.get(name))
     device = runtime.setup(args)
     crop, resize = ("centre", "shorter") if args.dataset in STREAMED else \
         ("resized" if known.get("crop") == "resized" else "padded", None)
-    mean, std = known.get("statistics", (None, None))
+    mean, std = known.get("statistics") or (known.get("mean"), known.get("std"))
     recipe = Recipe(crop=crop, resize=resize, padding=0, flip=False, interpolation="bicubic",
                     scale=(1.0, 1.0), ratio=(0.01, 100.0), mean=mean, std=std)  # as in tests
     train, test, info = data.load(
@@ -96,7 +96,9 @@ def main(argv=None):
     net, _ = runtime.prepare(Branch(backbone, backbone.width, info.num_classes), args, device)
     net.mix = None
     log(f"{info}\nprobe of {known['method']} features, {args.arch}")
-    run = Run(args, device, info, ["probe", known["method"]], model=net)
+    weights = Path(args.weights).resolve()
+    encoder = [weights.parent.name, weights.stem] if state else ["random"]
+    run = Run(args, device, info, ["probe", *encoder], model=net)
     fit(net.one, *pooled_features(net.backbone, train, args), args.weight_decay)
     evaluation.report(net, test, args, info, run)
     return net

@@ -11,6 +11,7 @@ import signal
 import sys
 from functools import partial
 from pathlib import Path
+from shlex import quote
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 if __name__ == "__main__":
@@ -231,8 +232,8 @@ def main(argv=None):
         run.end_epoch(row | timing, None, sums)
     run.finish(f"{METHODS[args.method]}, {args.arch} on {info.name} (accuracy: queries nearest to "
                "their own key)", draw_preview, net, train, args, info)
-    log(f"now: python samix/linear_probe.py --weights {run.folder / 'checkpoint.pt'} "
-        f"--data_dir {args.data_dir}")
+    log("now: python samix/linear_probe.py --weights "
+        f"{quote(str(run.folder / 'checkpoint.pt'))} --data_dir {quote(args.data_dir)}")
     return net
 
 

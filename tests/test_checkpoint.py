@@ -14,13 +14,13 @@ import pytest
 import torch
 from conftest import ROOT
 
-from common import checkpoint, distributed, files, plots
-from common.errors import RunError
+from common import checkpoint, distributed, files, plots, runtime
+from common.errors import RunError, Stopped
 from common.run import Run, StepSums
 
 CPU = torch.device("cpu")
-INFO = SimpleNamespace(name="set", num_classes=2, fingerprint="0", image_size=8, mean=(0.5,) * 3,
-                       std=(0.2,) * 3)
+INFO = SimpleNamespace(name="set", num_classes=2, fingerprint="0", image_size=8, width=8,
+                       mean=(0.5,) * 3, std=(0.2,) * 3)
 
 
 def state(value):
@@ -226,6 +226,32 @@ def test_signals_are_noted_from_the_start_on(tmp_path):
         assert signal.getsignal(signal.SIGINT) == run.stop.note
         end_epoch(run, 50.0 + epoch)
     assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    run.lock.close()
+    make_run(tmp_path, resume="auto").start()               # done: its evaluation alone is left
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+
+
+def test_a_signal_in_the_last_epochs_evaluation_ends_the_program(tmp_path):
+    run = make_run(tmp_path)
+    run.start()
+    run.epoch = run.args.epochs - 1
+    run.stop.note(signal.SIGTERM, None)
+    with pytest.raises(Stopped, match="SIGTERM: stopped after the last step") as end:
+        end_epoch(run, 50.0)
+    assert end.value.args[1] == 128 + signal.SIGTERM
+    assert checkpoint.load(run.folder / "checkpoint.pt")["epoch"] == run.args.epochs
+
+
+def test_all_devices_of_a_run_are_noted(tmp_path, monkeypatch):
+    for name in ("first", "second", "second"):
+        monkeypatch.setattr(runtime, "hardware", lambda device, name=name: name)
+        run = make_run(tmp_path, resume="auto")
+        run.start()
+        end_epoch(run, 50.0)
+        run.lock.close()
+    facts = json.loads((run.folder / "args.json").read_text())
+    assert (facts["devices"], facts["changed"]) == (["first", "second"], {})
 
 
 def end_epoch(run, accuracy, **row):

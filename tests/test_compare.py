@@ -95,7 +95,9 @@ def test_damaged_files_are_named_and_runs_without_accuracy_left_out(tmp_path, ca
 @pytest.mark.parametrize("program, plain, mixed", [
     ("resizemix", {"method": None, "resizemix": False, "cutmix_prob": 0.0}, {"resizemix": True}),
     ("resizemix", {"method": None, "resizemix": False, "cutmix_prob": 0.0}, {"cutmix_prob": 1.0}),
+    ("resizemix", {"method": None, "resizemix": False}, {"autoaugment": True}),
     ("soft_aug", {"method": None, "da": 0, "ra": False, "loss": "ce"}, {"da": 2, "loss": "st"}),
+    ("soft_aug", {"method": None, "da": 0, "loss": "ce", "mixup": False}, {"mixup": True}),
     ("safuse", {"method": "baseline", "cutmix_prob": 0.5}, {"method": "safuse"}),
     ("samix", {"method": "vanilla"}, {"method": "automix"})])
 def test_a_gain_is_over_training_without_mixing(tmp_path, program, plain, mixed):
@@ -122,13 +124,21 @@ def test_a_gain_is_over_the_same_seeds_and_seconds_are_of_one_device(tmp_path):
     assert sage["s/epoch"] == "" and float(mixup["s/epoch"]) == 2
 
 
-def test_a_run_that_changed_its_device_has_no_seconds(tmp_path):
+@pytest.mark.parametrize("fact", [{"changed": {"hardware": "cuda -> cpu"}},
+                                  {"devices": ["NVIDIA H100", "NVIDIA H200"], "changed": {}}])
+def test_a_run_that_changed_its_device_has_no_seconds(tmp_path, fact):
     runs = [make_run(tmp_path, "a", [60]), make_run(tmp_path, "b", [60], method="sage")]
-    moved = json.loads((tmp_path / "b" / "args.json").read_text())
-    moved["changed"] = {"hardware": "cuda -> cpu", "threads": "None -> 1"}
+    moved = json.loads((tmp_path / "b" / "args.json").read_text()) | fact
     (tmp_path / "b" / "args.json").write_text(json.dumps(moved))
     plain, sage = compared(tmp_path, *runs).values()
     assert float(plain["s/epoch"]) > 0 and sage["s/epoch"] == ""
+
+
+def test_a_gain_is_over_a_network_of_the_same_width(tmp_path):
+    runs = [make_run(tmp_path, f"{method}{width}", [value], method=method, initial_channels=width)
+            for method, width, value in (("vanilla", 16, 60), ("sage", 16, 65),
+                                         ("vanilla", 64, 75), ("sage", 64, 76))]
+    assert [row["gain"] for row in compared(tmp_path, *runs).values()] == ["", "5.0", "", "1.0"]
 
 
 def test_table_and_picture_by_hand(tmp_path, capsys):
@@ -220,16 +230,17 @@ def test_driver_runs_keeps_and_never_repeats_another_experiment(driver, tmp_path
     assert len(list((tmp_path / "out" / "vanilla").iterdir())) == 2
 
 
-def test_ctrl_c_starts_no_other_run(driver, monkeypatch):
+@pytest.mark.parametrize("fault", [KeyboardInterrupt(), json.JSONDecodeError("", "", 0)])
+def test_a_fault_starts_no_other_run(driver, monkeypatch, fault):
     begun = []
 
     def run(method, seed, args):
         begun.append(seed)
         time.sleep(0.2 * (len(begun) > 1))
-        raise KeyboardInterrupt
+        raise fault
 
     monkeypatch.setattr(compare_methods, "run", run)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(type(fault)):
         driver("--seeds", *"123456789")
     assert len(begun) < 9
 

@@ -245,7 +245,7 @@ def test_corruptions_that_do_not_fit_are_named(tmp_path, corrupted):
 
     refused(tmp_path / "flat" / "none", "none: neither")
     refused(flat, r"fog.npy: uint8 images of \(8, 8, 3\).*\(32, 32, 3\)", facts(4, 32))
-    refused(deep, r"fog/1: .*\(32, 32, 3\)", facts(4, 32))
+    refused(deep, r"fog/1/.*png: .*\(32, 32, 3\)", facts(4, 32))
     refused(flat, "60 labels in labels.npy or these 3 classes", facts(3, 8))
     refused(deep, "class 3: a class that made lacks", facts(3, 8))
     (flat / "__MACOSX").mkdir()
@@ -277,6 +277,8 @@ def test_corruptions_are_looked_at_before_the_training(tmp_path, corrupted):
     with pytest.raises(DataError, match="fog/1/class 0: a class that digits lacks"):
         sage.main(["--dataset", "digits", "--arch", "preactresnet18", "--initial_channels", "4",
                    "--epochs", "1", "--root_dir", str(tmp_path), "--corruptions", str(deep)])
+    with pytest.raises(DataError, match="fog/1/class 0/.*png: uint8 images of .8, 8, 3."):
+        corruptions.find(deep, facts(4, 32))
     assert not list(tmp_path.rglob("log.csv"))
 
 

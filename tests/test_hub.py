@@ -138,7 +138,7 @@ def test_superpixels_are_pasted_as_safuse_does():
     assert (share > 0).any()
 
 
-def test_options_are_the_programs_and_wrong_ones_are_named():
+def test_options_are_the_programs_and_wrong_ones_are_named(monkeypatch):
     assert mixer("sage", rand_pos=0.1, in_batch=True).args.rand_pos == 0.1
     for method, options, words in (
             ("sage", {"rand_pos": 2}, "--rand_pos: '2' is not a number"),
@@ -147,6 +147,10 @@ def test_options_are_the_programs_and_wrong_ones_are_named():
             ("nothing", {}, "no method 'nothing'")):
         with pytest.raises(ValueError, match=words):
             mixer(method, **options)
+    monkeypatch.setenv("LOCAL_RANK", "1")                   # every rank says it, every time
+    for _ in range(2):
+        with pytest.raises(ValueError, match="--rand_pso.*did you mean --rand_pos?"):
+            mixer("sage", rand_pso=1)
     with pytest.raises(ValueError, match="needs the model"):
         mixer("sage")(torch.rand(2, 3, 32, 32), torch.tensor([0, 1]))
 

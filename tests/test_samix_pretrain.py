@@ -1,6 +1,7 @@
 """Self-supervised SAMix as users run it: views, pretraining, probe, resume, two ranks, faults."""
 import math
 import re
+from shlex import quote
 
 import pytest
 import torch
@@ -192,8 +193,11 @@ def test_pretrains_and_probes(tmp_path, method, drawn, capsys):
     assert state["queue"]["position"] == 0 and state["queue"]["keys"].shape == (90, 16)
     assert state["queue"]["keys"].norm(dim=1).sub(1).abs().max() < 1e-5
     assert any(name.startswith("block") for name in state["model"]) == (method == "samix")
-    assert "linear_probe.py --weights" in capsys.readouterr().out
+    assert f"linear_probe.py --weights {quote(str(folder / 'checkpoint.pt'))} --data_dir" \
+        in capsys.readouterr().out
     net = probe(tmp_path / "p", "--weights", folder / "checkpoint.pt")
+    assert [file.name for file in (tmp_path / "p").iterdir()] == [      # a folder an encoder
+        f"digits_resnet18_probe_{folder.name}_checkpoint_seed0"]
     for name, value in state["model"].items():              # frozen, statistics too
         if name.startswith("q.backbone."):
             assert torch.equal(net.state_dict()[name.removeprefix("q.")], value)
@@ -360,9 +364,17 @@ def test_probe_of_main_has_its_layer_and_statistics(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "load", lambda *args, **words: seen.append((args[2], words)) or
                         load(*args, **words))
     probe(tmp_path / "b", "--weights", next((tmp_path / "a").rglob("best.pt")), "--max_steps", 1)
-    recipe, words = seen[0]
-    assert tuple(recipe.mean) == (0.1, 0.2, 0.3) and tuple(recipe.std) == (0.4, 0.5, 0.6)
-    assert words["seed"] == 3 and next((tmp_path / "b").iterdir()).name.endswith("seed3")
+    state = checkpoint.load(next((tmp_path / "a").rglob("best.pt")))
+    del state["args"]["statistics"]                         # as in older ones
+    state["args"]["val_split"] = 0.25
+    checkpoint.save(tmp_path, state, "older.pt")
+    monkeypatch.setattr(data, "load", lambda *args, **words: seen.append((args[2], words)) or
+                        load(*args, **words | {"val_split": None}))
+    probe(tmp_path / "b", "--weights", tmp_path / "older.pt", "--max_steps", 1)
+    for recipe, _ in seen:
+        assert tuple(recipe.mean) == (0.1, 0.2, 0.3) and tuple(recipe.std) == (0.4, 0.5, 0.6)
+    assert seen[1][1]["val_split"] == 0.25
+    assert seen[0][1]["seed"] == 3 and next((tmp_path / "b").iterdir()).name.endswith("seed3")
 
 
 @pytest.mark.parametrize("program, words, line", [

@@ -250,6 +250,10 @@ def test_export_as_onnx(tmp_path, monkeypatch):
     export.main([checkpoint_of(large, "preactresnet18", tmp_path, pixels=64), "out.onnx"])
     images = torch.rand(2, 3, 64, 64)
     torch.testing.assert_close(seen[1](images), large(images))
+    monkeypatch.setattr(torch.onnx, "export", lambda net, inputs, path, **more: seen.append(inputs))
+    export.main([checkpoint_of(ours, "wrn28_2", tmp_path, pixels=24, width=16, other=True),
+                 "out.onnx"])
+    assert seen[2][0].shape == (2, 3, 24, 16)
     with pytest.raises(SystemExit, match="2"):
         export.main([words[0], words[0]])                   # would be the end of the checkpoint
     with pytest.raises(RunError, match="ONNX is for the networks of sage"):

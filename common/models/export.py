@@ -54,8 +54,9 @@ def write_onnx(state: dict, identity: dict, args: dict, classes: int, path: Path
     except (ValueError, RuntimeError):
         raise RunError(f"{path}: ONNX is for the networks of sage, resizemix and soft_aug; write "
                        "a .pth") from None
-    torch.onnx.export(network.eval(), (torch.zeros(2, 3, size, size),), path, dynamo=True,
-                      external_data=False, input_names=["images"], output_names=["logits"],
+    images = torch.zeros(2, 3, size, args.get("width", size))
+    torch.onnx.export(network.eval(), (images,), path, dynamo=True, external_data=False,
+                      input_names=["images"], output_names=["logits"],
                       dynamic_shapes=({0: torch.export.Dim("batch")},))
 
 

@@ -34,7 +34,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import compare
-from common import runtime
+from common import files, runtime
 from common.errors import RunError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -130,8 +130,8 @@ def run(method: str, seed: int, args) -> Path:
         text = (folder / "args.json").read_text()       # without the places of this machine
         for place, name in ((str(args.data), args.data.name), (f"{root}/", ""), (str(root), ".")):
             text = text.replace(place, name)
-        (kept / "args.json").write_text(json.dumps({"key": key} | json.loads(text), indent=1)
-                                        + "\n")
+        files.write_atomic(kept / "args.json",
+                           json.dumps({"key": key} | json.loads(text), indent=1) + "\n")
     return kept or folder
 
 
@@ -169,7 +169,7 @@ def main(argv=None):
         try:
             for done in tqdm(as_completed(wanted), total=len(wanted), desc="runs"):
                 folders[wanted[done]] = str(done.result())
-        except (KeyboardInterrupt, RunError):
+        except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
     compare.main([*(folders[place] for place in sorted(folders, key=lambda place: (
