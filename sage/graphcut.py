@@ -12,7 +12,7 @@ from common.precision import full_precision
 
 try:
     from gco import GCO
-except ImportError:            # gco-wrapper has no wheel for Python 3.13
+except ImportError:            # gco-wrapper has few wheels
     GCO = None
 
 MAX_TERM = 10**7               # gco ends the process at larger ones
@@ -48,8 +48,8 @@ def build_graph(unary: np.ndarray, site: np.ndarray, weights: np.ndarray, table:
     """Return gco's graph of unary (sites, L), weights of `neighbours(site)` and a table (L, L).
     One thread at a time: gco keeps its graphs in one unguarded table."""
     if GCO is None:
-        raise RunError("the solver gco needs gco-wrapper (pip install gco-wrapper; Python 3.12 at "
-                       "most); --solver device does without it")
+        raise RunError("the solver gco needs gco-wrapper (pip install gco-wrapper: x86-64 Linux, "
+                       "Python 3.10, 3.11); --solver device does without it")
     graph = GCO()
     graph.create_general_graph(*unary.shape)
     graph.set_data_cost(np.ascontiguousarray(unary))
