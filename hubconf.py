@@ -145,9 +145,10 @@ class Mixer:
     """A callable (images, labels, model=None) -> (mixed images, soft targets (B, num_classes)).
     images (B, 3, H, W), normalised by `mean` and `std`; labels: class indices (B,), or (not of
     softcrop) probabilities (B, num_classes); model: images -> logits, for puzzle, comix, sage and
-    occamix; its statistics, gradients and mode stay. seed: of the draws; each rank, DataLoader
-    worker and epoch draws its own. A call's `generator` is used instead; seeded once and copied
-    into workers, it repeats itself. prob: of mixing a batch. options: the flags of the program."""
+    occamix; its statistics, gradients and mode stay; under fp16's autocast it is asked in float32.
+    seed: of the draws; each rank, DataLoader worker and epoch draws its own. A call's `generator`
+    is used instead; seeded once and copied into workers, it repeats itself. prob: of mixing a
+    batch, by each rank for itself: not with SyncBatchNorm. options: the flags of the program."""
 
     def __init__(self, method: str, num_classes: int, *, mean=(0.485, 0.456, 0.406),
                  std=(0.229, 0.224, 0.225), seed: int | None = None, prob: float = 1.0, **options):
@@ -172,7 +173,9 @@ class Mixer:
             raise ValueError(f"{self.method} needs the model: mixer(images, labels, model)")
         net = model.module if isinstance(model, (DataParallel, DistributedDataParallel)) else model
         half = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        self.args.amp = {None: "off", torch.bfloat16: "bf16", torch.float16: "fp16"}[half]
+        # gradients of fp16 overflow, and only a training loop's scaler would learn of it
+        self.args.amp = "bf16" if half == torch.bfloat16 else "off"
+        labels = labels if labels.is_floating_point() else labels.long()
         with _on_cpu(), _untouched(net), torch.enable_grad(), torch.autocast(kind, enabled=False):
             return self.mix(images.detach(), labels, net, draws)
 
@@ -180,20 +183,24 @@ class Mixer:
         """Return the program's own mixture, and its targets."""
         program, args, info = _ours(f"{self.room}.main"), self.args, self.info
         if self.room == "soft_aug":
-            mixed = program.mix_batch(images, args, info, 0, draws)
+            gpu = [images.device] * bool(images.is_cuda and args.noise)     # which draws noise
+            with torch.random.fork_rng(gpu, enabled=bool(gpu)):
+                if gpu:
+                    torch.cuda.manual_seed(int(torch.randint(2**62, (), generator=draws)))
+                mixed = program.mix_batch(images, args, info, 0, draws)
             return mixed.images, program.implied_targets(labels, mixed, args, info.num_classes)
         if self.room == "safuse":
             mixed = program.mix_batch(_Activations(net), images, args, info, draws)
             # shares by area; attention is of SAFuse's network
             return mixed.images, program.targets_of(labels, mixed, args, info.num_classes)
         if self.room == "sage":
-            scaler = torch.amp.GradScaler(images.device.type, enabled=args.amp == "fp16")
+            scaler = torch.amp.GradScaler(images.device.type, enabled=False)
             return program.mix_batch(net, images, labels, args, info, draws, scaler)[:2]
         return program.mix_batch(images, labels, args, info, draws)[:2]
 
 
 class SAMix(nn.Module):
-    """SAMix: in training (images, labels) -> (loss, logits), else images -> logits.
+    """SAMix, or AutoMix: in training (images, labels) -> (loss, logits), else images -> logits.
     backbone: images (B, 3, H, W) -> (middle feature map (B, C, h, w), pooled features (B, width)).
     Train the parameters that require a gradient; call `update()` after each of the `total_steps`
     steps of the optimizer. options: samix/main.py's flags."""
@@ -202,11 +209,14 @@ class SAMix(nn.Module):
                  image_size: int = 32, seed: int | None = None, **options):
         super().__init__()
         program, args = _ours("samix.main"), _parse("samix", "--method samix", options)
+        if args.method not in program.LEARNED:
+            raise ValueError(f"method {args.method!r} is none of {', '.join(program.LEARNED)}")
         device = next(backbone.parameters()).device
         with torch.no_grad():
             middle, pooled = copy.deepcopy(backbone).eval()(
                 torch.zeros(1, 3, image_size, image_size, device=device))
-        block = program.MixBlock(middle.shape[1], args.lam_mul_k, dropout=args.dropout)
+        block = program.MixBlock(middle.shape[1], args.lam_mul_k, dropout=args.dropout,
+                                 variant=args.method, lam_concat=args.lam_concat)
         branch = program.Branch(backbone, pooled.shape[1], num_classes)
         self.net = program.SAMix(branch, block, args).to(device)
         self.args, self.total, self.draws, self.step = args, total_steps, _Draws(seed), 0

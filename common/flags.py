@@ -36,6 +36,12 @@ class Parser(argparse.ArgumentParser):
             self.refused[name] = why
             self._option_string_actions[f"--{name}"].help = argparse.SUPPRESS
 
+    def only(self, args, holds: bool, names: str, of: str):
+        """Refuse flags that were given, unless what they are of holds."""
+        for name in names.split():
+            if not holds and getattr(args, name) != self.get_default(name):
+                self.error(f"--{name} is for {of}")
+
     def peek(self, argv=None) -> argparse.Namespace:
         """Return the flags given, before a configuration among them sets the others' defaults."""
         words = sys.argv[1:] if argv is None else argv

@@ -110,7 +110,7 @@ def cutout(images: Tensor, centres: Tensor, side: float) -> Tensor:
 def probabilities(labels: Tensor, num_classes: int) -> Tensor:
     """Return targets (B, num_classes) of class indices (B,); probabilities of that shape stay."""
     if labels.ndim == 1 and not labels.is_floating_point():
-        return F.one_hot(labels, num_classes).float()
+        return F.one_hot(labels.long(), num_classes).float()
     if labels.shape[1:] != (num_classes,):
         raise ValueError(f"probabilities {tuple(labels.shape)} are not of {num_classes} classes")
     return labels.float()

@@ -26,6 +26,8 @@ NOT_TRAINING = ("data_dir", "root_dir", "workers", "print_freq", "device", "resu
                 "preview", "corruptions", "cam", "target_layer", "max_steps", "tensorboard",
                 "debug")
 
+MEASURED = ("_loss", "_accuracy", "_top5", "_ece")      # columns of evaluations
+
 
 def parameters(net) -> int:
     """Return the number of parameters that learn."""
@@ -99,6 +101,8 @@ class Run:
         self.folder = Path(args.root_dir).expanduser() / "_".join(filter(None, name))
         self.keeps_files = not getattr(args, "log_off", False)
         self.writes = self.keeps_files and distributed.rank() == 0
+        if args.tensorboard and not self.keeps_files:
+            raise RunError("--tensorboard: --log_off writes no files")
         self.history, self.best, self.epoch, self.step, self.sums = [], -1.0, 0, 0, None
         self.devices = []                               # all that the run has seen
         self.events, self.steps_left, self.begun = None, args.max_steps, (0.0, 0)
@@ -116,8 +120,10 @@ class Run:
         if not path:
             return None
         state = checkpoint.load(path)
-        data = state["identity"].get("data")
-        checkpoint.check_identity(state, self.identity | {"data": data})
+        theirs = state["identity"]
+        data = theirs.get("data")
+        free = {name: theirs.get(name) for name in ("data", *["dataset"] * bool(evaluate))}
+        checkpoint.check_identity(state, self.identity | free)
         if evaluate and data != self.info.fingerprint:
             distributed.warn("these are not the data of the checkpoint's run")
         if evaluate and self.args.val_split and data != self.info.fingerprint:
@@ -253,10 +259,15 @@ class Run:
     def save(self, sums=None):
         """Write checkpoint.pt: all that the rest of the run depends on."""
         self.check_finite({})
+        history = self.history
+        if self.args.max_steps:             # what a trial measured is of a part of the images
+            history = [{name: value for name, value in row.items() if row["epoch"] < self.begun[1]
+                        or name.startswith("train_") or not name.endswith(MEASURED)}
+                       for row in history]
         if self.writes:
             checkpoint.save(self.folder, {
                 **{name: part.state_dict() for name, part in self.parts.items()},
-                "epoch": self.epoch, "step": self.step, "sums": sums, "history": self.history,
+                "epoch": self.epoch, "step": self.step, "sums": sums, "history": history,
                 "best": self.best, "devices": self.devices, "identity": self.identity,
                 "args": self.settings()})
 

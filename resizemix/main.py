@@ -97,11 +97,10 @@ def parse_args(argv=None):
         parser.error(f"--resizemix_low is above --resizemix_high {args.resizemix_high}")
     if args.warmup_epochs >= args.epochs:
         parser.error(f"--warmup_epochs {args.warmup_epochs} are not below the {args.epochs} epochs")
-    if args.milestones and args.lr_schedule != "step":
-        parser.error("--milestones are for --lr_schedule step")
-    of_cosine = args.restart_epochs or args.min_lr != parser.get_default("min_lr")
-    if args.lr_schedule == "step" and of_cosine:
-        parser.error("--restart_epochs and --min_lr are for --lr_schedule cosine")
+    parser.only(args, args.lr_schedule == "step", "milestones gamma", "--lr_schedule step")
+    parser.only(args, args.lr_schedule == "cosine", "restart_epochs min_lr", "--lr_schedule cosine")
+    parser.only(args, args.dataset in STREAMED, "min_scale color_jitter", "sets read from disk")
+    parser.only(args, args.dataset not in STREAMED, "padding", "sets in memory")
     if args.lr_schedule == "cosine" and args.lr < args.min_lr:
         parser.error(f"--lr {args.lr} is below --min_lr {args.min_lr}: give both")
     return args
@@ -201,17 +200,17 @@ def train_one_epoch(net, model, loader, optimizer, scaler, args, info, run):
 
 
 @torch.no_grad()
-def multiply_adds(net, image_size: int) -> int:
+def multiply_adds(net, height: int, width: int) -> int:
     """Return the multiply-adds of one image (no biases) in a network on the CPU."""
     with FlopCounterMode(display=False) as counter:
-        copy.deepcopy(net).eval()(torch.zeros(1, 3, image_size, image_size))
+        copy.deepcopy(net).eval()(torch.zeros(1, 3, height, width))
     return counter.get_total_flops() // 2
 
 
 @torch.no_grad()
-def latency(net, image_size: int, device: torch.device) -> str:
+def latency(net, height: int, width: int, device: torch.device) -> str:
     """Return the median time of a forward pass: of 32 images on a GPU, of 1 on a CPU."""
-    images = torch.zeros(32 if device.type == "cuda" else 1, 3, image_size, image_size)
+    images = torch.zeros(32 if device.type == "cuda" else 1, 3, height, width)
     timer = Timer("net(images)", num_threads=torch.get_num_threads(),
                   globals={"net": copy.deepcopy(net).eval(), "images": images.to(device)})
     seconds = timer.blocked_autorange(min_run_time=2).median
@@ -255,7 +254,7 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     net = models.build(args.arch, info.num_classes, info.image_size,
                        initial_channels=args.initial_channels)
-    cost = multiply_adds(net, info.image_size)
+    cost = multiply_adds(net, info.image_size, info.width)
     net, model = runtime.prepare(net, args, device)
     judged = CropTest(net) if args.crop_test and not args.cam else net
     optimizer = torch.optim.SGD(net.parameters(), lr=args.lr, momentum=args.momentum,
@@ -277,7 +276,7 @@ def main(argv=None):
     if not run.resumed:
         load_pretrained(net, args)
     if args.meas_lat and distributed.rank() == 0:
-        log(f"latency: {latency(net, info.image_size, device)}")
+        log(f"latency: {latency(net, info.image_size, info.width, device)}")
     if args.evaluation:
         log(f"test: {evaluation.sentence(evaluation.evaluate(judged, test, args, info))}")
     while not run.over:

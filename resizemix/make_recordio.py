@@ -36,11 +36,11 @@ def parse_args(argv=None):
     parser = flags.Parser(__doc__)
     add = parser.add_argument
     add("images", type=flags.folder, help="folder with one folder per class")
-    add("prefix", type=Path, help="where to write: PREFIX.rec, PREFIX.idx, …")
+    add("prefix", type=flags.path, help="where to write: PREFIX.rec, PREFIX.idx, …")
     add("--resize", type=flags.positive, help="make the shorter side this long where it is longer")
     add("--quality", type=flags.number(int, low=1, high=100), help="encode all images as JPEG (if "
         "not given: in quality 95 those that are resized or are neither JPEG nor PNG)")
-    add("--classes", type=Path, help="file of class names, if not the folders' names")
+    add("--classes", type=flags.path, help="file of class names, if not the folders' names")
     add("--workers", type=flags.positive, default=runtime.cores(), help="processes")
     return parser.parse_args(argv)
 
@@ -49,7 +49,7 @@ def list_images(args) -> tuple[list[tuple[str, int]], list[str]]:
     """Return (path below the folder, label) of all images in writing order, and the classes."""
     folders = list_classes(Path(args.images), allow_empty=True)
     names = printable(folders)
-    classes = read_text(args.classes).splitlines() if args.classes else names
+    classes = read_text(Path(args.classes)).splitlines() if args.classes else names
     labels = {name: label for label, name in enumerate(classes)}
     for name in names:
         if name not in labels:
@@ -102,14 +102,14 @@ def main(argv=None):
     """Pack the images as the flags say."""
     args = parse_args(argv)
     items, classes = list_images(args)
-    rec_path, idx, bad, names = (args.prefix.with_name(args.prefix.name + end) for end in
+    rec_path, idx, bad, names = (Path(args.prefix + end) for end in
                                  (".rec", ".idx", "_unreadable.txt", "_classes.txt"))
     if idx.exists():
         raise DataError(f"{idx} is there already: remove it to write it anew")
     job = distributed.seed_of(os.path.realpath(args.images), args.resize, args.quality, items,
                               classes)
     record_of = partial(make_record, args=args, items=items, job=job)
-    args.prefix.parent.mkdir(parents=True, exist_ok=True)
+    idx.parent.mkdir(parents=True, exist_ok=True)
     with lock(rec_path, "ab+") as rec:
         index = find_written(rec, job)
         done = max(index, default=-1) + 1

@@ -52,9 +52,8 @@ def resize_mix(images: Tensor, perm: Tensor, scale: float | Tensor, corners: Ten
     small = small.index_select(0, perm)
     offsets = torch.arange(h, device=device)[:, None] * width + torch.arange(w, device=device)
     target = (corners[:, :1] * width + corners[:, 1:] + offsets.flatten())[:, None]
-    mixed = images.clone()
-    mixed.view(n, channels, -1).scatter_(2, target.expand_as(small), small)
-    return mixed, per_image(1 - h * w / (height * width), images)
+    mixed = images.flatten(2).clone().scatter_(2, target.expand_as(small), small)
+    return mixed.unflatten(2, (height, width)), per_image(1 - h * w / (height * width), images)
 
 
 def cutmix(images: Tensor, perm: Tensor, centre: Tensor, lam: float | Tensor

@@ -84,8 +84,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.N_min > args.N_max:
         parser.error(f"--N_min {args.N_min} is more than --N_max {args.N_max}")
-    if args.milestones and args.schedule != "step":
-        parser.error("--milestones are for --schedule step")
+    parser.only(args, args.schedule == "step", "milestones gamma", "--schedule step")
     return args
 
 
@@ -126,6 +125,7 @@ def mix_batch(net, images, args, info, generator) -> Mixed:
     most = superpixels.most_superpixels(torch.arange(args.N_min, args.N_max + 1), height, width)
     if args.method == "occamix":
         training = net.training
+        distributed.share_buffers(net)                  # which the ranks' own batches have moved
         net.eval()
         with torch.no_grad(), runtime.autocast(args, images.device):
             scores = net.activation_maps(images).amax(1).float()     # of the classes

@@ -122,6 +122,7 @@ def parse_args(argv=None):
     if args.kernel_size % 2 == 0 or args.m_block_num in (0, 1):
         parser.error("--kernel_size is odd, --m_block_num 2 or more, or -1")
     if args.ngpu == 0:
+        parser.only(args, args.device == "cpu", "device", "--ngpu above 0")
         args.device = "cpu"
     return args
 
@@ -142,6 +143,8 @@ def saliency_gradient(net, images, labels, args, scaler, part):
     sage = args.method == "sage"
     weight = 1 - args.update_ratio if sage else args.clean_lam
     train = not args.eval_mode if sage else weight > 0
+    if not train:                       # by the same statistics on all ranks, as after a resume
+        distributed.share_buffers(net)
 
     def clean_loss(logits, labels):
         return scaler.scale(softmax_bce(logits, probabilities(labels, logits.shape[1])) if sage else

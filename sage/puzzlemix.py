@@ -51,7 +51,8 @@ def puzzle_mix(images: Tensor, saliency: Tensor, perm: Tensor, lam: Tensor | flo
     """Return image i mixed with image perm[i] (B, C, H, W), and ratio (B,), the mask's mean.
     images normalised by mean and std; saliency (B, H, W) >= 0; lam: the first image's share a
     priori, one or (B,); block_num: blocks a side, divides both sides. transport: move blocks of
-    t_size pixels (-1: the mask's) at a cost of t_eps·distance². noise (B, C, H, W) is added to
+    t_size pixels (or the next more that divides the mask's; -1: these) at a cost of
+    t_eps·distance². noise (B, C, H, W) is added to
     [0, 1] pixels of the first and / or second images (`noisy`). options: of `puzzle_mask`."""
     mask = puzzle_mask(images, saliency, perm, lam, block_num, std=std, **options)
     return apply_mask(images, saliency, perm, mask, transport=transport, t_eps=t_eps,
@@ -86,7 +87,8 @@ def apply_mask(images: Tensor, saliency: Tensor, perm: Tensor, mask: Tensor, *,
     second = second[perm]
     if transport:
         blocks = [side // mask.shape[1] for side in images.shape[-2:]]
-        cells = [_gcd(block, min(t_size, block)) if t_size > 0 else block for block in blocks]
+        cells = [next(side for side in range(min(t_size, block) if t_size > 0 else block, block + 1)
+                      if block % side == 0) for block in blocks]        # smaller ones: (H·W)² costs
         mass = shares(F.avg_pool2d(saliency.float(), cells))
         fine = _upsample(mask, mass)
         plans = transport_plan(torch.cat([fine, 1 - fine]), torch.cat([mass, mass[perm]]), t_eps)

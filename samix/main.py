@@ -116,6 +116,13 @@ def parse_args(argv=None):
             config["crop"] = "resized"
     parser.set_defaults(**config)
     args = parser.parse_args(argv)
+    parser.only(args, args.milestones is None, "min_lr block_min_lr", "runs without --milestones")
+    parser.only(args, args.milestones is not None, "gamma", "--milestones")
+    parser.only(args, args.crop == "resized" or args.dataset in STREAMED, "crop_scale",
+                "--crop resized")
+    parser.only(args, args.crop != "resized" and args.dataset not in STREAMED, "padding",
+                "--crop zero and reflect")
+    parser.only(args, args.dataset in STREAMED, "resize_first", "sets read from disk")
     args.block_lr = args.lr if args.block_lr is None else args.block_lr
     args.block_min_lr = args.min_lr if args.block_min_lr is None else args.block_min_lr
     if bool(args.mean) != bool(args.std):

@@ -15,7 +15,7 @@ def soft_target_loss(logits, labels, confidence, *, reweight: str | bool | None 
     rest = 1 - target
     log_p = logits.float().log_softmax(1)
     log_label = log_p.gather(1, labels[:, None])[:, 0]
-    classes = 1 if other else logits.shape[1] - 1
+    classes = 1 if other else max(1, logits.shape[1] - 1)
     log_rest = (log_p[:, -1] if other else log_p.sum(1) - log_label) / classes
     entropy = -torch.xlogy(target, target) - torch.xlogy(rest, rest / classes)
     divergence = -target * log_label - rest * log_rest - entropy

@@ -64,7 +64,8 @@ def parse_args(argv=None):
     add = parser.add_argument_group("augmentation").add_argument
     add("--method", choices=METHODS, help="sets --da, --loss, --ra; these and other flags win")
     add("--da", type=int, choices=[-1, 0, 1, 2], default=0,
-        help="-1: none; 0: flip, crop of 4 pixels; 1: these and Cutout of --l; 2: flip, SoftCrop")
+        help="-1: none; 0: flip, crop of 4 pixels (of sets read from disk: a random resized crop); "
+        "1: these and Cutout of --l; 2: flip, SoftCrop")
     add_boolean(add, "--ra", False, "RandAugment")
     add("--crop", type=amount, default=12.0, help="SoftCrop: standard deviation, pixels")
     add("--pcrop", type=amount, default=2.0, help="SoftCrop: power k of the confidence curve")
@@ -94,19 +95,18 @@ def parse_args(argv=None):
     parser.set_defaults(**METHODS.get(first.method, {}))
     args = parser.parse_args(argv)
     del args.method                                         # its flags say it
+    parser.only(args, args.decay == "s", "milestones gamma", "--decay s")
+    parser.only(args, args.loss == "st", "other", "--loss st")
     args.epochs = args.epochs or max(1, int(200 * args.sch))
     if args.milestones is None:
         args.milestones = [int(part * args.epochs) for part in (1 / 2, 3 / 4, 9 / 10)]
-    elif args.decay != "s":
-        parser.error("--milestones are for --decay s")
-    if args.other and args.loss != "st":
-        parser.error("--other is for --loss st")
     soft = args.loss == "st" and (args.da == 2 or args.noise)
     if args.max_p < 1 and not (soft or args.loss == "sce"):
         parser.error("--max_p is for --loss sce, or for --loss st with --da 2 or --noise")
     if (args.da == 1) != (args.l > 0):
         parser.error("--da 1 (Cutout) and --l (the side of its hole) go together")
     if args.nogpu:
+        parser.only(args, args.device == "cpu", "device", "runs without --nogpu")
         args.device = "cpu"
     args.arch = args.arch.replace("pyramid272", "pyramidnet272")
     return args
@@ -206,7 +206,7 @@ def implied_targets(labels, mixed, args, outputs):
         p *= args.max_p
     elif args.loss == "st" and not args.no_soften:
         p = mixed.confidence
-    rest = (1 - label) / (outputs - 1)
+    rest = (1 - label) / max(1, outputs - 1)
     if args.other:
         rest = F.one_hot(torch.full_like(labels, outputs - 1), outputs).float()
     targets = torch.lerp(rest, label, p[:, None])

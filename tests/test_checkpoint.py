@@ -277,6 +277,34 @@ def test_a_trial_is_never_the_best(tmp_path):
     assert checkpoint.load(run.folder / "best.pt")["accuracy"] == 50
 
 
+def test_what_a_trial_measured_of_whole_epochs_is_not_kept(tmp_path):
+    trial = make_run(tmp_path, max_steps=2)
+    trial.start()
+    for accuracy in (99.0, 98.0):
+        end_epoch(trial, accuracy, train_loss=2.0, mask_mean=0.5, knn_accuracy=9.0)
+    assert "2,98,1,2,0.5,9" in (trial.folder / "log.csv").read_text()
+    trial.lock.close()
+    run = make_run(tmp_path, resume="auto")
+    run.start()
+    assert run.history == [{"epoch": epoch, "seconds": 1.0, "train_loss": 2.0, "mask_mean": 0.5}
+                           for epoch in (0, 1)]
+    end_epoch(run, 50.0)
+    assert run.history[2]["test_accuracy"] == 50 and run.column("test_accuracy") == [50.0]
+
+
+def test_other_data_of_these_classes_are_evaluated(tmp_path, monkeypatch, capsys):
+    run = make_run(tmp_path)
+    run.start()
+    end_epoch(run, 50.0)
+    monkeypatch.setattr(INFO, "name", "other")
+    monkeypatch.setattr(INFO, "fingerprint", "1")
+    again = make_run(tmp_path, evaluate=str(run.folder / "best.pt"))
+    assert again.load_weights() == run.folder / "best.pt"
+    assert "not the data of the checkpoint's run" in capsys.readouterr().err
+    with pytest.raises(RunError, match="dataset set .here other"):
+        make_run(tmp_path, resume=str(run.folder / "checkpoint.pt")).load_weights()
+
+
 @pytest.mark.parametrize("harm", ["weight", "loss"])
 def test_what_is_not_finite_is_not_saved(tmp_path, harm):
     run = make_run(tmp_path)

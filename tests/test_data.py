@@ -190,6 +190,12 @@ def test_images_that_are_not_square_keep_their_shape(tmp_path):
     assert next(iter(load("folder", tmp_path, batch_size=4, image_size=24)[1]))[0].shape[3] == 24
 
 
+def test_test_images_of_another_size_are_resized(tmp_path):
+    file = save_npz(tmp_path / "a.npz", test_images=np.zeros((12, 48, 48, 3), np.uint8))
+    for part in load("npz", file, image_size=32)[:2]:
+        assert next(iter(part))[0].shape[2:] == (32, 32)
+
+
 # ------------------------------------------------------------------------------------- bad data
 
 def test_faults_name_the_file(tmp_path):
@@ -212,6 +218,8 @@ def test_faults_name_the_file(tmp_path):
         fault("npz", save_npz(tmp_path / "odd.npz", train_labels=labels), f"odd.npz: .*{match}")
 
     fault("folder", tmp_path / "absent", "absent/train: No such file")
+    save_folders(tmp_path / "plain")
+    fault("folder", tmp_path / "plain" / "train", "train/train: no such folder.*--val_split 0.2")
     (tmp_path / "bare" / "train").mkdir(parents=True)
     fault("folder", tmp_path / "bare", "bare/train: holds no class")
     root = save_folders(tmp_path / "f")

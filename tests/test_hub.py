@@ -155,6 +155,34 @@ def test_options_are_the_programs_and_wrong_ones_are_named(monkeypatch):
         mixer("sage")(torch.rand(2, 3, 32, 32), torch.tensor([0, 1]))
 
 
+def test_labels_of_other_integers_and_turned_images():
+    images, labels = torch.rand(4, 3, 32, 40), torch.tensor([3, 1, 0, 2])
+    for method in ("cutmix", "resizemix", "softcrop", "input"):
+        mix = mixer(method)
+        turned = torch.rot90(images, 1, (2, 3))
+        draws = [torch.Generator().manual_seed(3) for _ in range(3)]
+        whole, targets = mix(turned.contiguous(), labels, generator=draws[0])
+        for kind, draw in zip((torch.int32, torch.uint8), draws[1:], strict=True):
+            mixed, others = mix(turned, labels.to(kind), generator=draw)
+            assert torch.equal(mixed, whole) and torch.equal(others, targets), method
+
+
+def test_saliency_under_fp16_is_of_float32():
+    """Only a training loop's scaler would learn that fp16's gradients overflow."""
+    class Plain(torch.nn.Module):
+        def forward(self, images):
+            return 300 * images.flatten(2).square().sum(2).repeat(1, 4)[:, :10]
+
+    images, labels = torch.rand(4, 3, 32, 32), torch.arange(4)
+    seen = []
+    for inside in (False, True):
+        with torch.autocast("cpu", torch.float16, enabled=inside):
+            mix = mixer("sage", seed=1)
+            seen.append(mix(images, labels, Plain())[0])
+            assert mix.args.amp == "off"
+    assert torch.equal(*seen)
+
+
 @pytest.mark.parametrize("method", ["cutmix", "resizemix", "softcrop", "superpixels"])
 def test_slices_and_other_default_devices(method):
     """A batch that is a view mixes like its copy; draws are on the CPU whatever the default is."""

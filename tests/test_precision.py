@@ -25,6 +25,22 @@ def test_full_precision(setting, device):
         torch.set_float32_matmul_precision(before)
 
 
+@pytest.mark.parametrize("backend, precision", [
+    (torch.backends.cuda.matmul, "tf32"), (torch.backends.mkldnn.matmul, "bf16")])
+def test_full_precision_where_the_newer_setting_was_used(backend, precision, device):
+    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    before = [one.fp32_precision for one in backends]
+    try:
+        backend.fp32_precision = precision
+        inside = [one.fp32_precision for one in backends]
+        with full_precision(device.type):
+            assert [one.fp32_precision for one in backends] == ["ieee", "ieee"]
+        assert [one.fp32_precision for one in backends] == inside
+    finally:
+        for one, value in zip(backends, before, strict=True):
+            one.fp32_precision = value
+
+
 def test_full_precision_in_a_graph(device):
     """Dynamo takes it whole; the switch is in the graph, in both directions."""
     code = []

@@ -164,7 +164,8 @@ def test_training_is_the_recipe(tmp_path, words, rate, no_pictures, monkeypatch)
     ("--padding 3 --workers 5 --loader dali --batch_size 10 --seed 4 --data_path there",
      {"padding": 3, "workers": 5, "loader": "dali", "batch_size": 10, "seed": 4,
       "drop_last": True, "transform": None}),
-    ("--min_scale 0.3 --color_jitter True", {"scale": (0.3, 1), "color_jitter": 0.4}),
+    ("--dataset imagenet --min_scale 0.3 --color_jitter True", {"scale": (0.3, 1),
+                                                                "color_jitter": 0.4}),
     ("--dataset imagenet --randaugment True", {
         "transform_first": False, "transform": randaugment.transform, "scale": (0.08, 1),
         "color_jitter": 0, "interpolation": "lanczos", "crop": None}),
@@ -308,8 +309,9 @@ def test_autoaugment_changes_each_image_by_its_own_policy():
 
 def test_costs():
     net = resizemix.models.build("wresnet40_2", 100, 32)
-    assert resizemix.multiply_adds(net, 32) == pytest.approx(356.8e6, rel=0.01)
-    line = resizemix.latency(net, 8, torch.device("cpu"))
+    assert resizemix.multiply_adds(net, 32, 32) == pytest.approx(356.8e6, rel=0.01)
+    assert resizemix.multiply_adds(net, 32, 48) == pytest.approx(535.2e6, rel=0.01)
+    line = resizemix.latency(net, 8, 16, torch.device("cpu"))
     assert re.fullmatch(r"[\d.]+ ms for a batch of 1 \(cpu\)", line)
 
 
@@ -399,8 +401,11 @@ def test_killed_and_resumed_is_the_run_never_killed(tmp_path):
     ("--randaugment True --autoaugment True", 2, "choose one of them"),
     ("--resizemix_low 0.9", 2, "--resizemix_low is above --resizemix_high 0.8"),
     ("--epochs 2 --warmup_epochs 2", 2, "--warmup_epochs 2 are not below the 2 epochs"),
-    ("--milestones 3", 2, "--milestones are for --lr_schedule step"),
-    ("--lr_schedule step --min_lr 0.01", 2, "--min_lr are for --lr_schedule cosine"),
+    ("--milestones 3", 2, "--milestones is for --lr_schedule step"),
+    ("--gamma 0.5", 2, "--gamma is for --lr_schedule step"),
+    ("--lr_schedule step --min_lr 0.01", 2, "--min_lr is for --lr_schedule cosine"),
+    ("--color_jitter", 2, "--color_jitter is for sets read from disk"),
+    ("--dataset imagenet --padding 2", 2, "--padding is for sets in memory"),
     ("--launcher pytorch", 1, "--launcher pytorch: RANK is not set"),
     ("--launcher slurm", 1, "SLURM_PROCID is not set"),
     ("--dataset imagenet", 1, "is for sets that fit in memory"),
@@ -502,6 +507,7 @@ def test_script_trains_cifar_in_one_process_and_imagenet_on_all_gpus(tmp_path):
     python.write_text('#!/bin/sh\n[ "$1" = -c ] && echo 3 || echo "$@"\n')
     python.chmod(0o755)
     script = ["sh", str(ROOT / "resizemix" / "scripts" / "train_dist.sh")]
+    script += ["--root_dir", "imagenet_and_cifar"]
     for given, wanted in (({}, "main.py --config cifar100_wrs"),
                           ({"CONFIG": "imagenet_res"}, "--nproc_per_node=3"),
                           ({"CONFIG": "cifar10_ss", "NPROC": "2"}, "--nproc_per_node=2")):

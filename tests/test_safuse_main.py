@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -390,6 +391,16 @@ def plain_occamix(net, images, labels, segments, perm):
                 for i, lam in enumerate(shares)) / n
 
 
+def test_ranks_share_the_statistics_that_occamix_asks_with(monkeypatch):
+    args, events = arguments("--method occamix"), []
+    net = safuse.network.Network("resnet18", 10, 16, decoder="none", initial_channels=4)
+    net.encoder.register_forward_pre_hook(lambda *_: events.append("forward"))
+    monkeypatch.setattr(safuse.distributed, "share_buffers", lambda net: events.append("shared"))
+    info = types.SimpleNamespace(mean=(0.0,) * 3, std=(1.0,) * 3, num_classes=10)
+    safuse.mix_batch(net, torch.rand(4, 3, 16, 16), args, info, torch.Generator())
+    assert events == ["shared", "forward"]
+
+
 def test_occamix_is_the_paper_in_float64():
     """Three of the program's steps, with SGD's momentum and decay, against a plain rendering."""
     args = arguments("--method occamix --cutmix_prob 1")
@@ -657,7 +668,8 @@ def test_two_ranks_agree(tmp_path, method):
     ("--arch resnet34", 2, "invalid choice: 'resnet34'"),
     ("--N_min 31", 2, "--N_min 31 is more than --N_max 30"),
     ("--gpu_ids x", 2, "argument --gpu_ids: 'x' is not an integer"),
-    ("--schedule A --milestones 3", 2, "--milestones are for --schedule step"),
+    ("--schedule A --milestones 3", 2, "--milestones is for --schedule step"),
+    ("--schedule A --gamma 0.3", 2, "--gamma is for --schedule step"),
     ("--epochs 5 --START_EPOCH 5", 0, ""), ("--nesterov --momentum 0 --max_steps 1", 0, ""),
     ("--attention_score mean", 2, "invalid choice: 'mean'"),
     ("--NUM_CLASS 100", 1, "--NUM_CLASS 100: digits has 10 classes"),

@@ -242,6 +242,20 @@ def test_signals_save_inside_the_epoch(tmp_path, number):
         line.split(",")[:7] for line in logs[1]]
 
 
+@pytest.mark.parametrize("words, shared", [
+    ("--method sage --eval_mode True", 1), ("--method puzzle", 1), ("--method puzzle --clean_lam 1",
+    0), ("--method sage", 0), ("--method comix --clean_lam 0", 1)])
+def test_ranks_share_the_statistics_of_a_saliency_in_evaluation_mode(monkeypatch, words, shared):
+    """Each rank's own would differ from rank 0's, which alone is in a checkpoint."""
+    args, events = PROGRAM.arguments(words), []
+    net = sage.models.build("preactresnet18", 10, 16, initial_channels=4)
+    net.register_forward_pre_hook(lambda *_: events.append("forward"))
+    monkeypatch.setattr(distributed, "share_buffers", lambda net: events.append("shared"))
+    sage.saliency_gradient(net, torch.rand(4, 3, 16, 16), torch.arange(4), args,
+                           torch.amp.GradScaler("cpu", enabled=False), 1.0)
+    assert events == ["shared"] * shared + ["forward"]
+
+
 def test_two_ranks_share_the_work_and_agree(tmp_path):
     words = ["--method", "sage", "--epochs", 1, "--update_ratio", 0.7]
     result = subprocess.run(

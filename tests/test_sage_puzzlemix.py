@@ -80,6 +80,18 @@ def test_golden_mask_applied(path, device):
     torch.testing.assert_close(ratio, case.tensor("ratio", device), **CLOSE)
 
 
+@pytest.mark.parametrize("block, t_size, cell", [(15, 4, 5), (14, 4, 7), (11, 4, 11), (8, 4, 4),
+                                                 (2, 4, 2), (8, -1, 8), (6, 4, 6)])
+def test_blocks_that_t_size_does_not_divide_move_in_larger_cells(monkeypatch, block, t_size, cell):
+    seen = []
+    monkeypatch.setattr(puzzlemix, "_move", lambda images, plans, cells: (
+        seen.append(cells), images)[1])
+    images = torch.rand(2, 3, 2 * block, 2 * block)
+    puzzlemix.apply_mask(images, images.mean(1), torch.tensor([1, 0]), torch.ones(2, 2, 2),
+                         t_size=t_size, **CIFAR100)
+    assert seen == [[cell, cell]]
+
+
 @pytest.mark.parametrize("path", golden_cases("sage", "graphcut"))
 @pytest.mark.parametrize("solver", ["gco", "device"])
 def test_golden_graphcut(path, solver, device):

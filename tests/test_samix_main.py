@@ -512,6 +512,11 @@ def test_script_trains_on_two_ranks(sets, tmp_path):
     ("--arch deit_s --image_size 20", "deit_s takes images of a multiple of 16 pixels, not 20"),
     ("--resume none.pt", "none.pt: no such checkpoint"),
     ("--lr 0.01", "--lr 0.01 is below --min_lr 0.05"),
+    ("--milestones 1 --min_lr 0", "--min_lr is for runs without --milestones"),
+    ("--gamma 0.3", "--gamma is for --milestones"),
+    ("--crop zero --crop_scale 0.3", "--crop_scale is for --crop resized"),
+    ("--crop resized --padding 2", "--padding is for --crop zero and reflect"),
+    ("--resize_first True", "--resize_first is for sets read from disk"),
     ("--image_size 128", "resnet18 for 128 pixels has --initial_channels 64"),
     ("--evaluate --preview a.png", "--preview: not allowed with argument --evaluate"),
     ("--lr 1e30 --print_freq 1", "at epoch 1, ")])

@@ -94,12 +94,16 @@ def test_files_that_are_none(content, line):
 def test_files_that_do_not_fit():
     torch.save(theirs().state_dict(), "w.pth")
     Path("text.pth").write_text("nothing")
+    torch.save(torchvision.models.resnet34().state_dict(), "deeper.pth")
+    torch.save({0: torch.zeros(1)}, "numbers.pth")
     encoder = {size: network.Network("resnet18", 5, size).encoder for size in (32, 224)}
     load_weights(encoder[224], "w.pth", "resnet18")
     for net, source, line in [
             (encoder[32], "w.pth", r"conv1.weight: \(64, 3, 7, 7\), \(64, 3, 3, 3\) needed"),
             (network.Network("resnet50", 5, 224).encoder, "w.pth",
              r"conv1.weight: \(64, 64, 3, 3\)"),
+            (models.build("resnet18", 5, 224), "deeper.pth", "larger network.*layer1.2.conv1"),
+            (encoder[224], "numbers.pth", "numbers.pth does not fit"),
             (encoder[224], "absent.pth", "no such file"),
             (encoder[224], "text.pth", "text.pth: not a readable")]:
         with pytest.raises(DataError, match=line):
@@ -258,6 +262,15 @@ def test_export_as_onnx(tmp_path, monkeypatch):
         export.main([words[0], words[0]])                   # would be the end of the checkpoint
     with pytest.raises(RunError, match="ONNX is for the networks of sage"):
         export.main([checkpoint_of(network.Network("resnet18", 7), "resnet18", tmp_path), "o.onnx"])
+
+
+def test_export_of_safuses_large_network_has_no_classifier(tmp_path, capsys):
+    """Its last stage has stride 1: torchvision's network would answer otherwise."""
+    net = network.Network("resnet18", 7, 224, decoder="none")
+    export.main([checkpoint_of(net, "resnet18", tmp_path), "out.pth"])
+    state = torch.load("out.pth", weights_only=True)
+    assert "layer4.1.conv2.weight" in state and "fc.weight" not in state
+    assert "without the classifier; its layer4 has stride 1" in capsys.readouterr().out
 
 
 def test_export_runs_as_a_program():

@@ -105,6 +105,9 @@ def open_folders(root: Path, parts: tuple, val_split: float | None = None, seed:
     """Return the Files of train/<class>/* and of the first of `parts`; val_split: of root/train
     (or `root`) without and with a seeded share of each class, of one image to all but one."""
     if not val_split:
+        if root.is_dir() and not (root / "train").is_dir():
+            raise DataError(f"{root / 'train'}: no such folder; of class folders in {root} itself "
+                            "--val_split 0.2 tests on a fifth")
         train = list_classes(root / "train")
         test = root / test_part(root, *parts)
         return as_files(root / "train", train), as_files(test, list_classes(test, list(train)))

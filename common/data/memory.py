@@ -13,7 +13,8 @@ from common.precision import full_precision
 class MemoryBatches:
     """Iterates over (images (B, 3, H, W) float32 normalised, labels (B,) int64) on the device.
     seed given: training; every draw is a function of (seed, epoch) and of the image's position in
-    the epoch's permutation: the same on every device, with either loader, over any number of ranks.
+    the epoch's permutation: the same on every device, with either loader, over any number of ranks
+    (the recipe's `transform`: for each rank its own).
     seed None: every image once, in stored order. Of each batch of `batch_size` images a rank takes
     every world-th; in training a partial one is filled up from its own images, so that all ranks do
     equally many steps of equal size. size: (height, width) of resized images."""

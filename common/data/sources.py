@@ -41,8 +41,9 @@ def read(name: str, root: Path, image_size: int | None, workers: int, val_split=
     else:
         parts = open_folders(root, ("test", "val"), val_split, seed)
         train, test, classes = decode_parts(parts, image_size, workers)
-    if image_size and (image_size, image_size) != train.images.shape[1:3]:
-        train, test = (Split(resize(part.images, image_size), part.labels)
+    if image_size:
+        train, test = (part if part.images.shape[1:3] == (image_size, image_size) else
+                       Split(resize(part.images, image_size), part.labels)
                        for part in (train, test))
     sides = ["×".join(map(str, part.images.shape[2:0:-1])) for part in (train, test)]
     if sides[0] != sides[1]:

@@ -35,10 +35,13 @@ def with_torchvisions_names(state: dict, arch: str, classes: int) -> tuple[dict,
     ours = {re.sub(ONE, f"{head}.", re.sub(INSIDE, "", key)): value for key, value in state.items()}
     ours = {key: ours[key] for key, value in theirs.items()
             if key in ours and ours[key].shape == value.shape}
+    if last := "encoder.conv1.weight" in state:             # SAFuse's, for 128 pixels and more
+        ours = {key: value for key, value in ours.items() if not key.startswith(CLASSIFIERS)}
     missing = theirs.keys() - ours.keys()
     if not all(key.startswith(CLASSIFIERS) for key in missing):
         return None
-    return ours, f"{name} in torchvision's names" + ", without the classifier" * bool(missing)
+    return ours, (f"{name} in torchvision's names" + ", without the classifier" * bool(missing)
+                  + "; its layer4 has stride 1" * last)
 
 
 def write_onnx(state: dict, identity: dict, args: dict, classes: int, path: Path):

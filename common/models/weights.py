@@ -31,6 +31,10 @@ def load_pretrained(network, args):
         theirs = tuple(state[odd[0]].shape) if odd[0] in state else "missing"
         raise DataError(f"{source} does not fit {arch} at this image size: {odd[0]}: {theirs}, "
                         f"{tuple(own[odd[0]].shape)} needed")
+    left = [name for name in state if name not in own and not name.startswith(CLASSIFIERS)
+            and not name.endswith("batches_tracked")]
+    if left:
+        raise DataError(f"{source} is of a larger network than {arch}: it holds {left[0]}, too")
     network.load_state_dict(loaded, strict=False)
     log(f"weights: {source}'s" + f"; new: {', '.join(sorted(new))}" * bool(new))
 
@@ -52,7 +56,7 @@ def read(path: Path) -> dict[str, torch.Tensor]:
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
     pairs = state.items() if isinstance(state, dict) else ()
-    state = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): value
+    state = {re.sub(r"^(module\.|_orig_mod\.)+", "", str(name)): value
              for name, value in pairs if isinstance(value, torch.Tensor)}
     if not state:
         raise DataError(f"{path}: not a readable file of weights (it holds no state_dict)")

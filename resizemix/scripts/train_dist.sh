@@ -26,7 +26,10 @@ if { [ -d "$DATA/train" ] && [ -d "$DATA/val" ]; } || \
 fi
 [ -x "$root/.venv/bin/python" ] && python=$root/.venv/bin/python || python=python3
 python=${PYTHON:-$python} NNODES=${NNODES:-1}
-case "${CONFIG:-$config} $*" in *imagenet*) ;; *) NPROC=${NPROC:-1} ;; esac
+case " --config ${CONFIG:-$config} $* " in
+    *" --config imagenet"*|*" --config=imagenet"*|*" --dataset imagenet "*|*" --dataset=imagenet "*) ;;
+    *) NPROC=${NPROC:-1} ;;
+esac
 NPROC=${NPROC:-$("$python" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
 set -- "$root/resizemix/main.py" --config "${CONFIG:-$config}" --data_dir "$DATA" \
     --root_dir "${OUT:-experiments}" --resume auto "$@"
