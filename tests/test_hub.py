@@ -240,6 +240,13 @@ def test_samix_learns_in_a_loop():
     for before, part in ((k, net.net.k), (block, net.net.block), (q, net.net.q)):
         assert any(not torch.equal(a, b) for a, b in zip(before, part.parameters(), strict=True))
     assert net.eval()(images).shape == (16, 10)
+    automix = torch.hub.load(str(ROOT), "samix", source="local", num_classes=10, total_steps=20,
+                             backbone=net.net.q.backbone, method="automix", lam_concat=False)
+    assert (automix.net.block.variant, automix.net.block.lam_concat) == ("automix", False)
+    assert automix.train()(images, labels)[0].isfinite()
+    with pytest.raises(ValueError, match="method 'vanilla' is none of samix, automix"):
+        torch.hub.load(str(ROOT), "samix", source="local", num_classes=10, total_steps=20,
+                       backbone=net.net.q.backbone, method="vanilla")
     state, net.step = net.state_dict(), 0
     net.load_state_dict(state)
     assert net.step == 2
