@@ -6,9 +6,9 @@
 
 RUN is a run's folder, or a folder of such folders. Runs that differ in nothing but --seed become
 one line: mean, and half the range over seeds. accuracy: median test accuracy, %, of the --last
-evaluations; gain: seed by seed over the first line of the same program, data and network, where
-training without mixing is put; ECE, visible, FGSM, mCE: of evaluation.csv, %, '–' where a run has
-none. s/epoch: '–' where a run, or its seeds, ran on different devices."""
+evaluations; gain: over the first line of the same program, data and network (without mixing, if
+there is one), seed by seed if that line has the seeds; ECE, visible, FGSM, mCE: of evaluation.csv,
+%, '–' where a run has none. s/epoch: '–' where a run, or its seeds, ran on different devices."""
 import argparse
 import csv
 import json

@@ -73,7 +73,7 @@ def parse_args(argv=None):
     add("--temp", type=number(above=0), default=0.7, help="temperature of the contrastive loss")
     add("--attention_score", choices=["post_norm", "pre_norm"], default="post_norm",
         help="sum over a superpixel's channels after LayerNorm (as published) or before it")
-    add("--label_share", choices=["both", "attention"], help="by attention, or both it and area")
+    add("--label_share", choices=["both", "attention"], help="both: mean of attention and area")
     flags.add_flags(parser, data.NAMES, network.ARCHS, {
         "data_dir": ["--data_path"], "epochs": ["--NB_EPOCH"], "lr": ["--LR"],
         "batch_size": ["--BATCH_SIZE", "-b"]

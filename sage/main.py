@@ -52,7 +52,7 @@ def parse_args(argv=None):
         help="epochs of the LR changes")
     add("--gammas", type=amount, nargs="+", default=[0.1, 0.1], help="LR factors at these epochs")
     add_boolean(add, "--dropout", False, "dropout 0.5 before the last layer")
-    add("--valid_labels_per_class", type=count, default=0, help="training images to choose best.pt")
+    add("--valid_labels_per_class", type=count, default=0, help="of each class, kept for best.pt")
     add("--ngpu", type=count, default=1, help="0: CPU; above 1: restarts itself under torchrun")
     add("--start_epoch", type=count, default=None, help="first epoch, counted from 0")
     add("--job_id", type=count, default=0, help="suffix of the run's folder, 0: none")
@@ -67,9 +67,9 @@ def parse_args(argv=None):
     add_boolean(add, "--in_batch", False, "a lambda an image (not of saliencymix and comix)")
     add("--prob_mix", type=share, default=1.0, help="fraction of the batch that is mixed")
     add("--mix_schedule", choices=["fixed", "scheduled", "delayed"], default="fixed",
-        help="mix --prob_mix of each batch: always; a share that grows until an epoch; after it")
+        help="--prob_mix of each batch: always; growing to it until an epoch; only from it on")
     add("--mix_scheduled_epoch", type=positive, default=300, help="the epoch of --mix_schedule")
-    add("--mp", type=count, default=8, help="threads of Puzzle Mix's graph cuts, 0: none")
+    add("--mp", type=count, default=8, help="threads of Puzzle Mix's graph cuts by gco")
     add("--solver", choices=["auto", "gco", "device"], default="auto", help="of puzzle and comix: "
         "gco on the CPU, or batched on the device (auto: gco for puzzle on a CPU, if installed)")
     add = parser.add_argument_group("sage").add_argument

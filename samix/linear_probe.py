@@ -33,7 +33,7 @@ def parse_args(argv=None):
     """Return the flags; usage errors end the program with exit code 2."""
     parser = flags.Parser(__doc__)
     parser.add_argument("--weights", required=True, type=flags.path, metavar="CHECKPOINT|random",
-                        help="of pretrain.py, or of main.py's SAMix")
+                        help="pretrain.py's, main.py's of SAMix, or an untrained network's")
     flags.add_flags(parser, data.NAMES, models.ALL, {}, initial_channels=None, momentum=None,
                     print_freq=None, seed=None, batch_size=256, weight_decay=1e-4)
     parser.refuse("epochs lr momentum resume preview print_freq tensorboard evaluate",

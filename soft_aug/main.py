@@ -82,7 +82,7 @@ def parse_args(argv=None):
     add("--max_p", type=number(above=0, high=1), default=1.0, help="highest confidence")
     add("--g", type=amount, default=2.0, help="fl: gamma")
     add("--rw", nargs="?", choices=["batch", "sample", "off"], const="batch", default="batch",
-        help="st: the loss is multiplied by the mean confidence, or each image's by its own")
+        help="st: loss times the batch's mean confidence, each image's own, or neither")
     add_boolean(add, "--no-soften", False, "st: hard targets, only reweighted")
     add_boolean(add, "--other", False, "st: the rest goes to a class of its own")
     flags.add_flags(parser, data.NAMES, models.ALL, {

@@ -13,8 +13,8 @@ the data.
 
 A run belongs to its command and to the data's fingerprint. Stopped at any moment, the same command
 goes on where it was; with one of the two changed it begins anew. --keep DIR copies what compare.py
-reads of finished runs to DIR, and takes those that DIR holds of the same command and data, saying
-so: their networks are then in no folder of --out.
+reads of finished runs to DIR, and takes those that DIR holds of the same command and data (of
+others: an error), saying so: their networks are then in no folder of --out.
 """
 import argparse
 import hashlib

@@ -15,7 +15,7 @@ from common import files, runtime
 
 ROOT = Path(__file__).resolve().parents[2]
 LOGS = ROOT / "tests" / "bench" / "logs" / "p100"
-HEAD = "| method | program | a step, plain = 1 (CPU / H200) |"       # of README.md's table
+HEAD = "| method | program | step time / plain (CPU / H200) |"       # of README.md's table
 RUNS = {"Mixup": "sage: input", "Manifold Mixup": "sage: manifold", "CutMix": "sage: cutmix",
         "SaliencyMix": "sage: saliencymix", "Puzzle Mix": "sage: puzzle", "Co-Mixup": "sage: comix",
         "SAGE": "sage: sage", "ResizeMix": "resizemix: resizemix True",
