@@ -208,8 +208,11 @@ class Run:
             setattr(self, name, state[name])
         self.devices = state.get("devices", [])         # older ones lack them
         log(f"resumed at epoch {self.epoch + 1}, step {self.step}")
+        free = NOT_TRAINING             # older ones say cpu or cuda; a finished run trains nowhere
+        if self.over or then.get("hardware") == self.device.type:
+            free = (*free, "hardware")
         changed = {name: f"{value} -> {now[name]}" for name, value in then.items()
-                   if name not in NOT_TRAINING and value != now.get(name, value)}
+                   if name not in free and value != now.get(name, value)}
         if changed:
             distributed.warn("going on with other settings than before: " + ", ".join(
                 f"{'--' * hasattr(self.args, name)}{name} {change}"
@@ -260,7 +263,7 @@ class Run:
         """Write checkpoint.pt: all that the rest of the run depends on."""
         self.check_finite({})
         history = self.history
-        if self.args.max_steps:             # what a trial measured is of a part of the images
+        if self.args.max_steps and self.epoch < self.args.epochs:   # measured on a part of images
             history = [{name: value for name, value in row.items() if row["epoch"] < self.begun[1]
                         or name.startswith("train_") or not name.endswith(MEASURED)}
                        for row in history]

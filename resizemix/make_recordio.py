@@ -102,7 +102,7 @@ def main(argv=None):
     """Pack the images as the flags say."""
     args = parse_args(argv)
     items, classes = list_images(args)
-    rec_path, idx, bad, names = (Path(args.prefix + end) for end in
+    rec_path, idx, bad, names = (Path(args.prefix.rstrip("/") + end) for end in
                                  (".rec", ".idx", "_unreadable.txt", "_classes.txt"))
     if idx.exists():
         raise DataError(f"{idx} is there already: remove it to write it anew")

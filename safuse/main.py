@@ -125,7 +125,6 @@ def mix_batch(net, images, args, info, generator) -> Mixed:
     most = superpixels.most_superpixels(torch.arange(args.N_min, args.N_max + 1), height, width)
     if args.method == "occamix":
         training = net.training
-        distributed.share_buffers(net)                  # which the ranks' own batches have moved
         net.eval()
         with torch.no_grad(), runtime.autocast(args, images.device):
             scores = net.activation_maps(images).amax(1).float()     # of the classes
@@ -169,6 +168,8 @@ def superpixel_loss(outputs, labels, mixed, args):
 
 def training_step(net, model, images, labels, args, info, mixed_step, generator, scaler):
     """Leave the gradients of one step in the parameters; return the loss and the logits."""
+    if mixed_step and args.method == "occamix":
+        distributed.share_buffers(net)              # each rank has its own; attention is of these
     mixed = mix_batch(net, images, args, info, generator) if mixed_step else Mixed(images)
     idle = []                                       # parameters that this step does not use
     with runtime.autocast(args, images.device):

@@ -143,8 +143,6 @@ def saliency_gradient(net, images, labels, args, scaler, part):
     sage = args.method == "sage"
     weight = 1 - args.update_ratio if sage else args.clean_lam
     train = not args.eval_mode if sage else weight > 0
-    if not train:                       # by the same statistics on all ranks, as after a resume
-        distributed.share_buffers(net)
 
     def clean_loss(logits, labels):
         return scaler.scale(softmax_bce(logits, probabilities(labels, logits.shape[1])) if sage else
@@ -230,6 +228,9 @@ def training_step(net, model, images, labels, args, info, epoch, generator, scal
     part of the batch is mixed (all of it by default), the rest stays clean."""
     clean = len(images) - int(len(images) * mixed_share(args, epoch))
     share, parts = clean / len(images), []
+    if args.eval_mode if args.method == "sage" else \
+            args.method in ("puzzle", "comix") and not args.clean_lam:
+        distributed.share_buffers(net)              # each rank has its own; saliency is of these
     if share < 1:
         mixed = mix_batch(net, images[clean:], labels[clean:], args, info, generator, scaler,
                           1 - share)

@@ -64,6 +64,8 @@ def report(run) -> str:
     """Return the headline, one head fixed in advance at the last epoch, and the originals' way."""
     last = {name: run.column(f"{name}_accuracy")[-10:] for name in HEADS}
     medians = {name: statistics.median(values) for name, values in last.items() if values}
+    if not medians:
+        return "no epoch was evaluated on all test images"
     best = max(medians, key=medians.get)
     return (f"headline, one_k at the last epoch: {last['one_k'][-1]:.2f} %; the best of 4 heads by "
             f"the median of the last {len(last['one_k'])} epochs: {medians[best]:.2f} % ({best})")

@@ -78,7 +78,9 @@ def main(argv=None):
                  if name.startswith("q.backbone.")}
         if not state:
             raise RunError(f"{args.weights} holds no encoder of pretrain.py or of main.py's SAMix")
-    for name in ("arch", "dataset", "initial_channels", "image_size", "seed", "val_split"):
+    same = args.dataset in (None, known.get("dataset")) and args.data_dir == known.get("data_dir")
+    for name in ("arch", "dataset", "initial_channels", "image_size", "seed",
+                 *["val_split"] * same):
         if getattr(args, name) is None:
             setattr(args, name, known.get(name))
     device = runtime.setup(args)

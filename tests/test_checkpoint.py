@@ -277,6 +277,23 @@ def test_a_trial_is_never_the_best(tmp_path):
     assert checkpoint.load(run.folder / "best.pt")["accuracy"] == 50
 
 
+def test_hardware_that_trains_nothing_has_not_changed(tmp_path, monkeypatch, capsys):
+    run = make_run(tmp_path, epochs=2)
+    run.start()
+    end_epoch(run, 50.0)
+    run.lock.close()
+    state = checkpoint.load(run.folder / "checkpoint.pt")
+    state["args"]["hardware"] = "cpu"                       # as older ones say
+    checkpoint.save(run.folder, state)
+    run = make_run(tmp_path, resume="auto", epochs=2)
+    run.start()
+    end_epoch(run, 50.0)
+    run.lock.close()
+    monkeypatch.setattr(runtime, "hardware", lambda device: "another")
+    make_run(tmp_path, resume="auto", epochs=2).start()     # done: it evaluates alone
+    assert capsys.readouterr().err == ""
+
+
 def test_what_a_trial_measured_of_whole_epochs_is_not_kept(tmp_path):
     trial = make_run(tmp_path, max_steps=2)
     trial.start()

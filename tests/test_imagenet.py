@@ -1,7 +1,9 @@
 """Streaming loaders on a small ImageNet-like set of real photographs, as folders and RecordIO."""
 import io
+import multiprocessing
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -276,6 +278,17 @@ def test_filters_of_both_loaders_agree(photos, filter, image_size):
                     for loader in ("dali", "torch"))
     for (images, _), (others, _) in zip(dali, pillow, strict=True):
         assert (images - others).abs().mean((1, 2, 3)).max() < 1.5
+
+
+def test_workers_leave_signals_to_the_program(photos):
+    """Slurm and Ctrl-C send them to all processes of a job; the program ends the step and saves."""
+    loader = stream(photos / "folders", "torch", batch_size=4, workers=1)
+    batches = iter(loader)
+    next(batches)
+    for child in multiprocessing.active_children():
+        for number in (signal.SIGTERM, signal.SIGINT):
+            os.kill(child.pid, number)
+    assert len(list(batches)) == len(loader) - 1 > 5
 
 
 # ----------------------------------------------------------------------------------- fine-grained

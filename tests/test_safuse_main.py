@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-import types
 
 import numpy as np
 import pytest
@@ -394,12 +393,15 @@ def plain_occamix(net, images, labels, segments, perm):
 
 def test_ranks_share_the_statistics_that_occamix_asks_with(monkeypatch):
     args, events = arguments("--method occamix"), []
-    net = safuse.network.Network("resnet18", 10, 16, decoder="none", initial_channels=4)
+    net = small_net(args)
     net.encoder.register_forward_pre_hook(lambda *_: events.append("forward"))
-    monkeypatch.setattr(safuse.distributed, "share_buffers", lambda net: events.append("shared"))
-    info = types.SimpleNamespace(mean=(0.0,) * 3, std=(1.0,) * 3, num_classes=10)
-    safuse.mix_batch(net, torch.rand(4, 3, 16, 16), args, info, torch.Generator())
-    assert events == ["shared", "forward"]
+    monkeypatch.setattr(distributed, "share_buffers", lambda net: events.append("shared"))
+    images, labels = batch()
+    for mixed_step in (True, False):
+        safuse.training_step(net, net, images, labels, args, Ten, mixed_step, torch.Generator(),
+                             torch.amp.GradScaler("cpu", enabled=False))
+    safuse.mix_batch(net, images, args, Ten, torch.Generator())         # a picture: of rank 0 alone
+    assert events == ["shared", *["forward"] * 4]
 
 
 def test_occamix_is_the_paper_in_float64():
@@ -637,20 +639,7 @@ def test_start_epoch_repeats_from_there(tmp_path, capsys):
     assert "warning: --start_epoch 2, after 0 trained epochs" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("method", SUPERPIXELS)
-def test_ranks_leave_idle_parameters_alone(method, monkeypatch):
-    """On several ranks they get zeros to average, but neither weight decay nor momentum."""
-    monkeypatch.setattr(safuse.runtime, "world", lambda: 2)
-    images, labels = batch()
-    args = arguments(f"--method {method}")
-    net = small_net(args)
-    safuse.training_step(net, net, images, labels, args, Ten, False, torch.Generator(),
-                         torch.amp.GradScaler("cpu", enabled=False))
-    idle = net.local_parameters()
-    assert idle and all(parameter.grad is None for parameter in idle)
-
-
-@pytest.mark.parametrize("method", SUPERPIXELS)
+@pytest.mark.parametrize("method", [*SUPERPIXELS, "occamix"])
 def test_two_ranks_agree(tmp_path, method):
     """Mixed and plain steps, the latter without a gradient for the decoder or its like."""
     words = ["--method", method, "--epochs", 1, "--labels_per_class", 24]
@@ -660,7 +649,9 @@ def test_two_ranks_agree(tmp_path, method):
     printed = on_two_ranks(tmp_path, "safuse.main", [
         *SMALL, "--root_dir", tmp_path / "runs", *words, "--loss_gamma_SCL", 0.5])
     assert "ranks agree: True" in printed and "2 processes" in printed
-    state = checkpoint.load(next((tmp_path / "runs").iterdir()) / "checkpoint.pt")
+    folder = next((tmp_path / "runs").iterdir())
+    assert (folder / "mixed.png").exists()                  # which rank 0 draws alone
+    state = checkpoint.load(folder / "checkpoint.pt")
     assert state["epoch"] == 1 and math.isfinite(state["history"][0]["train_loss"])
 
 

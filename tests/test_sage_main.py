@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -251,13 +252,18 @@ def test_ranks_share_the_statistics_of_a_saliency_in_evaluation_mode(monkeypatch
     net = sage.models.build("preactresnet18", 10, 16, initial_channels=4)
     net.register_forward_pre_hook(lambda *_: events.append("forward"))
     monkeypatch.setattr(distributed, "share_buffers", lambda net: events.append("shared"))
-    sage.saliency_gradient(net, torch.rand(4, 3, 16, 16), torch.arange(4), args,
-                           torch.amp.GradScaler("cpu", enabled=False), 1.0)
-    assert events == ["shared"] * shared + ["forward"]
+    images, labels, scaler = torch.rand(8, 3, 16, 16), torch.arange(8), torch.amp.GradScaler(
+        "cpu", enabled=False)
+    info = SimpleNamespace(mean=(0.5,) * 3, std=(0.2,) * 3, num_classes=10)
+    sage.training_step(net, net, images, labels, args, info, 0, torch.Generator(), scaler)
+    assert events == ["shared"] * shared + ["forward"] * 2
+    sage.mix_batch(net, images, labels, args, info, torch.Generator(), scaler)   # of rank 0 alone
+    assert events.count("shared") == shared
 
 
-def test_two_ranks_share_the_work_and_agree(tmp_path):
-    words = ["--method", "sage", "--epochs", 1, "--update_ratio", 0.7]
+@pytest.mark.parametrize("method", ["sage", "puzzle"])
+def test_two_ranks_share_the_work_and_agree(tmp_path, method):
+    words = ["--method", method, "--epochs", 1, "--update_ratio", 0.7]
     result = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
          str(ROOT / "tests" / "two_ranks.py"), *command(*words, root=tmp_path)[2:]],
@@ -266,9 +272,10 @@ def test_two_ranks_share_the_work_and_agree(tmp_path):
     assert "ranks agree: True" in result.stdout and "2 processes" in result.stdout
     assert "shards: 60 and 60, common: 0" in result.stdout
     folder = next(tmp_path.iterdir())
+    assert (folder / "mixed.png").exists()                  # which rank 0 draws alone
     logged = (folder / "log.csv").read_text().splitlines()
     row = dict(zip(logged[0].split(","), map(float, logged[1].split(",")), strict=True))
-    alone = program("--method", "sage", "--evaluate", folder / "checkpoint.pt", root=tmp_path)
+    alone = program("--method", method, "--evaluate", folder / "checkpoint.pt", root=tmp_path)
     clean = re.search(r"clean: accuracy ([\d.]+) %.*loss ([\d.]+), ECE .* on 355 images",
                       alone.stdout)
     assert float(clean[1]) == pytest.approx(row["test_accuracy"], abs=0.01)

@@ -366,7 +366,7 @@ def test_probe_of_main_has_its_layer_and_statistics(tmp_path, monkeypatch):
     probe(tmp_path / "b", "--weights", next((tmp_path / "a").rglob("best.pt")), "--max_steps", 1)
     state = checkpoint.load(next((tmp_path / "a").rglob("best.pt")))
     del state["args"]["statistics"]                         # as in older ones
-    state["args"]["val_split"] = 0.25
+    state["args"] |= {"val_split": 0.25, "data_dir": "data"}
     checkpoint.save(tmp_path, state, "older.pt")
     monkeypatch.setattr(data, "load", lambda *args, **words: seen.append((args[2], words)) or
                         load(*args, **words | {"val_split": None}))
@@ -374,6 +374,8 @@ def test_probe_of_main_has_its_layer_and_statistics(tmp_path, monkeypatch):
     for recipe, _ in seen:
         assert tuple(recipe.mean) == (0.1, 0.2, 0.3) and tuple(recipe.std) == (0.4, 0.5, 0.6)
     assert seen[1][1]["val_split"] == 0.25
+    probe(tmp_path / "c", "--weights", tmp_path / "older.pt", "--max_steps", 1, "--data_dir", "x")
+    assert seen[2][1]["val_split"] is None                  # other data: of their own
     assert seen[0][1]["seed"] == 3 and next((tmp_path / "b").iterdir()).name.endswith("seed3")
 
 

@@ -110,6 +110,13 @@ def test_files_that_do_not_fit():
             load_weights(net, source, "resnet18")
 
 
+def test_parts_that_are_of_no_network_here_are_named(capsys):
+    state = theirs().state_dict() | {"projection_head.0.weight": torch.zeros(2, 2)}
+    torch.save(state, "w.pth")
+    load_weights(models.build("resnet18", 10, 224), "w.pth", "resnet18")
+    assert "left out: projection_head.0.weight" in capsys.readouterr().out
+
+
 def test_torchvisions_weights(cache, monkeypatch):
     """From the cache, whose hash counts and whose code never runs; else a download."""
     put(cache, monkeypatch, theirs().state_dict())

@@ -1,6 +1,7 @@
 """Loaders that read large images from disk as training goes: lists of files, RecordIO."""
 import dataclasses
 import gc
+import signal
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -203,6 +204,12 @@ class DaliStream(Stream):
             mean=[255 * v for v in recipe.mean], std=[255 * v for v in recipe.std])
 
 
+def leave_signals(worker: int):
+    """Leave the signals that a whole job gets to the program, which saves."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
 class TorchStream(Stream):
     """The same augmentation by Pillow and torchvision in the processes of a DataLoader."""
 
@@ -212,7 +219,8 @@ class TorchStream(Stream):
         order = self.order()[self.start_step * self.batch_size:]
         loader = DataLoader(self, sampler=order, batch_size=self.batch_size,
                             num_workers=self.workers, pin_memory=self.device.type == "cuda",
-                            generator=torch.Generator())   # else it draws from torch's global one
+                            generator=torch.Generator(),   # else it draws from torch's global one
+                            worker_init_fn=leave_signals)
         try:
             yield from loader
         except DataError as fault:                          # below the worker's traceback

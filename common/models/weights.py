@@ -33,10 +33,12 @@ def load_pretrained(network, args):
                         f"{tuple(own[odd[0]].shape)} needed")
     left = [name for name in state if name not in own and not name.startswith(CLASSIFIERS)
             and not name.endswith("batches_tracked")]
-    if left:
-        raise DataError(f"{source} is of a larger network than {arch}: it holds {left[0]}, too")
+    parts = {name.split(".")[0] for name in own}
+    if deeper := [name for name in left if name.split(".")[0] in parts]:
+        raise DataError(f"{source} is of a larger network than {arch}: it holds {deeper[0]}, too")
     network.load_state_dict(loaded, strict=False)
-    log(f"weights: {source}'s" + f"; new: {', '.join(sorted(new))}" * bool(new))
+    log(f"weights: {source}'s" + f"; new: {', '.join(sorted(new))}" * bool(new)
+        + f"; left out: {', '.join(left)}" * bool(left))
 
 
 def read(path: Path) -> dict[str, torch.Tensor]:
