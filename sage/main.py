@@ -228,9 +228,10 @@ def training_step(net, model, images, labels, args, info, epoch, generator, scal
     part of the batch is mixed (all of it by default), the rest stays clean."""
     clean = len(images) - int(len(images) * mixed_share(args, epoch))
     share, parts = clean / len(images), []
-    if args.eval_mode if args.method == "sage" else \
-            args.method in ("puzzle", "comix") and not args.clean_lam:
-        distributed.share_buffers(net)              # each rank has its own; saliency is of these
+    in_evaluation_mode = {"sage": args.eval_mode, "puzzle": not args.clean_lam,
+                          "comix": not args.clean_lam}
+    if in_evaluation_mode.get(args.method):         # of the saliency; each rank has its own
+        distributed.share_buffers(net)
     if share < 1:
         mixed = mix_batch(net, images[clean:], labels[clean:], args, info, generator, scaler,
                           1 - share)
