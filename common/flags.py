@@ -51,14 +51,15 @@ class Parser(argparse.ArgumentParser):
         """As argparse's; refused flags, and flags of pictures and evaluations that nothing would
         follow, are errors."""
         found = super().parse_args(args, namespace)
-        for name, why in self.refused.items():          # --cam sets evaluate
-            if getattr(found, name) != self.get_default(name) and not (
-                    name == "evaluate" and found.cam and "cam" not in self.refused):
+        for name, why in self.refused.items():
+            if getattr(found, name) != self.get_default(name):
                 self.error(f"--{name}: {why}")
         if getattr(found, "target_layer", None) and not found.cam:
             self.error("--target_layer is of --cam FILE.png")
         if getattr(found, "corruptions", None) and (found.cam or found.preview):
             self.error("--corruptions is of evaluations: not with --cam or --preview")
+        if getattr(found, "cam", None):                 # draws with the weights of --evaluate
+            found.evaluate = "auto"
         return found
 
     def error(self, message: str):
@@ -134,13 +135,6 @@ positive, count = number(int, low=1), number(int, low=0)
 amount, share = number(low=0), number(low=0, high=1)
 
 
-class Cam(argparse.Action):
-    """--cam draws with the weights that --evaluate takes."""
-
-    def __call__(self, parser, namespace, value, option_string=None):
-        namespace.cam, namespace.evaluate = value, "auto"
-
-
 def add_flags(parser, datasets, archs, names: dict, **defaults):
     """Add the flags shared by all training scripts. names: a paper's own names for some of these
     flags, by ours; defaults: values by flag (none: None, unless a configuration sets it)."""
@@ -195,7 +189,7 @@ def add_run_time_flags(group, resume):
            help="evaluate and exit: this file, or --resume's, or the run's best.pt")
     either("--preview", type=picture, metavar="FILE.png",
            help="draw a mixed batch with its label shares (by --resume's network), and exit")
-    either("--cam", type=picture, metavar="FILE.png", action=Cam,
+    either("--cam", type=picture, metavar="FILE.png",
            help="draw what --target_layer looks at (Grad-CAM) in test images, and exit")
     add("--target_layer", metavar="layerN.M", help="--cam: block M of stage N, or a module's "
         "name (default: the last with a feature map)")

@@ -103,7 +103,8 @@ class Run:
         self.writes = self.keeps_files and distributed.rank() == 0
         if args.tensorboard and not self.keeps_files:
             raise RunError("--tensorboard: --log_off writes no files")
-        self.history, self.best, self.epoch, self.step, self.sums = [], -1.0, 0, 0, None
+        self.history, self.best, self.epoch, self.step = [], -1.0, 0, 0
+        self.sums = None                # of the epoch's steps; resumed inside an epoch: their state
         self.devices = []                               # all that the run has seen
         self.events, self.steps_left, self.begun = None, args.max_steps, (0.0, 0)
         if args.corruptions:
@@ -220,24 +221,33 @@ class Run:
         return changed
 
     def steps(self, loader):
-        """Yield (step, batch) of the epoch from where the run stands, behind a progress bar."""
+        """Yield (step, batch) of the epoch from where the run stands, behind a progress bar, to its
+        end or that of --max_steps; `sums` takes what each step finds."""
         loader.set_epoch(self.epoch, self.step)
-        self.epoch_steps, self.started, self.first = len(loader), time.perf_counter(), self.step
+        self.epoch_steps, started, first = len(loader), time.perf_counter(), self.step
+        self.sums = StepSums(len(loader), self.device, self.sums)
         with distributed.progress(loader, len(loader), f"epoch {self.epoch + 1}/{self.args.epochs}",
                                   initial=self.step, postfix=self.left(self.epoch)) as bar:
-            yield from enumerate(bar, self.step)
+            for step, batch in enumerate(bar, self.step):
+                yield step, batch
+                if self.ends(step):
+                    break
+        self.sums.check(self.epoch)                                 # waits for the device
+        seconds, images = time.perf_counter() - started, (self.step - first) * self.args.batch_size
+        self.timing = {"seconds": seconds, "images_per_second": images / seconds}
+        distributed.share_buffers(self.parts["model"])
 
-    def ends(self, step: int, sums, print_every: int = 100) -> bool:
+    def ends(self, step: int) -> bool:
         """Return, after each step, whether --max_steps ends the epoch here. Logs and checks the
-        losses every `print_every` steps; after SIGTERM or Ctrl-C saves and ends the program."""
+        losses every --print_freq steps; after SIGTERM or Ctrl-C saves and ends the program."""
         self.step = step + 1
-        if self.step % print_every == 0:
-            sums.check(self.epoch)
+        if self.step % self.args.print_freq == 0:
+            self.sums.check(self.epoch)
             log(f"epoch {self.epoch + 1} step {self.step}/{self.epoch_steps} "
-                f"loss {sums.losses[step]:.5f}")
+                f"loss {self.sums.losses[step]:.5f}")
         if self.stop.arrived(step, last=self.step == self.epoch_steps):
-            sums.check(self.epoch)
-            self.save(sums.state())
+            self.sums.check(self.epoch)
+            self.save()
             distributed.total(torch.zeros(1, device=self.device)).item()    # rank 0 has written it
             raise self.stopped(f"at epoch {self.epoch + 1}, step {self.step}")
         if self.steps_left is not None:
@@ -259,9 +269,10 @@ class Run:
             raise RunError(f"{', '.join(bad) or 'a weight of the network'} is not finite at epoch "
                            f"{self.epoch + 1}, after step {self.step}; {NOT_SAVED}")
 
-    def save(self, sums=None):
+    def save(self):
         """Write checkpoint.pt: all that the rest of the run depends on."""
         self.check_finite({})
+        sums = self.sums and self.sums.state()
         history = self.history
         if self.args.max_steps and self.epoch < self.args.epochs:   # measured on a part of images
             history = [{name: value for name, value in row.items() if row["epoch"] < self.begun[1]
@@ -274,15 +285,10 @@ class Run:
                 "best": self.best, "devices": self.devices, "identity": self.identity,
                 "args": self.settings()})
 
-    def clock(self) -> dict:
-        """Return seconds since the epoch began here, and images per second of all processes."""
-        seconds = time.perf_counter() - self.started
-        images = (self.step - self.first) * self.args.batch_size
-        return {"seconds": seconds, "images_per_second": images / seconds}
-
-    def end_epoch(self, row: dict, accuracy: float | None, sums):
+    def end_epoch(self, row: dict, accuracy: float | None):
         """Log the epoch's row, save best.pt if `accuracy` (None: not measured) is the best yet (a
         trial's never is), go on to the next epoch unless this one was cut short, and save."""
+        row = row | self.timing
         self.check_finite(row)
         self.history.append({"epoch": self.epoch} | row)
         log(self.line(row))
@@ -298,7 +304,7 @@ class Run:
                     checkpoint.BEST)
         if self.step < self.epoch_steps or self.steps_left == 0:
             history, self.history = self.history, self.history[:-1]     # logged again when done
-            self.save(sums.state())
+            self.save()
             self.history = history
         else:
             self.epoch, self.step, self.sums = self.epoch + 1, 0, None

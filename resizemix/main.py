@@ -30,7 +30,7 @@ from common.distributed import log
 from common.errors import RunError
 from common.flags import add_boolean, amount, count, number, positive, share
 from common.models.weights import load_pretrained
-from common.run import Run, StepSums, about
+from common.run import Run, about
 from resizemix import configs, randaugment
 from resizemix.mixing import CropTest, cutmix, draw_corners, draw_scale, resize_mix
 
@@ -178,9 +178,8 @@ def training_step(model, images, labels, args, info, generator, scaler):
 
 
 def train_one_epoch(net, model, loader, optimizer, scaler, args, info, run):
-    """Train to the end of the run's epoch; return its sums of loss and hits."""
+    """Train to the end of the run's epoch; run.sums takes loss and hits."""
     net.train()
-    sums = StepSums(len(loader), run.device, run.sums)
     for step, (images, labels) in run.steps(loader):
         generator = distributed.step_generator(args.seed, run.epoch, step)
         for group in optimizer.param_groups:
@@ -192,11 +191,7 @@ def train_one_epoch(net, model, loader, optimizer, scaler, args, info, run):
             torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip_grad)
         scaler.step(optimizer)
         scaler.update()
-        sums.add(step, loss, logits, labels)
-        if run.ends(step, sums, args.print_freq):
-            break
-    sums.check(run.epoch)
-    return sums
+        run.sums.add(step, loss, logits, labels)
 
 
 @torch.no_grad()
@@ -280,11 +275,10 @@ def main(argv=None):
     if args.evaluation:
         log(f"test: {evaluation.sentence(evaluation.evaluate(judged, test, args, info))}")
     while not run.over:
-        sums = train_one_epoch(net, model, train, optimizer, scaler, args, info, run)
-        row, timing = {"lr": optimizer.param_groups[0]["lr"]} | sums.result(), run.clock()
-        distributed.share_buffers(net)
+        train_one_epoch(net, model, train, optimizer, scaler, args, info, run)
+        row = {"lr": optimizer.param_groups[0]["lr"]} | run.sums.result()
         row |= evaluation.columns(evaluation.evaluate(judged, test, args, info))
-        run.end_epoch(row | timing, row["test_accuracy"], sums)
+        run.end_epoch(row, row["test_accuracy"])
     evaluation.report(judged, test, args, info, run)
     run.finish(f"{method_name(args)}, {args.arch} on {info.name}", draw_preview, train, args, info)
     return net

@@ -31,7 +31,7 @@ from common.errors import RunError
 from common.flags import add_boolean, amount, chosen, count, number, positive, share
 from common.mixing import cutmix, draw_centre, draw_lambda, draw_perm, probabilities, soft_targets
 from common.models.weights import load_pretrained
-from common.run import Run, StepSums, about
+from common.run import Run, about
 from safuse import losses, mixing, network, superpixels
 from safuse.recipes import CROPS, SCHEDULES, defaults, learning_rate
 
@@ -189,9 +189,8 @@ def training_step(net, model, images, labels, args, info, mixed_step, generator,
 
 
 def train_one_epoch(net, model, loader, optimizer, scaler, args, info, run):
-    """Train from the run's step to the end of its epoch; return the sums of loss and hits."""
+    """Train to the end of the run's epoch; run.sums takes loss and hits."""
     net.train()
-    sums = StepSums(len(loader), run.device, run.sums)
     for step, (images, labels) in run.steps(loader):
         generator = distributed.step_generator(args.seed, run.epoch, step)
         optimizer.zero_grad(set_to_none=True)
@@ -199,11 +198,7 @@ def train_one_epoch(net, model, loader, optimizer, scaler, args, info, run):
                                      is_mixed(args, run.epoch, step), generator, scaler)
         scaler.step(optimizer)
         scaler.update()
-        sums.add(step, loss, logits, labels)
-        if run.ends(step, sums, args.print_freq):
-            break
-    sums.check(run.epoch)
-    return sums
+        run.sums.add(step, loss, logits, labels)
 
 
 def report(net, test, args, info, run, checkpoint=None):
@@ -302,11 +297,10 @@ def main(argv=None):
         rate = learning_rate(run.epoch, args.lr, args.schedule, args.milestones, args.gamma)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        sums = train_one_epoch(net, model, train, optimizer, scaler, args, info, run)
-        row, timing = {"lr": rate} | sums.result(), run.clock()
-        distributed.share_buffers(net)
+        train_one_epoch(net, model, train, optimizer, scaler, args, info, run)
+        row = {"lr": rate} | run.sums.result()
         row |= evaluation.columns(evaluation.evaluate(net, test, args, info))
-        run.end_epoch(row | timing, row["test_accuracy"], sums)
+        run.end_epoch(row, row["test_accuracy"])
 
     report(net, test, args, info, run)
     run.finish(f"{args.method}, {args.arch} on {info.name}", draw_preview, net, train, args, info)

@@ -30,7 +30,7 @@ from common.flags import add_boolean, amount, chosen, count, number, positive, s
 from common.mixing import probabilities, softmax_bce
 from common.models.parts import Network
 from common.models.weights import load_pretrained
-from common.run import Run, StepSums, about
+from common.run import Run, about
 from sage import comixup, puzzlemix, rearrange, saliencymix
 
 METHODS = {"vanilla": "Plain training", "input": "Mixup", "manifold": "Manifold Mixup",
@@ -250,9 +250,8 @@ def training_step(net, model, images, labels, args, info, epoch, generator, scal
 
 
 def train_one_epoch(net, model, loader, optimizer, scaler, args, info, run):
-    """Train to the end of the run's epoch; return its sums of loss and hits."""
+    """Train to the end of the run's epoch; run.sums takes loss and hits."""
     net.train()
-    sums = StepSums(len(loader), run.device, run.sums)
     for step, (images, labels) in run.steps(loader):
         generator = distributed.step_generator(args.seed, run.epoch, step)
         optimizer.zero_grad(set_to_none=True)
@@ -260,11 +259,7 @@ def train_one_epoch(net, model, loader, optimizer, scaler, args, info, run):
                                      scaler)
         scaler.step(optimizer)
         scaler.update()
-        sums.add(step, loss, logits, labels)
-        if run.ends(step, sums, args.print_freq):
-            break
-    sums.check(run.epoch)
-    return sums
+        run.sums.add(step, loss, logits, labels)
 
 
 def draw_preview(path, net, train, args, info, scaler):
@@ -323,13 +318,12 @@ def main(argv=None):
             rate *= gamma if run.epoch >= start else 1
         for group in optimizer.param_groups:
             group["lr"] = rate
-        sums = train_one_epoch(net, model, train, optimizer, scaler, args, info, run)
-        row, timing = {"lr": rate} | sums.result(), run.clock()
-        distributed.share_buffers(net)
+        train_one_epoch(net, model, train, optimizer, scaler, args, info, run)
+        row = {"lr": rate} | run.sums.result()
         for part, batches in (("valid", info.valid), ("test", test)):
             if batches:
                 row |= evaluation.columns(evaluation.evaluate(net, batches, args, info), part)
-        run.end_epoch(row | timing, row["valid_accuracy" if info.valid else "test_accuracy"], sums)
+        run.end_epoch(row, row["valid_accuracy" if info.valid else "test_accuracy"])
 
     evaluation.report(net, test, args, info, run)
     run.finish(f"{METHODS[args.method]}, {args.arch} on {info.name}", draw_preview, net, train,

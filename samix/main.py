@@ -28,7 +28,7 @@ from common.mixing import draw_lambda, soft_targets
 from common.models import weights
 from common.models.features import build_backbone
 from common.randaugment import randaugment
-from common.run import Run, StepSums, about
+from common.run import Run, about
 from samix import configs, mixblock
 from samix.evaluation import draw_mixtures, measure, report, warn_of_collapse
 from samix.mixblock import Draws, MixBlock, draw_pairs, draw_partners, mix
@@ -221,9 +221,9 @@ def training_step(model, images, labels, args, info, generator, scaler, fall):
 
 
 def train_one_epoch(net, model, loader, optimizer, scaler, args, info, run):
-    """Train to the end of the run's epoch; return its sums of loss and hits."""
+    """Train to the end of the run's epoch; run.sums takes loss and hits."""
     net.train()
-    sums, total = StepSums(len(loader), run.device, run.sums), args.epochs * len(loader)
+    total = args.epochs * len(loader)
     for step, (images, labels) in run.steps(loader):
         generator = distributed.step_generator(args.seed, run.epoch, step)
         done = run.epoch * len(loader) + step
@@ -241,11 +241,7 @@ def train_one_epoch(net, model, loader, optimizer, scaler, args, info, run):
         if args.method in LEARNED:
             momentum_update(net.k, net.q, ema_momentum(done, total, args.ema_base, args.ema_end,
                                                        args.ema_start))
-        sums.add(step, loss, logits, labels, **getattr(net, "columns", {}))
-        if run.ends(step, sums, args.print_freq):
-            break
-    sums.check(run.epoch)
-    return sums
+        run.sums.add(step, loss, logits, labels, **getattr(net, "columns", {}))
 
 
 def draw_preview(path, net, train, args, info, trained: bool = True):
@@ -332,14 +328,13 @@ def main(argv=None):
     if run.writes and run.epoch == run.step == 0:
         draw_preview(run.folder / "mixed_start.png", net, train, args, info, False)
     while not run.over:
-        sums = train_one_epoch(net, model, train, optimizer, scaler, args, info, run)
-        row, timing = {"lr": optimizer.param_groups[0]["lr"]} | sums.result(), run.clock()
+        train_one_epoch(net, model, train, optimizer, scaler, args, info, run)
+        row = {"lr": optimizer.param_groups[0]["lr"]} | run.sums.result()
         warn_of_collapse(row, run)
-        distributed.share_buffers(net)
         heads = measure(net, test, args, info)
         row |= evaluation.columns(next(iter(heads.values())))
         row |= {f"{name}_accuracy": head["top1"] for name, head in heads.items()}
-        run.end_epoch(row | timing, row["test_accuracy"], sums)
+        run.end_epoch(row, row["test_accuracy"])
     evaluation.report(headline, test, args, info, run)
     if args.method in LEARNED:
         log(report(run))

@@ -28,7 +28,7 @@ from common.distributed import log
 from common.flags import amount, number, positive, share
 from common.mixing import probabilities
 from common.models.features import build_backbone
-from common.run import Run, StepSums, about
+from common.run import Run, about
 from samix import contrast, mixblock
 from samix.contrast import Encoder, Queue, encode_keys, extend, mixed_nce, mixed_pair, similarity
 from samix.evaluation import draw_mixtures, knn_accuracy, warn_of_collapse
@@ -150,9 +150,8 @@ def training_step(model, images, queue, args, info, generator, shared, scaler, f
 
 
 def train_one_epoch(net, model, queue, loader, optimizer, scaler, args, info, run):
-    """Train to the end of the run's epoch; return its sums of loss and hits."""
+    """Train to the end of the run's epoch; run.sums takes loss and hits."""
     net.train()
-    sums = StepSums(len(loader), run.device, run.sums)
     for step, (images, _) in run.steps(loader):
         shared = torch.Generator().manual_seed(
             distributed.seed_of(args.seed, "order", run.epoch, step))
@@ -167,11 +166,7 @@ def train_one_epoch(net, model, queue, loader, optimizer, scaler, args, info, ru
         momentum_update(net.k, net.q, args.ema)
         queue.enqueue(keys)
         own = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
-        sums.add(step, loss, logits, own, **getattr(net, "columns", {}))
-        if run.ends(step, sums, args.print_freq):
-            break
-    sums.check(run.epoch)
-    return sums
+        run.sums.add(step, loss, logits, own, **getattr(net, "columns", {}))
 
 
 def draw_preview(path, net, train, args, info, trained: bool = True):
@@ -224,12 +219,11 @@ def main(argv=None):
         return net
     run.start()
     while not run.over:
-        sums = train_one_epoch(net, model, queue, train, optimizer, scaler, args, info, run)
-        row, timing = {"lr": optimizer.param_groups[0]["lr"]} | sums.result(), run.clock()
-        distributed.share_buffers(net)
+        train_one_epoch(net, model, queue, train, optimizer, scaler, args, info, run)
+        row = {"lr": optimizer.param_groups[0]["lr"]} | run.sums.result()
         warn_of_collapse(row, run)
         row["knn_accuracy"] = knn_accuracy(net.q.backbone, test, info.num_classes, args)
-        run.end_epoch(row | timing, None, sums)
+        run.end_epoch(row, None)
     run.finish(f"{METHODS[args.method]}, {args.arch} on {info.name} (accuracy: queries nearest to "
                "their own key)", draw_preview, net, train, args, info)
     log("now: python samix/linear_probe.py --weights "

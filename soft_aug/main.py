@@ -32,7 +32,7 @@ from common.flags import add_boolean, amount, chosen, count, number, positive
 from common.mixing import cutout, draw_lambda, draw_perm, draw_pixels, mixup
 from common.models.weights import load_pretrained
 from common.randaugment import randaugment
-from common.run import Run, StepSums, about
+from common.run import Run, about
 from soft_aug import losses, softcrop
 
 METHODS = {"standard": {"da": 0, "loss": "ce"}, "cutout": {"da": 1, "loss": "ce", "l": 16.0},
@@ -232,9 +232,8 @@ def training_step(model, images, labels, args, info, epoch, generator, scaler):
 
 
 def train_one_epoch(net, model, loader, optimizer, scaler, args, info, run):
-    """Train to the end of the run's epoch; return its sums of loss and hits."""
+    """Train to the end of the run's epoch; run.sums takes loss and hits."""
     net.train()
-    sums = StepSums(len(loader), run.device, run.sums)
     for step, (images, labels) in run.steps(loader):
         generator = distributed.step_generator(args.seed, run.epoch, step)
         for group in optimizer.param_groups:
@@ -244,11 +243,7 @@ def train_one_epoch(net, model, loader, optimizer, scaler, args, info, run):
                                      scaler)
         scaler.step(optimizer)
         scaler.update()
-        sums.add(step, loss, logits, labels)
-        if run.ends(step, sums, args.print_freq):
-            break
-    sums.check(run.epoch)
-    return sums
+        run.sums.add(step, loss, logits, labels)
 
 
 def draw_preview(path, train, args, info):
@@ -331,13 +326,12 @@ def main(argv=None):
         load_pretrained(net, args)
 
     while not run.over:
-        sums = train_one_epoch(net, model, train, optimizer, scaler, args, info, run)
-        row, timing = {"lr": optimizer.param_groups[0]["lr"]} | sums.result(), run.clock()
-        distributed.share_buffers(net)
+        train_one_epoch(net, model, train, optimizer, scaler, args, info, run)
+        row = {"lr": optimizer.param_groups[0]["lr"]} | run.sums.result()
         last = run.epoch + 1 == args.epochs or run.steps_left == 0
         if last or run.epoch % args.eval_every == 0:
             row |= evaluation.columns(evaluation.evaluate(net, test, args, info))
-        run.end_epoch(row | timing, row.get("test_accuracy"), sums)
+        run.end_epoch(row, row.get("test_accuracy"))
         if run.events:
             write_events(run)
 

@@ -124,7 +124,7 @@ def make_run(root, **flags):
     args = SimpleNamespace(**{"root_dir": str(root), "resume": "", "max_steps": None, "epochs": 3,
                               "evaluate": "", "tensorboard": False, "batch_size": 10, "arch": "a",
                               "initial_channels": 16, "seed": 0, "job_name": "",
-                              "val_split": None, "corruptions": None} | flags)
+                              "val_split": None, "corruptions": None, "print_freq": 100} | flags)
     return Run(args, CPU, INFO, ["run", ""], model=torch.nn.Linear(2, 2))
 
 
@@ -256,8 +256,8 @@ def test_all_devices_of_a_run_are_noted(tmp_path, monkeypatch):
 
 def end_epoch(run, accuracy, **row):
     run.step = run.epoch_steps = 1
-    sums = StepSums(1, CPU)
-    run.end_epoch({"test_accuracy": accuracy, "seconds": 1.0} | row, accuracy, sums)
+    run.sums, run.timing = StepSums(1, CPU), {"seconds": 1.0}
+    run.end_epoch({"test_accuracy": accuracy} | row, accuracy)
 
 
 def test_a_trial_is_never_the_best(tmp_path):
@@ -299,7 +299,7 @@ def test_what_a_trial_measured_of_whole_epochs_is_not_kept(tmp_path):
     trial.start()
     for accuracy in (99.0, 98.0):
         end_epoch(trial, accuracy, train_loss=2.0, mask_mean=0.5, knn_accuracy=9.0)
-    assert "2,98,1,2,0.5,9" in (trial.folder / "log.csv").read_text()
+    assert "2,98,2,0.5,9,1" in (trial.folder / "log.csv").read_text()
     trial.lock.close()
     run = make_run(tmp_path, resume="auto")
     run.start()
@@ -449,7 +449,6 @@ def test_auto_is_the_newest_valid_checkpoint(tmp_path, newest, flags, capsys):
 
 
 def test_run_logs_epochs_and_goes_on(tmp_path):
-    sums = StepSums(2, CPU)
     run = make_run(tmp_path, tensorboard=True)
     run.start(places=6)
 
@@ -460,13 +459,16 @@ def test_run_logs_epochs_and_goes_on(tmp_path):
     loader = Loader([None, None])
     for epoch in range(2):
         for step, _ in run.steps(loader):
-            sums.add(step, torch.tensor(1.0), torch.eye(2), torch.tensor([0, 1]))
-            assert not run.ends(step, sums)
-        run.end_epoch({"train_loss": 1 / (epoch + 1), "test_accuracy": 50.0 + epoch,
-                       "seconds": 2.0}, 50.0 - epoch, sums)
+            run.sums.add(step, torch.tensor(1.0), torch.eye(2), torch.tensor([0, step]))
+        assert run.sums.result() == {"train_loss": 1.0, "train_accuracy": 75.0}
+        run.end_epoch({"train_loss": 1 / (epoch + 1), "test_accuracy": 50.0 + epoch}, 50.0 - epoch)
     assert loader.place == (1, 0) and not run.over
     lines = (run.folder / "log.csv").read_text().splitlines()
-    assert lines == ["epoch,train_loss,test_accuracy,seconds", "1,1,50,2", "2,0.5,51,2"]
+    assert lines[0] == "epoch,train_loss,test_accuracy,seconds,images_per_second"
+    rows = [list(map(float, line.split(","))) for line in lines[1:]]
+    assert [row[:3] for row in rows] == [[1, 1, 50], [2, 0.5, 51]]
+    for *_, seconds, speed in rows:                     # of two steps of the flags' batch size
+        assert seconds * speed == pytest.approx(2 * run.args.batch_size, rel=1e-4)
     plots.curves(run.folder / "curves.png", "title", run.history)
     assert (run.folder / "curves.png").stat().st_size > 5000
     assert list((run.folder / "tensorboard").iterdir())
