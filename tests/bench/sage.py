@@ -51,7 +51,7 @@ def loop(rounds, step, train, net, optimizer, scaler, args, info, device):
     work["epoch"] = lambda: sage.train_one_epoch(net, net, train, optimizer, scaler, args, info,
                                                  run)
     for number in range(rounds + 1):
-        run.step = 0
+        run.step, run.sums = 0, None
         times = {name: 1e3 * timed(device, one) / len(train) for name, one in work.items()}
         if number:                              # the first round warms up
             print(", ".join(f"{name} {time:.2f} ms" for name, time in times.items())
