@@ -4,11 +4,14 @@ import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from pictures import HAS_DALI, make_cub, make_dogs, make_photos, pack, photographs
 from PIL import Image
 
@@ -278,6 +281,30 @@ def test_filters_of_both_loaders_agree(photos, filter, image_size):
                     for loader in ("dali", "torch"))
     for (images, _), (others, _) in zip(dali, pillow, strict=True):
         assert (images - others).abs().mean((1, 2, 3)).max() < 1.5
+
+
+ABANDONED = """
+import multiprocessing, sys, time
+sys.path.insert(0, {root!r})
+from common.data import stream
+stream.GRACE = 1
+
+def work(ready):
+    stream.leave_signals(0)
+    ready.set()
+    time.sleep(1000)
+
+fork = multiprocessing.get_context("fork")
+ready = fork.Event()
+fork.Process(target=work, args=(ready,), daemon=True).start()
+ready.wait()
+"""
+
+
+def test_a_program_ends_though_a_worker_is_left():
+    """Python ends daemonic processes by SIGTERM and waits for them: for ever, were it ignored."""
+    subprocess.run([sys.executable, "-c", ABANDONED.format(root=str(ROOT))], check=True,
+                   timeout=100)
 
 
 def test_workers_leave_signals_to_the_program(photos):

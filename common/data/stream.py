@@ -16,6 +16,7 @@ from common.data.recipe import Recipe, normalise
 from common.errors import DataError
 
 AHEAD = 2                               # batches that DALI prepares in advance
+GRACE = 30                              # seconds that a worker goes on after SIGTERM
 WINDOW = 4096                           # records that are shuffled with one another
 FILTERS = {"lanczos": ("TRIANGULAR", "LANCZOS3"), "bilinear": ("TRIANGULAR", "LINEAR"),
            "bicubic": ("CUBIC", "CUBIC")}           # DALI's to shrink and to enlarge
@@ -205,9 +206,10 @@ class DaliStream(Stream):
 
 
 def leave_signals(worker: int):
-    """Leave the signals that a whole job gets to the program, which saves."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+    """Leave the signals that a whole job gets to the program, which saves; end GRACE seconds after
+    SIGTERM, which Python sends, too: at its end it waits for workers that are left."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))
 
 
 class TorchStream(Stream):
