@@ -458,6 +458,7 @@ def test_damaged_image_is_named(damaged, loader, damage, train):
     with pytest.raises(DataError, match="a readable image") as fault:
         epoch(stream(damaged / "folders", loader, train=train, batch_size=4))
     assert str(image) in str(fault.value) and "\n" not in str(fault.value)
+    assert not multiprocessing.active_children()    # though the fault is still at hand
     if loader == "dali":            # processes forked later would hang in freeing a pipeline
         from nvidia.dali.pipeline import Pipeline
         assert not Pipeline._pipes

@@ -223,11 +223,14 @@ class TorchStream(Stream):
                             num_workers=self.workers, pin_memory=self.device.type == "cuda",
                             generator=torch.Generator(),   # else it draws from torch's global one
                             worker_init_fn=leave_signals)
+        iterator = iter(loader)
         try:
-            yield from loader
+            yield from iterator
         except DataError as fault:                          # below the worker's traceback
             message = str(fault).strip().splitlines()[-1]
             raise DataError(message.split("DataError: ", 1)[-1]) from None
+        finally:
+            iterator._shutdown_workers()     # a fault's traceback would keep them to Python's end
 
     def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
         """Return the augmented uint8 image and the label of item i."""
