@@ -27,8 +27,8 @@ def log(message: str):
 
 
 def warn(message: str):
-    """Print a warning on stderr, on rank 0."""
-    if rank() == 0:
+    """Print a warning on stderr, on rank 0, also before the processes join."""
+    if rank() == 0 and os.environ.get("RANK", "0") == "0":
         print(f"warning: {message}", file=sys.stderr, flush=True)
 
 

@@ -6,7 +6,7 @@ import math
 import os
 import sys
 
-from common.distributed import print_once
+from common.distributed import print_once, warn
 
 BOOLEANS = {"true": True, "t": True, "yes": True, "y": True, "1": True,
             "false": False, "f": False, "no": False, "n": False, "0": False}
@@ -36,11 +36,14 @@ class Parser(argparse.ArgumentParser):
             self.refused[name] = why
             self._option_string_actions[f"--{name}"].help = argparse.SUPPRESS
 
-    def only(self, args, holds: bool, names: str, of: str):
-        """Refuse flags that were given, unless what they are of holds."""
-        for name in names.split():
-            if not holds and getattr(args, name) != self.get_default(name):
-                self.error(f"--{name} is for {of}")
+    def only(self, args, holds: bool, names: str, of: str, refuse: bool = True):
+        """Refuse flags that were given, or warn of them, unless what they are of holds."""
+        given = [action.option_strings[0] for action in self._actions if not holds and action.dest
+                 in names.split() and getattr(args, action.dest) != action.default]
+        if given and refuse:
+            self.error(f"{given[0]} is for {of}")
+        elif given:
+            warn(f"{' '.join(given)}: no effect without {of}")
 
     def peek(self, argv=None) -> argparse.Namespace:
         """Return the flags given, before a configuration among them sets the others' defaults."""
@@ -49,8 +52,15 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
         """As argparse's; refused flags, and flags of pictures and evaluations that nothing would
-        follow, are errors."""
+        follow, are errors. A flag in a group headed by other methods than --method is warned of."""
         found = super().parse_args(args, namespace)
+        methods = getattr(self._option_string_actions.get("--method"), "choices", [])
+        for group in self._action_groups:
+            theirs = group.title.replace(" and ", ", ").split(", ")
+            if {*theirs} <= {*methods}:
+                names = " ".join(action.dest for action in group._group_actions)
+                self.only(found, found.method in theirs, names,
+                          f"--method {group.title.replace(' and ', ' or ')}", refuse=False)
         for name, why in self.refused.items():
             if getattr(found, name) != self.get_default(name):
                 self.error(f"--{name}: {why}")

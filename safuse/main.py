@@ -57,15 +57,17 @@ def parse_args(argv=None):
     add_boolean(add, "--nesterov", False, "Nesterov's momentum")
     add("--gpu_ids", type=lambda text: [*map(count, text.strip("[]").split(","))],
         metavar="N[,N…]", help="GPUs to use, a process on each")
-    add = parser.add_argument_group("mixing").add_argument
+    add = parser.add_argument_group("safuse, lgcoamix, occamix and cutmix").add_argument
     add("--cutmix_prob", type=share, default=0.5, help="share of the batches that are mixed")
-    add("--p_binom", "--Burn_prob", type=share, default=0.5, help="share of superpixels pasted")
+    add = parser.add_argument_group("safuse, lgcoamix and occamix").add_argument
     add("--N_min", type=positive, help="least number of superpixels asked of an image")
     add("--N_max", type=positive, help="and the most")
     add("--compactness", type=number(above=0), help="of the superpixels, against colour")
     add("--superpixels", choices=["slic", "skimage"], default="slic", help="batched, or on the CPU")
-    add("--cells", type=positive, default=3, help="occamix: most attentive cells of an image")
+    add = parser.add_argument_group("occamix").add_argument
+    add("--cells", type=positive, default=3, help="most attentive cells of an image")
     add = parser.add_argument_group("safuse and lgcoamix").add_argument
+    add("--p_binom", "--Burn_prob", type=share, default=0.5, help="share of superpixels pasted")
     add("--topN_local_ratio", type=number(low=1e-3, high=1),
         help="share of an image's superpixels, by attention, that are classified one by one")
     add("--loss_gamma_CE", type=amount, help="weight of the superpixels' cross entropy")

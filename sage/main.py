@@ -69,9 +69,6 @@ def parse_args(argv=None):
     add("--mix_schedule", choices=["fixed", "scheduled", "delayed"], default="fixed",
         help="--prob_mix of each batch: always; growing to it until an epoch; only from it on")
     add("--mix_scheduled_epoch", type=positive, default=300, help="the epoch of --mix_schedule")
-    add("--mp", type=count, default=8, help="threads of Puzzle Mix's graph cuts by gco")
-    add("--solver", choices=["auto", "gco", "device"], default="auto", help="of puzzle and comix: "
-        "gco on the CPU, or batched on the device (auto: gco for puzzle on a CPU, if installed)")
     add = parser.add_argument_group("sage").add_argument
     add("--blur_sigma", type=number(above=0), default=1.0, help="saliency blur, pixels")
     add("--kernel_size", type=positive, default=5, help="saliency blur, pixels, odd")
@@ -79,7 +76,12 @@ def parse_args(argv=None):
     add("--rand_pos", type=share, default=0.5, help="share of offsets tried; published: 0.01")
     add("--update_ratio", type=share, default=1.0, help="weight of the mixed loss; rest: clean")
     add("--upper_lambda", type=share, default=1.0, help="multiplies the drawn lambda")
+    add = parser.add_argument_group("puzzle and comix").add_argument
+    add("--clean_lam", type=amount, default=0.0, help="weight of the clean loss")
+    add("--solver", choices=["auto", "gco", "device"], default="auto", help="gco on the CPU, or "
+        "batched on the device (auto: gco for puzzle on a CPU, if installed)")
     add = parser.add_argument_group("puzzle").add_argument
+    add("--mp", type=count, default=8, help="threads of the graph cuts by gco")
     add("--neigh_size", type=positive, default=4, help="cell of the pairwise colour term, pixels")
     add("--n_labels", type=int, choices=[2, 3, 4], default=3, help="mask levels")
     add("--beta", type=amount, default=1.2, help="label smoothness")
@@ -90,7 +92,6 @@ def parse_args(argv=None):
     add("--t_size", type=number(int, low=-1), default=-1, help="side of a moved block; -1: mask's")
     add("--adv_p", type=share, default=0.0, help="probability of adversarial noise")
     add("--adv_eps", type=amount, default=10.0, help="noise ball, in 1/255")
-    add("--clean_lam", type=amount, default=0.0, help="weight of the clean loss (also comix)")
     add = parser.add_argument_group("comix").add_argument
     add("--m_block_num", type=number(int, low=-1), default=4, help="blocks a side, -1: at random")
     add("--m_part", type=positive, default=20, help="images mixed with one another")
@@ -114,9 +115,10 @@ def parse_args(argv=None):
              OLDER_WORDS.get(first.train, first.train))
     method = first.method or older or "vanilla"
     defaults = TINY_DEFAULTS if first.dataset == "tiny-imagenet-200" else DEFAULTS
-    parser.set_defaults(**defaults.get(method, {}))
+    parser.set_defaults(method=method, **defaults.get(method, {}))
     args = parser.parse_args(argv)
-    args.method = method
+    parser.only(args, args.method not in ("vanilla", "saliencymix", "comix"), "in_batch",
+                "a method that draws lambda from Beta", refuse=False)
     if len(args.schedule) != len(args.gammas):
         parser.error(f"--schedule has {len(args.schedule)} epochs, --gammas {len(args.gammas)}")
     if args.kernel_size % 2 == 0 or args.m_block_num in (0, 1):

@@ -57,11 +57,17 @@ def parse_args(argv=None):
     add("--layer", type=positive, default=3, help="stage or block that the MixBlock sees")
     add("--drop_path", type=share, default=0.0, help="of transformers: stochastic depth")
 
-    add = parser.add_argument_group("mixing").add_argument
+    add = parser.add_argument_group("mixing and loss").add_argument
     add("--alpha", type=number(above=0), default=2.0, help="lambda ~ Beta(alpha, alpha)")
-    add_boolean(add, "--lam_concat", True, "automix: lambda is an input channel of the MixBlock")
+    add_boolean(add, "--no_repeat", False, "no image is its own partner")
+    add("--head", choices=["ce", "bce"], default="ce", help="cross-entropy, or binary ones summed")
+    add("--label_smoothing", type=share, default=0.0, help="of --head ce")
+    add = parser.add_argument_group("samix").add_argument
     add("--lam_mul_k", type=number(), default=-1.0, help="features are multiplied by lambda "
         "(below 0), or by a cubic of it")
+    add = parser.add_argument_group("automix").add_argument
+    add_boolean(add, "--lam_concat", True, "lambda is an input channel of the MixBlock")
+    add = parser.add_argument_group("samix and automix").add_argument
     add("--mode", choices=["bilinear", "nearest"], nargs="+", default=["bilinear"],
         help="how masks are enlarged; of several one is drawn each step")
     add("--dropout", type=share, default=0.1, help="of the MixBlock's values")
@@ -69,12 +75,7 @@ def parse_args(argv=None):
     add("--lam_margin", type=share, default=0.08, help="this near to 0 or 1, q sees plain Mixup")
     add("--switch_off", type=share, default=0.0,
         help="probability, annealed to 0 by a cosine, that a step has mix_k's loss; 0: all steps")
-    add_boolean(add, "--no_repeat", False, "no image is its own partner")
-
-    add = parser.add_argument_group("losses").add_argument
-    add("--head", choices=["ce", "bce"], default="ce", help="cross-entropy, or binary ones summed")
     add("--neg_weight", type=amount, default=1.0, help="bce, mix_k: of classes not in the image")
-    add("--label_smoothing", type=share, default=0.0, help="of --head ce")
     add("--one_weight", type=amount, default=1.0, help="of the loss of clean images")
     add("--mix_q_weight", type=amount, default=1.0, help="of the loss of mixed images")
     add("--mix_k_weight", type=amount, default=1.0, help="of the MixBlock's loss through branch k")
@@ -83,6 +84,12 @@ def parse_args(argv=None):
         help="l1, l2: distance of the masks' mean from lambda; variance: minus twice that of masks")
     add("--mask_margin", type=share, default=0.1, help="of lambda: mean masks are free within it")
     add_boolean(add, "--mask_anneal", True, "the masks' loss falls to 0 along a cosine")
+    add("--block_lr", type=amount, default=0.1, help="of the MixBlock; of CIFAR's ResNets --lr's")
+    add("--block_min_lr", type=amount, default=1e-3, help="at the end of its cosine")
+    add("--block_momentum", type=share, default=0.9, help="of SGD")
+    add("--ema_base", type=share, default=0.999, help="branch k: momentum up to --ema_start")
+    add("--ema_end", type=share, default=0.99999, help="what it then grows to")
+    add("--ema_start", type=share, default=0.1, help="share of the run")
 
     add = parser.add_argument_group("optimization").add_argument
     add("--optimizer", choices=["sgd", "adamw"], default="sgd", help="of network and MixBlock")
@@ -94,12 +101,6 @@ def parse_args(argv=None):
     add("--warmup_ratio", type=share, default=1e-5, help="share of the rate that it begins with")
     add_boolean(add, "--nesterov", False, "Nesterov's momentum")
     add("--clip_grad", type=amount, default=0.0, help="largest norm of the gradients; 0: any")
-    add("--block_lr", type=amount, default=0.1, help="of the MixBlock; of CIFAR's ResNets --lr's")
-    add("--block_min_lr", type=amount, default=1e-3, help="at the end of its cosine")
-    add("--block_momentum", type=share, default=0.9, help="of SGD")
-    add("--ema_base", type=share, default=0.999, help="branch k: momentum up to --ema_start")
-    add("--ema_end", type=share, default=0.99999, help="what it then grows to")
-    add("--ema_start", type=share, default=0.1, help="share of the run")
     flags.add_flags(parser, data.NAMES, models.ALL, {"lr": ["--learning_rate"]}, pretrained="",
                     lr=0.1, weight_decay=1e-4, batch_size=256, epochs=100)
 

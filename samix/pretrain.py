@@ -60,6 +60,7 @@ def parse_args(argv=None):
     add("--neck", type=positive, default=2048, help="hidden width of the projection")
     add("--temperature", type=number(above=0), default=0.2, help="divides the similarities")
     add("--ema", type=share, default=0.999, help="momentum of the keys' encoder")
+    add = parser.add_argument_group("samix").add_argument
     add("--alpha", type=number(above=0), default=2.0, help="lambda ~ Beta(alpha, alpha)")
     add("--lam_mul_k", type=number(), default=-1.0, help="how lambda scales the features")
     add("--mask_margin", type=share, default=0.1, help="masks further from lambda are moved to it")

@@ -59,7 +59,7 @@ def test_a_method_of_ones_own(tmp_path, in_batch):
 
 
 @pytest.mark.parametrize("line", COMMANDS)
-def test_commands_are_understood(line, tmp_path):
+def test_commands_are_understood(line, capsys):
     words = shlex.split(line, comments=True)
     place = next(word for word in words if word.endswith(".py"))
     assert (ROOT / place).is_file()
@@ -69,5 +69,6 @@ def test_commands_are_understood(line, tmp_path):
     words = [word for before, word in itertools.pairwise(words)        # "…": further flags
              if word != "x" or before.startswith("--")]
     args = program.parse_args(words[words.index(place) + 1:])
+    assert "no effect" not in capsys.readouterr().err
     processes = [int(n) for n in re.findall(r"--n(?:nodes|proc_per_node)=(\d+)", line)]
     assert " x" in line or getattr(args, "batch_size", 0) % math.prod(processes) == 0

@@ -1,5 +1,6 @@
 """Flags, seeds and exits that all programs share."""
 import argparse
+import importlib
 import importlib.util
 import os
 import re
@@ -113,6 +114,52 @@ def test_every_program_has_the_common_flags(capsys):
         with pytest.raises(SystemExit):
             parser.parse_args(words)
         assert "is no name of a picture" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("program, words, warnings", [
+    ("sage.main", "--method cutmix --in_batch True --rand_pos 0.01 --kernel_size 3",
+     ["--kernel_size --rand_pos: no effect without --method sage"]),
+    ("sage.main", "--clean_lam 0.5 --beta 1 --m_beta 1 --in_batch True", [
+        "--in_batch: no effect without a method that draws lambda from Beta",
+        "--clean_lam: no effect without --method puzzle or comix",
+        "--beta: no effect without --method puzzle", "--m_beta: no effect without --method comix"]),
+    ("sage.main", "--comix True --clean_lam 0.5 --m_beta 1 --solver device", []),
+    ("sage.main", "--train sage --rand_pos 0.01 --prob_mix 0.5", []),
+    ("safuse.main", "--method occamix --Burn_prob 0.3 --cells 2 --N_min 20", [
+        "--p_binom: no effect without --method safuse or lgcoamix"]),
+    ("safuse.main", "--method baseline --cutmix_prob 1 --N_min 20 --cells 2", [
+        "--cutmix_prob: no effect without --method safuse, lgcoamix, occamix or cutmix",
+        "--N_min: no effect without --method safuse, lgcoamix or occamix",
+        "--cells: no effect without --method occamix"]),
+    ("safuse.main", "--temp 0.5 --cutmix_prob 1 --p_binom 0.3 --N_min 20", []),
+    ("samix.main", "--method vanilla --block_lr 1 --ema_start 0.2 --lam_mul_k 1", [
+        "--lam_mul_k: no effect without --method samix",
+        "--block_lr --ema_start: no effect without --method samix or automix"]),
+    ("samix.main", "--lam_concat False --mask_loss 1", [
+        "--lam_concat: no effect without --method automix"]),
+    ("samix.main", "--method automix --lam_concat True --mask_loss 1 --head bce", []),
+    ("samix.pretrain", "--method moco --mask_loss 1 --ema 0.9", [
+        "--mask_loss: no effect without --method samix"]),
+    ("soft_aug.main", "--crop 4 --pcrop 3 --pnoise 2 --bgnoise 2 --a 0.2 --rw off --no-soften "
+     "--g 1",
+     ["--crop: no effect without --da 2", "--bgnoise: no effect without --noise",
+      "--pcrop: no effect without --da 2 --loss st",
+      "--pnoise: no effect without --noise --loss st",
+      "--a: no effect without --mixup", "--rw --no-soften: no effect without --loss st",
+      "--g: no effect without --loss fl"]),
+    ("soft_aug.main", "--method soft+ra --crop 4 --pcrop 3 --bgcrop 1 --rw sample --no-soften", []),
+    ("resizemix.main", "--method baseline --cutmix_beta 2 --resizemix_low 0.2", [
+        "--cutmix_beta: no effect without --cutmix_prob",
+        "--resizemix_low: no effect without --resizemix"]),
+    ("resizemix.main", "--cutmix_prob 0.5 --cutmix_beta 2 --resizemix_low 0.2", [])])
+def test_flags_without_effect_are_said(capsys, monkeypatch, program, words, warnings):
+    parse_args = importlib.import_module(program).parse_args
+    parse_args(words.split())
+    said = [line for line in capsys.readouterr().err.splitlines() if "warning:" in line]
+    assert sorted(said) == sorted(f"warning: {line}" for line in warnings)
+    monkeypatch.setenv("RANK", "1")                         # of torchrun: rank 0 alone says it
+    parse_args(words.split())
+    assert "warning:" not in capsys.readouterr().err
 
 
 def test_typos_get_the_flag_that_was_meant(capsys):
