@@ -36,14 +36,21 @@ class Parser(argparse.ArgumentParser):
             self.refused[name] = why
             self._option_string_actions[f"--{name}"].help = argparse.SUPPRESS
 
-    def only(self, args, holds: bool, names: str, of: str, refuse: bool = True):
-        """Refuse flags that were given, or warn of them, unless what they are of holds."""
-        given = [action.option_strings[0] for action in self._actions if not holds and action.dest
-                 in names.split() and getattr(args, action.dest) != action.default]
-        if given and refuse:
-            self.error(f"{given[0]} is for {of}")
-        elif given:
-            warn(f"{' '.join(given)}: no effect without {of}")
+    def given(self, args, names: str) -> list[str]:
+        """Return those of the flags whose values are not the defaults."""
+        return [action.option_strings[0] for action in self._actions if action.dest in names.split()
+                and getattr(args, action.dest) != action.default]
+
+    def only(self, args, holds: bool, names: str, of: str):
+        """Refuse flags that were given, unless what they are of holds."""
+        for flag in () if holds else self.given(args, names):
+            self.error(f"{flag} is for {of}")
+
+    def idle(self, args, *rules: tuple):
+        """Warn of flags that were given; a rule: whether they have an effect, names, what of."""
+        for holds, names, of in rules:
+            if not holds and (given := self.given(args, names)):
+                warn(f"{' '.join(given)}: no effect without {of}")
 
     def peek(self, argv=None) -> argparse.Namespace:
         """Return the flags given, before a configuration among them sets the others' defaults."""
@@ -59,8 +66,8 @@ class Parser(argparse.ArgumentParser):
             theirs = group.title.replace(" and ", ", ").split(", ")
             if {*theirs} <= {*methods}:
                 names = " ".join(action.dest for action in group._group_actions)
-                self.only(found, found.method in theirs, names,
-                          f"--method {group.title.replace(' and ', ' or ')}", refuse=False)
+                self.idle(found, (found.method in theirs, names,
+                                  f"--method {group.title.replace(' and ', ' or ')}"))
         for name, why in self.refused.items():
             if getattr(found, name) != self.get_default(name):
                 self.error(f"--{name}: {why}")

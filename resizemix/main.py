@@ -101,9 +101,10 @@ def parse_args(argv=None):
     parser.only(args, args.lr_schedule == "cosine", "restart_epochs min_lr", "--lr_schedule cosine")
     parser.only(args, args.dataset in STREAMED, "min_scale color_jitter", "sets read from disk")
     parser.only(args, args.dataset not in STREAMED, "padding", "sets in memory")
-    parser.only(args, args.cutmix_prob > 0, "cutmix_beta", "--cutmix_prob", refuse=False)
-    parser.only(args, args.resizemix and args.cutmix_prob < 1, "resizemix_low resizemix_high",
-                "--resizemix", refuse=False)
+    parser.idle(
+        args, (args.cutmix_prob > 0, "cutmix_beta", "--cutmix_prob"),
+        (args.resizemix and args.cutmix_prob < 1, "resizemix_low resizemix_high", "--resizemix"),
+        (args.warmup_epochs, "warmup_start_lr", "--warmup_epochs"))
     if args.lr_schedule == "cosine" and args.lr < args.min_lr:
         parser.error(f"--lr {args.lr} is below --min_lr {args.min_lr}: give both")
     return args

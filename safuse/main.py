@@ -87,6 +87,7 @@ def parse_args(argv=None):
     if args.N_min > args.N_max:
         parser.error(f"--N_min {args.N_min} is more than --N_max {args.N_max}")
     parser.only(args, args.schedule == "step", "milestones gamma", "--schedule step")
+    parser.only(args, args.dataset not in data.STREAMED, "padding", "sets in memory")
     return args
 
 

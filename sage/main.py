@@ -117,8 +117,11 @@ def parse_args(argv=None):
     defaults = TINY_DEFAULTS if first.dataset == "tiny-imagenet-200" else DEFAULTS
     parser.set_defaults(method=method, **defaults.get(method, {}))
     args = parser.parse_args(argv)
-    parser.only(args, args.method not in ("vanilla", "saliencymix", "comix"), "in_batch",
-                "a method that draws lambda from Beta", refuse=False)
+    parser.idle(
+        args, (method not in ("vanilla", "saliencymix"), "mixup_alpha", "a method that has it"),
+        (method not in ("vanilla", "saliencymix", "comix"), "in_batch", "a method that has it"),
+        (args.mix_schedule != "fixed", "mix_scheduled_epoch", "--mix_schedule"),
+        (args.adv_p, "adv_eps", "--adv_p"), (args.transport, "t_eps t_size", "--transport"))
     if len(args.schedule) != len(args.gammas):
         parser.error(f"--schedule has {len(args.schedule)} epochs, --gammas {len(args.gammas)}")
     if args.kernel_size % 2 == 0 or args.m_block_num in (0, 1):

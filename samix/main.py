@@ -124,6 +124,10 @@ def parse_args(argv=None):
     parser.only(args, args.crop != "resized" and args.dataset not in STREAMED, "padding",
                 "--crop zero and reflect")
     parser.only(args, args.dataset in STREAMED, "resize_first", "sets read from disk")
+    parser.idle(args, (args.method != "vanilla", "alpha no_repeat", "a method that mixes"),
+                (args.head == "bce", "neg_weight", "--head bce"),
+                (args.optimizer == "sgd", "momentum block_momentum", "--optimizer sgd"),
+                (args.warmup_epochs, "warmup_ratio", "--warmup_epochs"))
     args.block_lr = args.lr if args.block_lr is None else args.block_lr
     args.block_min_lr = args.min_lr if args.block_min_lr is None else args.block_min_lr
     if bool(args.mean) != bool(args.std):

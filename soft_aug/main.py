@@ -97,13 +97,12 @@ def parse_args(argv=None):
     del args.method                                         # its flags say it
     parser.only(args, args.decay == "s", "milestones gamma", "--decay s")
     parser.only(args, args.loss == "st", "other", "--loss st")
-    for holds, names, of in (
-            (args.da == 2, "crop bgcrop", "--da 2"), (args.noise, "bgnoise", "--noise"),
-            (args.da == 2 and args.loss == "st", "pcrop", "--da 2 --loss st"),
-            (args.noise and args.loss == "st", "pnoise", "--noise --loss st"),
-            (args.mixup, "a", "--mixup"), (args.loss == "st", "rw no_soften", "--loss st"),
-            (args.loss == "fl", "g", "--loss fl")):
-        parser.only(args, holds, names, of, refuse=False)
+    parser.idle(
+        args, (args.da == 2, "crop bgcrop", "--da 2"), (args.noise, "bgnoise", "--noise"),
+        (args.da == 2 and args.loss == "st", "pcrop", "--da 2 --loss st"),
+        (args.noise and args.loss == "st", "pnoise", "--noise --loss st"),
+        (args.mixup, "a", "--mixup"), (args.loss == "st", "rw no_soften", "--loss st"),
+        (args.loss == "fl", "g", "--loss fl"), (args.ft, "r", "--ft"))
     args.epochs = args.epochs or max(1, int(200 * args.sch))
     if args.milestones is None:
         args.milestones = [int(part * args.epochs) for part in (1 / 2, 3 / 4, 9 / 10)]

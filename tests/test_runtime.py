@@ -120,9 +120,15 @@ def test_every_program_has_the_common_flags(capsys):
     ("sage.main", "--method cutmix --in_batch True --rand_pos 0.01 --kernel_size 3",
      ["--kernel_size --rand_pos: no effect without --method sage"]),
     ("sage.main", "--clean_lam 0.5 --beta 1 --m_beta 1 --in_batch True", [
-        "--in_batch: no effect without a method that draws lambda from Beta",
+        "--in_batch: no effect without a method that has it",
         "--clean_lam: no effect without --method puzzle or comix",
         "--beta: no effect without --method puzzle", "--m_beta: no effect without --method comix"]),
+    ("sage.main", "--mixup_alpha 2 --mix_scheduled_epoch 9", [
+        "--mixup_alpha: no effect without a method that has it",
+        "--mix_scheduled_epoch: no effect without --mix_schedule"]),
+    ("sage.main", "--method puzzle --adv_eps 8 --transport False --t_eps 1", [
+        "--adv_eps: no effect without --adv_p", "--t_eps: no effect without --transport"]),
+    ("sage.main", "--method puzzle --adv_p 0.1 --adv_eps 8 --t_eps 1 --mixup_alpha 2", []),
     ("sage.main", "--comix True --clean_lam 0.5 --m_beta 1 --solver device", []),
     ("sage.main", "--train sage --rand_pos 0.01 --prob_mix 0.5", []),
     ("safuse.main", "--method occamix --Burn_prob 0.3 --cells 2 --N_min 20", [
@@ -135,14 +141,21 @@ def test_every_program_has_the_common_flags(capsys):
     ("samix.main", "--method vanilla --block_lr 1 --ema_start 0.2 --lam_mul_k 1", [
         "--lam_mul_k: no effect without --method samix",
         "--block_lr --ema_start: no effect without --method samix or automix"]),
+    ("samix.main", "--method vanilla --alpha 1 --warmup_ratio 0.1 --optimizer adamw --momentum 0.8",
+     ["--alpha: no effect without a method that mixes",
+      "--warmup_ratio: no effect without --warmup_epochs",
+      "--momentum: no effect without --optimizer sgd"]),
+    ("samix.main", "--neg_weight 0.2 --warmup_epochs 3 --warmup_ratio 0.1", [
+        "--neg_weight: no effect without --head bce"]),
     ("samix.main", "--lam_concat False --mask_loss 1", [
         "--lam_concat: no effect without --method automix"]),
     ("samix.main", "--method automix --lam_concat True --mask_loss 1 --head bce", []),
     ("samix.pretrain", "--method moco --mask_loss 1 --ema 0.9", [
         "--mask_loss: no effect without --method samix"]),
     ("soft_aug.main", "--crop 4 --pcrop 3 --pnoise 2 --bgnoise 2 --a 0.2 --rw off --no-soften "
-     "--g 1",
-     ["--crop: no effect without --da 2", "--bgnoise: no effect without --noise",
+     "--g 1 --ft 0 --r 5",
+     ["--r: no effect without --ft", "--crop: no effect without --da 2",
+      "--bgnoise: no effect without --noise",
       "--pcrop: no effect without --da 2 --loss st",
       "--pnoise: no effect without --noise --loss st",
       "--a: no effect without --mixup", "--rw --no-soften: no effect without --loss st",
@@ -151,7 +164,10 @@ def test_every_program_has_the_common_flags(capsys):
     ("resizemix.main", "--method baseline --cutmix_beta 2 --resizemix_low 0.2", [
         "--cutmix_beta: no effect without --cutmix_prob",
         "--resizemix_low: no effect without --resizemix"]),
-    ("resizemix.main", "--cutmix_prob 0.5 --cutmix_beta 2 --resizemix_low 0.2", [])])
+    ("resizemix.main", "--warmup_epochs 0 --warmup_start_lr 0.1", [
+        "--warmup_start_lr: no effect without --warmup_epochs"]),
+    ("resizemix.main", "--warmup_start_lr 0.1 --cutmix_prob 0.5 --cutmix_beta 2", []),
+    ("resizemix.main", "--resizemix_low 0.2", [])])
 def test_flags_without_effect_are_said(capsys, monkeypatch, program, words, warnings):
     parse_args = importlib.import_module(program).parse_args
     parse_args(words.split())

@@ -662,6 +662,7 @@ def test_two_ranks_agree(tmp_path, method):
     ("--gpu_ids x", 2, "argument --gpu_ids: 'x' is not an integer"),
     ("--schedule A --milestones 3", 2, "--milestones is for --schedule step"),
     ("--schedule A --gamma 0.3", 2, "--gamma is for --schedule step"),
+    ("--dataset cub200 --padding 2", 2, "--padding is for sets in memory"),
     ("--epochs 5 --START_EPOCH 5", 0, ""), ("--nesterov --momentum 0 --max_steps 1", 0, ""),
     ("--attention_score mean", 2, "invalid choice: 'mean'"),
     ("--NUM_CLASS 100", 1, "--NUM_CLASS 100: digits has 10 classes"),
