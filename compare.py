@@ -6,8 +6,8 @@
 
 RUN is a run's folder, or a folder of such folders. Runs that differ in nothing but --seed become
 one line: mean, and half the range over seeds. accuracy: median test accuracy, %, of the --last
-evaluations; gain: over the first line of the same program, data and network (without mixing, if
-there is one), seed by seed if that line has the seeds; ECE, visible, FGSM, mCE: of evaluation.csv,
+evaluations; gain: over plain training, or else the first line, of the same program, data and
+network, seed by seed if that has the seeds; ECE, visible, FGSM, mCE: of evaluation.csv,
 %, '–' where a run has none. s/epoch: '–' where a run, or its seeds, ran on different devices."""
 import argparse
 import csv

@@ -3,8 +3,8 @@
     mixer = torch.hub.load("owner/mixup-zoo", "mixer", method="sage", num_classes=100)
     mixed, targets = mixer(images, labels, model)       # then cross-entropy with soft targets
 
-`source="local"` and a path take a checkout. The programs' own code runs, imported as mixup_zoo.…:
-the caller's modules `common`, `sage`, … stay the caller's."""
+For a clone, give its path and `source="local"`. The programs' code is imported as mixup_zoo.…: it
+never shadows the caller's modules `common`, `sage`, …."""
 import builtins
 import contextlib
 import copy

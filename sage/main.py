@@ -58,8 +58,8 @@ def parse_args(argv=None):
     add("--job_id", type=count, default=0, help="suffix of the run's folder, 0: none")
     add_boolean(add, "--log_off", False, "write no files")
     add = parser.add_argument_group("method").add_argument
-    add("--method", choices=METHODS, help="(default: that of the older words below, else vanilla)")
-    add("--train", choices=["vanilla", *OLDER_WORDS, "sage"], help="older name of --method, like:")
+    add("--method", choices=METHODS, help="(default: from the older flags below, else vanilla)")
+    add("--train", choices=["vanilla", *OLDER_WORDS, "sage"], help="older --method, as are:")
     add_boolean(add, "--box", None, "CutMix")
     add_boolean(add, "--graph", None, "Puzzle Mix")
     add_boolean(add, "--comix", None, "Co-Mixup")

@@ -5,8 +5,8 @@
     python samix/linear_probe.py --weights random --arch resnet18 --dataset cifar100 --data_dir data
     torchrun --nproc_per_node=8 samix/linear_probe.py --weights … --data_dir imagenet --amp bf16
 
-Network, data set and seed are those of the checkpoint; the regression on standardised features
-converges. It holds the features of all training images: of ImageNet some 45 GB on one device."""
+Network, data set and seed are those of the checkpoint. The standardised features of all training
+images stay on the device: of ImageNet some 45 GB."""
 import signal
 import sys
 from pathlib import Path

@@ -2,7 +2,8 @@
 """SAMix (Li et al. 2021) and AutoMix (Liu et al., ECCV 2022): a small network, the MixBlock, learns
 how to mix two images while the classifier learns from the mixtures. Beside them Mixup and CutMix.
 
-CPU trial   python samix/main.py --dataset digits --initial_channels 16 --epochs 12 --lr 0.05
+CPU trial   python samix/main.py --dataset digits --initial_channels 16 --epochs 12 --lr 0.05 \\
+                --ema_base 0.99 --ema_end 0.99
 one GPU     python samix/main.py --config cifar100_r18 --data_dir data --amp bf16
 eight GPUs  torchrun --nproc_per_node=8 samix/main.py --config imagenet_r50 --data_dir imagenet
 two nodes   torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d \\
@@ -63,8 +64,8 @@ def parse_args(argv=None):
     add("--head", choices=["ce", "bce"], default="ce", help="cross-entropy, or binary ones summed")
     add("--label_smoothing", type=share, default=0.0, help="of --head ce")
     add = parser.add_argument_group("samix").add_argument
-    add("--lam_mul_k", type=number(), default=-1.0, help="features are multiplied by lambda "
-        "(below 0), or by a cubic of it")
+    add("--lam_mul_k", type=number(), default=-1.0, help="features are multiplied by 1 + "
+        "lambda (below 0), or by 1 + a cubic of it")
     add = parser.add_argument_group("automix").add_argument
     add_boolean(add, "--lam_concat", True, "lambda is an input channel of the MixBlock")
     add = parser.add_argument_group("samix and automix").add_argument
@@ -81,10 +82,10 @@ def parse_args(argv=None):
     add("--mix_k_weight", type=amount, default=1.0, help="of the MixBlock's loss through branch k")
     add("--mask_loss", type=amount, default=0.1, help="weight of the masks' loss")
     add("--mask_loss_kind", choices=mixblock.MASK_LOSSES, default="l1_variance",
-        help="l1, l2: distance of the masks' mean from lambda; variance: minus twice that of masks")
-    add("--mask_margin", type=share, default=0.1, help="of lambda: mean masks are free within it")
+        help="l1, l2: of the mean from lambda; variance: less twice the masks'; sparsity: m(1 - m)")
+    add("--mask_margin", type=share, default=0.1, help="deviations below it cost nothing")
     add_boolean(add, "--mask_anneal", True, "the masks' loss falls to 0 along a cosine")
-    add("--block_lr", type=amount, default=0.1, help="of the MixBlock; of CIFAR's ResNets --lr's")
+    add("--block_lr", type=amount, default=0.1, help="of the MixBlock (CIFAR's ResNets: as --lr)")
     add("--block_min_lr", type=amount, default=1e-3, help="at the end of its cosine")
     add("--block_momentum", type=share, default=0.9, help="of SGD")
     add("--ema_base", type=share, default=0.999, help="branch k: momentum up to --ema_start")

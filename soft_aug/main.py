@@ -58,7 +58,7 @@ def parse_args(argv=None):
     add("--milestones", type=count, nargs="*", help="(default: 1/2, 3/4, 9/10 of the epochs)")
     add("--warm", type=count, default=0, help="epochs of linear warm-up")
     add("--ft", type=count, default=20, help="last epochs, weakly augmented (never the first 5 %%)")
-    add("--r", type=number(above=0), default=1000.0, help="divides the augmentation there")
+    add("--r", type=number(above=0), default=1000.0, help="divides its strength in these")
     add("--eval_every", type=positive, default=5, help="epochs from test to test")
     add_boolean(add, "--nogpu", False, "the same as --device cpu")
     add = parser.add_argument_group("augmentation").add_argument
