@@ -8,10 +8,11 @@ from torch.utils.data import DataLoader, TensorDataset, default_collate
 from torchvision.models import resnet18
 from torchvision.transforms import v2
 
+STEPS = 100
 ROOT = __file__.rsplit("examples", 1)[0]        # or "owner/mixup-zoo", source="github"
 
 
-def main(steps=100):
+def main():
     """Train; return the last loss."""
     images, labels = torch.randn(64, 3, 32, 32), torch.arange(64) % 10      # your data set
     mixers = [torch.hub.load(ROOT, "mixer", source="local", method=method, num_classes=10, seed=1)
@@ -21,7 +22,7 @@ def main(steps=100):
                         collate_fn=lambda items: choice(*default_collate(items)))
     net = resnet18(num_classes=10)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9)
-    for _ in range(-(-steps // len(loader))):
+    for _ in range(-(-STEPS // len(loader))):
         for mixed, targets in loader:
             loss = torch.nn.functional.cross_entropy(net(mixed), targets)
             optimizer.zero_grad()
