@@ -110,11 +110,6 @@ class Program:
         return [sys.executable, self.module.__file__, *self.small, "--root_dir", str(root),
                 *map(str, words)]
 
-    def run(self, *words, root, **options):
-        """In a process of its own."""
-        return subprocess.run(self.command(*words, root=root), capture_output=True, text=True,
-                              timeout=3600, **options)
-
     def train(self, root, *words):
         """In this process; returns the run's folder."""
         self.module.main([*self.small, "--root_dir", str(root), *map(str, words)])

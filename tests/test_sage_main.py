@@ -23,7 +23,7 @@ SMALL = ("--dataset digits --image_size 16 --labels_per_class 12 --batch_size 30
          "preactresnet18 --initial_channels 4 --learning_rate 0.05 --rand_pos 0.02 --m_part 8 "
          "--device cpu").split()
 PROGRAM = Program(sage, SMALL)
-command, program, train, faults = PROGRAM.command, PROGRAM.run, PROGRAM.train, PROGRAM.faults
+command, train, faults = PROGRAM.command, PROGRAM.train, PROGRAM.faults
 
 
 @pytest.mark.parametrize("method", sage.METHODS)
@@ -262,7 +262,7 @@ def test_ranks_share_the_statistics_of_a_saliency_in_evaluation_mode(monkeypatch
 
 
 @pytest.mark.parametrize("method", ["sage", "puzzle"])
-def test_two_ranks_share_the_work_and_agree(tmp_path, method):
+def test_two_ranks_share_the_work_and_agree(tmp_path, method, capsys):
     words = ["--method", method, "--epochs", 1, "--update_ratio", 0.7]
     result = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
@@ -275,19 +275,20 @@ def test_two_ranks_share_the_work_and_agree(tmp_path, method):
     assert (folder / "mixed.png").exists()                  # which rank 0 draws alone
     logged = (folder / "log.csv").read_text().splitlines()
     row = dict(zip(logged[0].split(","), map(float, logged[1].split(",")), strict=True))
-    alone = program("--method", method, "--evaluate", folder / "checkpoint.pt", root=tmp_path)
+    train(tmp_path, "--method", method, "--evaluate", folder / "checkpoint.pt")     # alone
     clean = re.search(r"clean: accuracy ([\d.]+) %.*loss ([\d.]+), ECE .* on 355 images",
-                      alone.stdout)
+                      capsys.readouterr().out)
     assert float(clean[1]) == pytest.approx(row["test_accuracy"], abs=0.01)
     assert float(clean[2]) == pytest.approx(row["test_loss"], abs=1e-3)
 
 
-def test_evaluation_and_attacks(tmp_path):
+def test_evaluation_and_attacks(tmp_path, capsys):
     folder = train(tmp_path, "--method", "vanilla", "--epochs", 6, "--labels_per_class", 60)
-    result = program("--method", "vanilla", "--evaluate", root=tmp_path)
+    capsys.readouterr()
+    train(tmp_path, "--method", "vanilla", "--evaluate")
     accuracy = [float(value) for value in re.findall(
-        r"^(?:clean|fgsm ./255): accuracy ([\d.]+) %", result.stdout, re.M)]
-    assert result.returncode == 0 and len(accuracy) == 3
+        r"^(?:clean|fgsm ./255): accuracy ([\d.]+) %", capsys.readouterr().out, re.M)]
+    assert len(accuracy) == 3
     assert accuracy[0] == pytest.approx(checkpoint.load(folder / "best.pt")["accuracy"], abs=0.01)
     assert accuracy[0] > accuracy[1] > accuracy[2]
 

@@ -25,7 +25,7 @@ from soft_aug.losses import soft_target_loss
 SMALL = ("--dataset digits --image_size 16 --labels_per_class 12 --batch_size 30 --net resnet18 "
          "--initial_channels 4 --lr 0.05 --crop 5 --seed 0 --device cpu").split()
 PROGRAM = Program(soft_aug, SMALL)
-command, program, train, faults = PROGRAM.command, PROGRAM.run, PROGRAM.train, PROGRAM.faults
+command, train, faults = PROGRAM.command, PROGRAM.train, PROGRAM.faults
 RECIPE = "--da 2 --loss st --ra 1 --mixup 1"
 
 
@@ -297,15 +297,15 @@ def test_a_signal_saves_inside_the_epoch(tmp_path):
     assert step and checkpoint.load(folder / "checkpoint.pt")["step"] == int(step[1])
 
 
-def test_two_ranks_measure_what_one_does(tmp_path):
+def test_two_ranks_measure_what_one_does(tmp_path, capsys):
     """Also: both take the one seed that was drawn."""
     assert "2 processes" in two_processes(
         *command(*RECIPE.split(), "--epochs", 1, "--seed", -1, root=tmp_path)[1:])
     folder, = tmp_path.iterdir()
     row, = table(folder / "log.csv")
-    alone = program(*RECIPE.split(), "--evaluate", folder / "checkpoint.pt", root=tmp_path)
+    train(tmp_path, *RECIPE.split(), "--evaluate", folder / "checkpoint.pt")        # alone
     found = re.search(r"clean: accuracy ([\d.]+) %.* loss ([\d.]+), ECE ([\d.]+) % on 355 images",
-                      alone.stdout)
+                      capsys.readouterr().out)
     assert float(found[1]) == pytest.approx(row["test_accuracy"], abs=0.01)
     assert float(found[2]) == pytest.approx(row["test_loss"], abs=1e-3)
     assert float(found[3]) / 100 == pytest.approx(row["test_ece"], abs=1e-3)
