@@ -42,7 +42,7 @@ def read(folder: Path, last: int) -> SimpleNamespace:
     flags, log = facts["args"], table(folder / "log.csv")
     curve = {int(row["epoch"]): float(row["test_accuracy"]) for row in log
              if row.get("test_accuracy")}
-    numbers, visible = {}, {}
+    numbers, visible, rows, count = {}, {}, {}, None
     if curve:
         numbers = {"accuracy": median([*curve.values()][-last:])}
         if "hardware" not in facts.get("changed", ()) and len(facts.get("devices", ())) < 2:
@@ -50,6 +50,7 @@ def read(folder: Path, last: int) -> SimpleNamespace:
     if (folder / "evaluation.csv").exists():
         rows = {row["condition"]: row for row in table(folder / "evaluation.csv")}
         accuracy = {name: float(row["accuracy"]) for name, row in rows.items()}
+        count = rows["clean"]["count"]
         visible = {float(name.split()[1]): value for name, value in accuracy.items()
                    if name.startswith("visible")} | {100.0: accuracy["clean"]}
         near = min(visible, key=lambda part: abs(part - VISIBLE))
@@ -71,7 +72,9 @@ def read(folder: Path, last: int) -> SimpleNamespace:
         base=(name, data, flags.get("arch"), flags.get("initial_channels")),
         facts={"data": data, "precision": flags["amp"] + ", TF32" * facts.get("tf32", False),
                "torch": facts["torch"], "epochs": flags["epochs"],
-               "batch_size": flags.get("batch_size"),
+               "batch_size": flags.get("batch_size"), "max_steps": flags.get("max_steps"),
+               "evaluated images": count,
+               "corruptions": sorted({kind(name) for name in rows} - {""}),
                "device": facts["gpu"] or ", ".join(filter(None, (
                    "CPU", facts.get("processor"), f"{facts['threads']} threads")))})
 
@@ -91,7 +94,7 @@ def find(folders: list[str], last: int) -> list[list]:
     found, left, groups = {}, [], {}
     for folder in map(Path, folders):
         paths = sorted(folder.glob("args.json")) or sorted(folder.rglob("args.json"))
-        if not folder.is_dir():
+        if not folder.exists():
             raise RunError(f"{folder}: no such folder")
         left += [str(folder)] * (not paths)
         found |= {path.resolve(): path.parent for path in paths}

@@ -34,38 +34,46 @@ def load(path) -> dict:
     path = Path(path)
     if not path.is_file():
         raise RunError(f"{path}: no such checkpoint")
-    content = memoryview(path.read_bytes())
+    try:
+        content = memoryview(path.read_bytes())
+    except OSError as fault:                                # of the disk: another one may be sound
+        raise RunError(f"{path}: {fault.strerror}") from None
     if hashlib.blake2b(content[:-DIGEST], digest_size=DIGEST).digest() != content[-DIGEST:]:
         raise RunError(f"{path} is damaged or no checkpoint of this project")
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def newest_valid(folder: Path) -> Path | None:
-    """Return the newest checkpoint of a run's folder that is not damaged, if any."""
+def newest_valid(folder: Path) -> tuple[Path | None, dict | None]:
+    """Return a run's newest checkpoint that is not damaged, and its state; None, None without."""
     for path in (folder / NEWEST, folder / PREVIOUS):
         with contextlib.suppress(RunError):
-            load(path)
-            return path
-    return None
+            return path, load(path)
+    return None, None
 
 
 def resume(source: str, folder: Path) -> dict | None:
     """Return the state to go on from. source '': None, a fresh start; 'auto': the newest valid
     checkpoint, if any; a path: that file. RunError: another run would be overwritten."""
-    newest, previous = folder / NEWEST, folder / PREVIOUS
+    newest, previous, log = folder / NEWEST, folder / PREVIOUS, folder / "log.csv"
     empty = not newest.exists() and not previous.exists()
+    # its checkpoints deleted; killed before its first one, a run has logged one epoch at most
+    bare = empty and log.exists() and (not source or log.read_text().count("\n") > 2)
     if source and source != "auto":
-        if not empty and Path(source).resolve().parent != folder.resolve():
+        if (bare or not empty) and Path(source).resolve().parent != folder.resolve():
             raise RunError(f"--resume {source}: {folder} already holds another run, which would be "
                            "overwritten; choose another --root_dir")
         return load(source)
+    if bare:
+        raise RunError(f"{folder} holds a run without its checkpoints: --job_name NAME or another "
+                       "--root_dir begins a new one")
     if empty:
         return None
     if not source:
         raise RunError(f"{folder} already holds a run: --resume auto continues it, --job_name NAME "
                        "or another --root_dir begins a new one")
-    path = newest_valid(folder) or newest
-    state = load(path)                                      # raises where neither is valid
+    path, state = newest_valid(folder)
+    if path is None:
+        load(newest)                                        # raises: neither is valid
     if path == previous:
         warn(f"{newest} is missing or damaged; going on from {previous}")
         if rank() == 0 and newest.exists():                 # else it would become the previous one

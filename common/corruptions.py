@@ -22,7 +22,8 @@ def find(folder, info) -> list[tuple]:
     5, of <corruption>.npy beside labels.npy, or of <corruption>/<severity>/<class>/*. A DataError
     names what does not fit."""
     root, found = Path(folder).expanduser(), []
-    arrays = sorted(file for file in root.glob("*.npy") if file.stem != "labels")
+    arrays = sorted(file for file in root.glob("*.npy")
+                    if file.stem != "labels" and not file.name.startswith(HIDDEN))
     folders = sorted(path for path in root.glob("*")
                      if path.is_dir() and not path.name.startswith(HIDDEN))
     if not arrays and not folders:
@@ -71,10 +72,13 @@ def read(folder, info, batch_size: int, device):
 
 
 def class_index(folder: Path, names, info) -> list[int]:
-    """Return the labels of sorted class folders: by name, or of all WordNet's numbers by order."""
+    """Return the labels of sorted class folders: by name; of all WordNet's numbers, where the data
+    have other names, by order."""
     if set(names) <= set(info.classes):
         return [info.classes.index(name) for name in names]
-    if len(names) == info.num_classes and all(re.fullmatch(r"n\d{8}", name) for name in names):
+    wordnet, known = ([bool(re.fullmatch(r"n\d{8}", name)) for name in part]
+                      for part in (names, info.classes))
+    if len(names) == info.num_classes and all(wordnet) and not any(known):
         return list(range(len(names)))
     odd = sorted(set(names) - set(info.classes))
     raise DataError(f"{folder / odd[0]}: a class that {info.name} lacks")

@@ -21,13 +21,21 @@ def find_layer(net: nn.Module, name: str) -> nn.Module:
                    f"last ones: {', '.join([*modules][-8:])}")
 
 
+def is_map(output, images: Tensor) -> bool:
+    """Return whether this is a feature map (B, C, h, w): of square images (B, h, h, C) is none."""
+    if not isinstance(output, Tensor) or output.ndim != 4:
+        return False
+    _, first, second, third = output.shape
+    return not (images.shape[2] == images.shape[3] and first == second != third)
+
+
 @torch.no_grad()
 def last_layer(net: nn.Module, images: Tensor) -> nn.Module:
     """Return the last module that gives a feature map (B, C, h, w) of more than one position."""
     seen = []
 
     def note(module, inputs, output):
-        if isinstance(output, Tensor) and output.ndim == 4 and output.shape[3] > 1:
+        if is_map(output, images) and output.shape[3] > 1:
             seen.append(module)
 
     with nn.modules.module.register_module_forward_hook(note):
@@ -37,14 +45,18 @@ def last_layer(net: nn.Module, images: Tensor) -> nn.Module:
     return seen[-1]
 
 
-def grad_cam(net: nn.Module, layer: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Return maps (B, H, W) in [0, 1] of where `layer` sees the predicted class, and the logits."""
+def grad_cam(net: nn.Module, layer: nn.Module, images: Tensor, num_classes: int | None = None
+             ) -> tuple[Tensor, Tensor]:
+    """Return maps (B, H, W) in [0, 1] of where `layer` sees the predicted class, and the logits, of
+    all outputs or the first `num_classes`. RunError: NaN, or no feature map (B, C, h, w)."""
     outputs = []
     with layer.register_forward_hook(lambda module, inputs, output: outputs.append(output)):
-        logits = net(images.detach().requires_grad_())
+        logits = net(images.detach().requires_grad_())[:, :num_classes]
     features = outputs[-1] if outputs else None
-    if not isinstance(features, Tensor) or features.ndim != 4:
-        raise RunError(f"--target_layer: a {type(layer).__name__} gives no feature map")
+    if not is_map(features, images):
+        raise RunError(f"--target_layer: a {type(layer).__name__} gives no feature map here")
+    if not logits.isfinite().all():
+        raise RunError("the network's outputs are not finite; another checkpoint may be sound")
     grad, = torch.autograd.grad(logits.max(1).values.sum(), features)
     maps = (features * grad.mean((2, 3), keepdim=True)).mean(1).relu().detach()
     maps = (maps / maps.amax((1, 2), keepdim=True)).nan_to_num()
@@ -58,8 +70,8 @@ def draw(path, net, test, args, info):
     images, layer = next(iter(test))[0][:8], args.target_layer
     net.eval()
     part = find_layer(net, layer) if layer else last_layer(net, images)
-    maps, logits = grad_cam(net, part, images)
+    maps, logits = grad_cam(net, part, images, info.num_classes)
     rows = {"image": images, "Grad-CAM": maps, "seen": images * maps[:, None]}
     plots.preview(path, f"{args.arch} on {info.name}, {layer or 'last feature map'}", rows,
-                  logits[:, :info.num_classes].softmax(1), info)
+                  logits.softmax(1), info)
     distributed.log(f"Grad-CAM: {path}")

@@ -24,7 +24,8 @@ NOT_SAVED = ("nothing was saved after the last good checkpoint; mostly the learn
 # Flags that a run may change when it goes on, without a word
 NOT_TRAINING = ("data_dir", "root_dir", "workers", "print_freq", "device", "resume", "evaluate",
                 "preview", "corruptions", "cam", "target_layer", "max_steps", "tensorboard",
-                "debug")
+                "debug", "class_names", "job_id", "ngpu", "gpu_ids", "tb_path", "evaluation",
+                "meas_lat", "launcher", "port", "local_rank")
 
 MEASURED = ("_loss", "_accuracy", "_top5", "_ece")      # columns of evaluations
 
@@ -115,7 +116,7 @@ class Run:
         Its run's mean and standard deviation of pixels replace those of info and `loaders`."""
         evaluate, path = self.args.evaluate, self.args.resume
         if path == "auto":
-            path = checkpoint.newest_valid(self.folder)
+            path, _ = checkpoint.newest_valid(self.folder)
         if evaluate:
             path = evaluate if evaluate != "auto" else path or self.folder / checkpoint.BEST
         if not path:
@@ -130,6 +131,12 @@ class Run:
         if evaluate and self.args.val_split and data != self.info.fingerprint:
             raise RunError("--val_split: data or parts are not those of the checkpoint's run; "
                            f"take its flags and --seed {state['args']['seed']}")
+        names = state["args"].get("class_names", [])        # older ones lack them
+        odd = [f"{a} (here {b})" for a, b in zip(names, self.info.classes, strict=False) if a != b]
+        if odd and sorted(names) == sorted(self.info.classes):
+            raise RunError(f"the checkpoint's classes are in another order: {', '.join(odd[:3])}")
+        if odd:
+            distributed.warn(f"the checkpoint's classes have other names: {', '.join(odd[:3])}")
         checkpoint.load_part("model", self.parts["model"], state)
         if found := state["args"].get("statistics"):
             if found != (tuple(self.info.mean), tuple(self.info.std)):
@@ -171,8 +178,10 @@ class Run:
             self.devices += {runtime.hardware(self.device)} - {*self.devices}
         if self.keeps_files:
             runtime.traceback_folder = self.folder
-        if not self.writes:
+        if not self.writes or self.over and (self.folder / "args.json").exists():
             return
+        for name in ("evaluation.csv", "evaluation.png"):           # of an earlier checkpoint
+            (self.folder / name).unlink(missing_ok=True)
         program = os.path.relpath(sys.argv[0] or "python", Path(__file__).parents[1])
         facts |= runtime.facts(self.device) | {
             "parameters": parameters(self.parts["model"]), "data": str(self.info),
@@ -189,6 +198,7 @@ class Run:
         """Return the flags, and what else a run's exact numbers depend on."""
         return vars(self.args) | {
             "pixels": self.info.image_size, "width": self.info.width,
+            "class_names": list(self.info.classes),
             "hardware": runtime.hardware(self.device),
             "statistics": (tuple(self.info.mean), tuple(self.info.std)),
             "processes": distributed.world(),

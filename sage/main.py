@@ -114,13 +114,17 @@ def parse_args(argv=None):
     older = ("comix" if first.comix else "puzzle" if first.graph else "cutmix" if first.box else
              OLDER_WORDS.get(first.train, first.train))
     method = first.method or older or "vanilla"
+    if older not in (None, method):
+        parser.error(f"--method {method}, and an older flag for {older}: give one of them")
     defaults = TINY_DEFAULTS if first.dataset == "tiny-imagenet-200" else DEFAULTS
     parser.set_defaults(method=method, **defaults.get(method, {}))
     args = parser.parse_args(argv)
     parser.idle(
-        args, (method not in ("vanilla", "saliencymix"), "mixup_alpha", "a method that has it"),
+        args, (method != "vanilla", "prob_mix mix_schedule", "a method that mixes"),
+        (method not in ("vanilla", "saliencymix"), "mixup_alpha", "a method that has it"),
         (method not in ("vanilla", "saliencymix", "comix"), "in_batch", "a method that has it"),
         (args.mix_schedule != "fixed", "mix_scheduled_epoch", "--mix_schedule"),
+        (args.solver != "device", "mp", "--solver gco"),
         (args.adv_p, "adv_eps", "--adv_p"), (args.transport, "t_eps t_size", "--transport"))
     if len(args.schedule) != len(args.gammas):
         parser.error(f"--schedule has {len(args.schedule)} epochs, --gammas {len(args.gammas)}")
@@ -223,7 +227,9 @@ def mix_batch(net, images, labels, args, info, generator, scaler, part=1.0) -> M
 
 
 def mixed_share(args, epoch: int) -> float:
-    """Return --prob_mix under --mix_schedule."""
+    """Return --prob_mix under --mix_schedule; without mixing 1, the batch in one piece."""
+    if args.method == "vanilla":
+        return 1.0
     return args.prob_mix * {"fixed": 1, "scheduled": min(1, (epoch + 1) / args.mix_scheduled_epoch),
                             "delayed": epoch >= args.mix_scheduled_epoch}[args.mix_schedule]
 

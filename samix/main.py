@@ -126,6 +126,7 @@ def parse_args(argv=None):
                 "--crop zero and reflect")
     parser.only(args, args.dataset in STREAMED, "resize_first", "sets read from disk")
     parser.idle(args, (args.method != "vanilla", "alpha no_repeat", "a method that mixes"),
+                (args.method in LEARNED, "layer", "--method samix or automix"),
                 (args.head == "bce", "neg_weight", "--head bce"),
                 (args.optimizer == "sgd", "momentum block_momentum", "--optimizer sgd"),
                 (args.warmup_epochs, "warmup_ratio", "--warmup_epochs"))

@@ -10,6 +10,7 @@ two nodes   torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d \\
                 --rdzv_endpoint=HOST:29500 soft_aug/main.py --task cifar100 …"""
 import copy
 import dataclasses
+import glob
 import math
 import random
 import signal
@@ -97,8 +98,10 @@ def parse_args(argv=None):
     del args.method                                         # its flags say it
     parser.only(args, args.decay == "s", "milestones gamma", "--decay s")
     parser.only(args, args.loss == "st", "other", "--loss st")
+    soft = args.loss == "st" and (args.da == 2 or args.noise)
     parser.idle(
-        args, (args.da == 2, "crop bgcrop", "--da 2"), (args.noise, "bgnoise", "--noise"),
+        args, (soft or args.other or args.loss != "st", "loss", "--da 2 or --noise"),
+        (args.da == 2, "crop bgcrop", "--da 2"), (args.noise, "bgnoise", "--noise"),
         (args.da == 2 and args.loss == "st", "pcrop", "--da 2 --loss st"),
         (args.noise and args.loss == "st", "pnoise", "--noise --loss st"),
         (args.mixup, "a", "--mixup"), (args.loss == "st", "rw no_soften", "--loss st"),
@@ -106,7 +109,6 @@ def parse_args(argv=None):
     args.epochs = args.epochs or max(1, int(200 * args.sch))
     if args.milestones is None:
         args.milestones = [int(part * args.epochs) for part in (1 / 2, 3 / 4, 9 / 10)]
-    soft = args.loss == "st" and (args.da == 2 or args.noise)
     if args.max_p < 1 and not (soft or args.loss == "sce"):
         parser.error("--max_p is for --loss sce, or for --loss st with --da 2 or --noise")
     if (args.da == 1) != (args.l > 0):
@@ -139,7 +141,7 @@ def choose_seed(args, device) -> int:
     if asked == "auto":             # the newest run that these flags name
         before = "_".join(filter(None, [args.dataset, args.arch, *run_name(args), "seed"]))
         after = f"_{args.job_name}" * bool(args.job_name)
-        runs = Path(args.root_dir).glob(f"{before}*{after}/args.json")
+        runs = Path(args.root_dir).glob(f"{glob.escape(before)}*{glob.escape(after)}/args.json")
         for path in sorted(runs, key=lambda path: path.stat().st_mtime):
             number = path.parent.name.removeprefix(before).removesuffix(after)
             seed = int(number) if number.isdecimal() else seed

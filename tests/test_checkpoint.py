@@ -8,6 +8,7 @@ import pickle
 import signal
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -20,7 +21,7 @@ from common.run import Run, StepSums
 
 CPU = torch.device("cpu")
 INFO = SimpleNamespace(name="set", num_classes=2, fingerprint="0", image_size=8, width=8,
-                       mean=(0.5,) * 3, std=(0.2,) * 3)
+                       mean=(0.5,) * 3, std=(0.2,) * 3, classes=["a", "b"])
 
 
 def state(value):
@@ -48,6 +49,38 @@ def test_save_keeps_the_one_before(tmp_path):
     assert checkpoint.load(tmp_path / "checkpoint.pt")["epoch"] == 3
     assert checkpoint.load(tmp_path / "checkpoint.prev.pt")["epoch"] == 2
     assert sorted(f.name for f in tmp_path.iterdir()) == ["checkpoint.prev.pt", "checkpoint.pt"]
+
+
+def test_a_run_without_its_checkpoints_is_not_overwritten(tmp_path):
+    run, other = tmp_path / "run", tmp_path / "other"
+    run.mkdir()
+    checkpoint.save(other, state(1))
+    (run / "log.csv").write_text("epoch\n1\n")              # killed before its first checkpoint
+    assert checkpoint.resume("auto", run) is None
+    with pytest.raises(RunError, match="run holds a run without its checkpoints: --job_name"):
+        checkpoint.resume("", run)
+    assert checkpoint.resume(str(other / "checkpoint.pt"), run)["epoch"] == 1
+    (run / "log.csv").write_text("epoch\n1\n2\n")
+    with pytest.raises(RunError, match="holds a run without its checkpoints"):
+        checkpoint.resume("auto", run)
+    with pytest.raises(RunError, match="would be overwritten"):
+        checkpoint.resume(str(other / "checkpoint.pt"), run)
+
+
+def test_a_disk_that_fails_on_the_newest_falls_back(tmp_path, monkeypatch):
+    checkpoint.save(tmp_path, state(1))
+    checkpoint.save(tmp_path, state(2))
+    read = Path.read_bytes
+
+    def fail(path):
+        if path.name == "checkpoint.pt":
+            raise OSError(errno.EIO, "Input/output error")
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    with pytest.raises(RunError, match="checkpoint.pt: Input/output error"):
+        checkpoint.load(tmp_path / "checkpoint.pt")
+    assert checkpoint.resume("auto", tmp_path)["epoch"] == 1
 
 
 @pytest.mark.parametrize("harm", ["flip", "cut", "empty", "gone"])

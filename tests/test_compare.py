@@ -69,7 +69,8 @@ def test_what_is_no_seed_is_another_line(tmp_path):
 
 @pytest.mark.parametrize("flag", ["val_split", "labels_per_class", "valid_labels_per_class"])
 def test_subsets_that_seeds_draw_are_one_line(tmp_path, flag):
-    runs = [Path(make_run(tmp_path, str(seed), [50], seed=seed, **{flag: 1})) for seed in (1, 2)]
+    runs = [Path(make_run(tmp_path, str(seed), [50], seed=seed, job_id=seed, **{flag: 1}))
+            for seed in (1, 2)]
     facts = (runs[1] / "args.json").read_text()
     (runs[1] / "args.json").write_text(facts.replace('"fingerprint": "f"', '"fingerprint": "g"'))
     assert [row["seeds"] for row in compared(tmp_path, *runs).values()] == ["2"]
@@ -87,9 +88,23 @@ def test_damaged_files_are_named_and_runs_without_accuracy_left_out(tmp_path, ca
         (bad / name).write_text(whole)
     (bad / "log.csv").write_text("epoch,train_loss,seconds\n1,2,3\n")      # self-supervised
     (tmp_path / "probe").mkdir()                            # without args.json
-    assert len(compared(tmp_path, good, bad, tmp_path / "probe")) == 1
-    assert f"left out, no run with a test accuracy in its log.csv: {tmp_path / 'probe'}, {bad}" \
-        in capsys.readouterr().err
+    (tmp_path / "a.txt").touch()                            # of experiments/*
+    assert len(compared(tmp_path, good, bad, tmp_path / "probe", tmp_path / "a.txt")) == 1
+    assert f"left out, no run with a test accuracy in its log.csv: {tmp_path / 'probe'}, " \
+        f"{tmp_path / 'a.txt'}, {bad}" in capsys.readouterr().err
+    with pytest.raises(RunError, match="nosuch: no such folder"):
+        compared(tmp_path, good, tmp_path / "nosuch")
+
+
+def test_what_makes_runs_unlike_is_said(tmp_path, capsys):
+    full, trial = make_run(tmp_path, "a", [10]), make_run(tmp_path, "b", [90], max_steps=2)
+    rows = (tmp_path / "b" / "evaluation.csv").read_text()
+    (tmp_path / "b" / "evaluation.csv").write_text(rows.replace(",100\n", ",5\n").replace(
+        "fog", "snow"))
+    compared(tmp_path, full, trial)
+    said = capsys.readouterr().err
+    assert "differ in max_steps: 2; None" in said and "in evaluated images: 100; 5" in said
+    assert "in corruptions: ['fog']; ['snow']" in said
 
 
 @pytest.mark.parametrize("program, plain, mixed", [

@@ -181,6 +181,39 @@ def test_other_data_are_normalised_as_the_run_s(tmp_path, capsys):
             assert said == (data == "other" or bool(forgotten))
 
 
+def test_classes_in_another_order_are_an_error(tmp_path, capsys):
+    images, labels = np.zeros((6, 8, 8, 3), np.uint8), np.arange(6) % 3
+    images += (80 * labels).astype(np.uint8)[:, None, None, None]
+    for name, classes in (("own", "cat dog cow"), ("moved", "dog cat cow"), ("new", "cat dog owl")):
+        np.savez(tmp_path / f"{name}.npz", train_images=images, train_labels=labels,
+                 test_images=images, test_labels=labels, classes=classes.split())
+    words = ["--dataset", "npz", "--initial_channels", "4", "--device", "cpu", "--batch_size", "6",
+             "--arch", "preactresnet18", "--root_dir", str(tmp_path / "runs"), "--data_dir"]
+    sage.main([*words, str(tmp_path / "own.npz"), "--epochs", "1"])
+    file = next((tmp_path / "runs").glob("*/checkpoint.pt"))
+    capsys.readouterr()
+    sage.main([*words, str(tmp_path / "new.npz"), "--evaluate", str(file)])
+    assert "warning: the checkpoint's classes have other names: cow (here owl)" in \
+        capsys.readouterr().err
+    with pytest.raises(RunError, match=r"another order: cat \(here dog\), dog \(here cat\)"):
+        sage.main([*words, str(tmp_path / "moved.npz"), "--evaluate", str(file)])
+
+
+def test_an_evaluation_goes_when_its_network_trains_on(tmp_path, monkeypatch):
+    words = ["--dataset", "digits", "--image_size", "8", "--labels_per_class", "3", "--device",
+             "cpu", "--batch_size", "30", "--initial_channels", "4", "--arch", "preactresnet18",
+             "--root_dir", str(tmp_path)]
+    sage.main([*words, "--epochs", "1"])
+    folder, = tmp_path.iterdir()
+    before = (folder / "args.json").read_text()
+    sage.main([*words, "--epochs", "1", "--resume", "auto", "--workers", "1"])   # reports again
+    assert (folder / "args.json").read_text() == before and (folder / "evaluation.csv").exists()
+    monkeypatch.setattr(evaluation, "report", lambda *args: None)
+    sage.main([*words, "--epochs", "2", "--resume", "auto"])
+    assert not (folder / "evaluation.csv").exists() and not (folder / "evaluation.png").exists()
+    assert (folder / "args.json").read_text() != before
+
+
 def test_two_ranks_report_what_one_does(tmp_path):
     words = ("sage/main.py --dataset digits --image_size 16 --labels_per_class 12 --batch_size 30 "
              "--arch preactresnet18 --initial_channels 8 --device cpu --epochs 1 --schedule 9 "
@@ -294,6 +327,9 @@ def test_a_network_of_nan_is_an_error(tmp_path, value):
 def test_wordnet_folders_are_classes_in_order(tmp_path):
     info, names = facts(2, 8), ["n00000002", "n00000010"]
     assert corruptions.class_index(tmp_path, names, info) == [0, 1]
+    info.classes = ["n00000002", "n00000011"]               # another subset
+    with pytest.raises(DataError, match="n00000010: a class that made lacks"):
+        corruptions.class_index(tmp_path, names, info)
 
 
 # -------------------------------------------------------------------------------------- Grad-CAM
@@ -307,6 +343,13 @@ def test_the_last_feature_map_is_found(name):
     assert maps.shape == (2, size, size) and 0 < maps.max() <= 1 and logits.shape == (2, 5)
     with pytest.raises(RunError, match="a ReLU gives no feature map"):     # it never runs
         gradcam.grad_cam(net, torch.nn.ReLU(), images)
+    if name == "swin_t":                                    # of channels last, (B, h, w, C)
+        with pytest.raises(RunError, match="gives no feature map"):
+            gradcam.grad_cam(net, gradcam.find_layer(net, "features.5.1"), images)
+    best = gradcam.grad_cam(net, gradcam.last_layer(net, images), images, num_classes=3)[1]
+    assert torch.equal(best, logits[:, :3])
+    with pytest.raises(RunError, match="outputs are not finite"):
+        gradcam.grad_cam(net, gradcam.last_layer(net, images), images * math.nan)
 
 
 @pytest.mark.parametrize("program, data", [

@@ -131,6 +131,10 @@ def test_every_program_has_the_common_flags(capsys):
     ("sage.main", "--method puzzle --adv_p 0.1 --adv_eps 8 --t_eps 1 --mixup_alpha 2", []),
     ("sage.main", "--comix True --clean_lam 0.5 --m_beta 1 --solver device", []),
     ("sage.main", "--train sage --rand_pos 0.01 --prob_mix 0.5", []),
+    ("sage.main", "--prob_mix 0.5 --mix_schedule delayed", [
+        "--prob_mix --mix_schedule: no effect without a method that mixes"]),
+    ("sage.main", "--method puzzle --solver device --mp 3", [
+        "--mp: no effect without --solver gco"]),
     ("safuse.main", "--method occamix --Burn_prob 0.3 --cells 2 --N_min 20", [
         "--p_binom: no effect without --method safuse or lgcoamix"]),
     ("safuse.main", "--method baseline --cutmix_prob 1 --N_min 20 --cells 2", [
@@ -141,6 +145,8 @@ def test_every_program_has_the_common_flags(capsys):
     ("samix.main", "--method vanilla --block_lr 1 --ema_start 0.2 --lam_mul_k 1", [
         "--lam_mul_k: no effect without --method samix",
         "--block_lr --ema_start: no effect without --method samix or automix"]),
+    ("samix.main", "--method cutmix --layer 2", [
+        "--layer: no effect without --method samix or automix"]),
     ("samix.main", "--method vanilla --alpha 1 --warmup_ratio 0.1 --optimizer adamw --momentum 0.8",
      ["--alpha: no effect without a method that mixes",
       "--warmup_ratio: no effect without --warmup_epochs",
@@ -160,10 +166,13 @@ def test_every_program_has_the_common_flags(capsys):
       "--pnoise: no effect without --noise --loss st",
       "--a: no effect without --mixup", "--rw --no-soften: no effect without --loss st",
       "--g: no effect without --loss fl"]),
+    ("soft_aug.main", "--loss st", ["--loss: no effect without --da 2 or --noise"]),
+    ("soft_aug.main", "--loss st --other --noise 1", []),
     ("soft_aug.main", "--method soft+ra --crop 4 --pcrop 3 --bgcrop 1 --rw sample --no-soften", []),
     ("resizemix.main", "--method baseline --cutmix_beta 2 --resizemix_low 0.2", [
         "--cutmix_beta: no effect without --cutmix_prob",
         "--resizemix_low: no effect without --resizemix"]),
+    ("resizemix.main", "--port 999", ["--port: no effect without --launcher slurm"]),
     ("resizemix.main", "--warmup_epochs 0 --warmup_start_lr 0.1", [
         "--warmup_start_lr: no effect without --warmup_epochs"]),
     ("resizemix.main", "--warmup_start_lr 0.1 --cutmix_prob 0.5 --cutmix_beta 2", []),

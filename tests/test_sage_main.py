@@ -82,12 +82,14 @@ def test_methods_give_defaults_and_never_overwrite():
 
 
 def test_mix_schedule():
-    args = sage.parse_args(["--mix_schedule", "scheduled", "--mix_scheduled_epoch", "10",
-                            "--prob_mix", "0.8"])
+    args = sage.parse_args("--method input --mix_schedule scheduled --mix_scheduled_epoch 10 "
+                           "--prob_mix 0.8".split())
     assert [sage.mixed_share(args, epoch) for epoch in (0, 4, 9, 20)] == pytest.approx(
         [0.08, 0.4, 0.8, 0.8])
     args.mix_schedule = "delayed"
     assert [sage.mixed_share(args, epoch) for epoch in (9, 10)] == [0, .8]
+    args.method = "vanilla"                                 # never in two parts
+    assert sage.mixed_share(args, 9) == 1
 
 
 def digits(words):
@@ -335,6 +337,7 @@ def test_log_off_writes_nothing(tmp_path):
 
 @pytest.mark.parametrize("words, code, line", [
     ("--method nomix", 2, "invalid choice: 'nomix'"),
+    ("--method cutmix --graph True", 2, "an older flag for puzzle: give one of them"),
     ("--arch nonet", 2, "invalid choice: 'nonet'"),
     ("--dataset nodata", 2, "invalid choice: 'nodata'"),
     ("--schedule 1 2 --gammas 0.1", 2, "--schedule has 2 epochs, --gammas 1"),

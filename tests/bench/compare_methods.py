@@ -129,7 +129,7 @@ def run(method: str, seed: int, args) -> Path:
             shutil.copy(folder / name, kept / name)
         text = (folder / "args.json").read_text()       # without the places of this machine
         for place, name in ((str(args.data), args.data.name), (f"{root}/", ""), (str(root), ".")):
-            text = text.replace(place, name)
+            text = text.replace(json.dumps(place)[1:-1], name)
         files.write_atomic(kept / "args.json",
                            json.dumps({"key": key} | json.loads(text), indent=1) + "\n")
     return kept or folder
@@ -160,7 +160,7 @@ def main(argv=None):
                                if args.protocol == "p20" or name not in ONCE]
     try:
         args.fingerprint = fingerprint(args.data)
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as fault:
+    except (OSError, TypeError, ValueError, KeyError, zipfile.BadZipFile) as fault:
         raise RunError(f"{args.data}: no .npz of the data ({fault}); tests/bench/make_s20.py makes "
                        "one") from None
     folders = {(method, seed): None for seed in args.seeds for method in methods}

@@ -38,7 +38,7 @@ def front_row(line: str, groups: dict[str, list], rows: dict[str, dict]) -> str:
 
     def pair(key):                      # of the same seeds, as the gain
         own, base = compare.by_seed(group, key), compare.by_seed(plain, key)
-        both = own.keys() & base.keys() if own.keys() <= base.keys() else base
+        both = own if own.keys() <= base.keys() else base
         return f"{rounded(mean(base[seed] for seed in both))} → {rounded(mean(own.values()))}"
 
     spread = f" ± {rounded(row['gain spread'])}" if "gain spread" in row else ""
