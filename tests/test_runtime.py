@@ -102,6 +102,8 @@ def test_every_program_has_the_common_flags(capsys):
     args = parser.parse_args("--init_lr 0.2 --seed -3 --compile".split())
     assert (args.lr, args.seed, args.compile, args.momentum) == (0.2, -3, True, 0.9)
     assert (args.epochs, args.initial_channels, args.device) == (None, 64, "auto")
+    args = parser.parse_args("--cam a.png --compile".split())
+    assert (args.evaluate, args.compile) == ("auto", False)     # its hooks see every module
     for words in ("--seed 99999999999999999999", "--dataset other", "--arch other", "--lr 1x"):
         with pytest.raises(SystemExit):
             parser.parse_args(words.split())

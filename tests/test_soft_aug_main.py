@@ -510,11 +510,11 @@ def test_bad_input_is_one_line(tmp_path, words, code, line, capsys):
 
 
 def test_a_copied_run_does_not_hide_the_run(tmp_path, no_pictures, capsys):
-    folder = train(tmp_path, "--seed", 7, "--max_steps", 1, "--prefix", "mine")
-    assert folder.name == "digits_resnet18_da0_ce_seed7_mine"
+    folder = train(tmp_path, "--seed", 7, "--max_steps", 1, "--prefix", "lr[1]")
+    assert folder.name == "digits_resnet18_da0_ce_seed7_lr[1]"
     shutil.copytree(folder, folder.with_name(folder.name + "_backup"))
     os.utime(folder / "args.json", (1, 1))                  # the older of the two
-    soft_aug.main([*SMALL, "--root_dir", str(tmp_path), "--seed", "-1", "--prefix", "mine",
+    soft_aug.main([*SMALL, "--root_dir", str(tmp_path), "--seed", "-1", "--prefix", "lr[1]",
                    "--max_steps", "1", "--evaluate"])
     assert "seed: 7\n" in capsys.readouterr().out
 
