@@ -76,6 +76,7 @@ class Parser(argparse.ArgumentParser):
         if getattr(found, "corruptions", None) and (found.cam or found.preview):
             self.error("--corruptions is of evaluations: not with --cam or --preview")
         if getattr(found, "cam", None):                 # draws with the weights of --evaluate
+            self.idle(found, (False, "compile", "training or --evaluate"))
             found.evaluate, found.compile = "auto", False       # whose hooks see every module
         return found
 

@@ -105,7 +105,8 @@ def parse_args(argv=None):
         args, (args.cutmix_prob > 0, "cutmix_beta", "--cutmix_prob"),
         (args.resizemix and args.cutmix_prob < 1, "resizemix_low resizemix_high", "--resizemix"),
         (args.warmup_epochs, "warmup_start_lr", "--warmup_epochs"),
-        (args.launcher == "slurm", "port", "--launcher slurm"))
+        (args.launcher == "slurm", "port", "--launcher slurm"),
+        (not (args.evaluate or args.preview), "meas_lat evaluation", "training"))
     if args.lr_schedule == "cosine" and args.lr < args.min_lr:
         parser.error(f"--lr {args.lr} is below --min_lr {args.min_lr}: give both")
     return args

@@ -88,6 +88,7 @@ def parse_args(argv=None):
         parser.error(f"--N_min {args.N_min} is more than --N_max {args.N_max}")
     parser.only(args, args.schedule == "step", "milestones gamma", "--schedule step")
     parser.only(args, args.dataset not in data.STREAMED, "padding", "sets in memory")
+    parser.idle(args, (args.device != "cpu", "gpu_ids", "a GPU"))
     return args
 
 

@@ -105,7 +105,8 @@ def parse_args(argv=None):
         (args.da == 2 and args.loss == "st", "pcrop", "--da 2 --loss st"),
         (args.noise and args.loss == "st", "pnoise", "--noise --loss st"),
         (args.mixup, "a", "--mixup"), (args.loss == "st", "rw no_soften", "--loss st"),
-        (args.loss == "fl", "g", "--loss fl"), (args.ft, "r", "--ft"))
+        (args.loss == "fl", "g", "--loss fl"), (args.ft, "r", "--ft"),
+        (args.da > 0 or args.noise or args.mixup, "ft", "--da 1, --da 2, --noise or --mixup"))
     args.epochs = args.epochs or max(1, int(200 * args.sch))
     if args.milestones is None:
         args.milestones = [int(part * args.epochs) for part in (1 / 2, 3 / 4, 9 / 10)]

@@ -104,6 +104,7 @@ def test_every_program_has_the_common_flags(capsys):
     assert (args.epochs, args.initial_channels, args.device) == (None, 64, "auto")
     args = parser.parse_args("--cam a.png --compile".split())
     assert (args.evaluate, args.compile) == ("auto", False)     # its hooks see every module
+    capsys.readouterr()
     for words in ("--seed 99999999999999999999", "--dataset other", "--arch other", "--lr 1x"):
         with pytest.raises(SystemExit):
             parser.parse_args(words.split())
@@ -162,7 +163,9 @@ def test_every_program_has_the_common_flags(capsys):
         "--mask_loss: no effect without --method samix"]),
     ("soft_aug.main", "--crop 4 --pcrop 3 --pnoise 2 --bgnoise 2 --a 0.2 --rw off --no-soften "
      "--g 1 --ft 0 --r 5",
-     ["--r: no effect without --ft", "--crop: no effect without --da 2",
+     ["--r: no effect without --ft",
+      "--ft: no effect without --da 1, --da 2, --noise or --mixup",
+      "--crop: no effect without --da 2",
       "--bgnoise: no effect without --noise",
       "--pcrop: no effect without --da 2 --loss st",
       "--pnoise: no effect without --noise --loss st",
@@ -174,6 +177,10 @@ def test_every_program_has_the_common_flags(capsys):
     ("resizemix.main", "--method baseline --cutmix_beta 2 --resizemix_low 0.2", [
         "--cutmix_beta: no effect without --cutmix_prob",
         "--resizemix_low: no effect without --resizemix"]),
+    ("resizemix.main", "--evaluate --meas_lat", ["--meas_lat: no effect without training"]),
+    ("resizemix.main", "--cam a.png --compile", [
+        "--compile: no effect without training or --evaluate"]),
+    ("safuse.main", "--device cpu --gpu_ids 0,1", ["--gpu_ids: no effect without a GPU"]),
     ("resizemix.main", "--port 999", ["--port: no effect without --launcher slurm"]),
     ("resizemix.main", "--warmup_epochs 0 --warmup_start_lr 0.1", [
         "--warmup_start_lr: no effect without --warmup_epochs"]),
